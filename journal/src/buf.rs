@@ -1,0 +1,153 @@
+//! Buffers that a disk takes as they are: heap memory aligned to 4 KiB, so that O_DIRECT needs no copy.
+//!
+//! * [`IoBuf`] is owned and mutable: it is filled by a read or by a socket.
+//! * [`Slice`] is a shared, immutable window onto an `IoBuf`: the same bytes go into a journal frame, stay in the overlay
+//!   and are written to the primary, and are copied nowhere.
+#![allow(unsafe_code)]
+
+use std::alloc::{Layout, alloc, alloc_zeroed, dealloc, handle_alloc_error};
+use std::ops::{Deref, DerefMut};
+use std::ptr::NonNull;
+use std::rc::Rc;
+
+/// Alignment of every buffer, bytes: the largest physical block that disks in use report.
+pub const BUF_ALIGN: usize = 4096;
+
+/// An owned, 4 KiB-aligned buffer of a fixed length.
+pub struct IoBuf {
+    memory: NonNull<u8>,
+    len: usize,
+}
+
+// SAFETY: an `IoBuf` owns its memory alone, like a `Box<[u8]>`.
+unsafe impl Send for IoBuf {}
+// SAFETY: shared access is read-only through `Deref`, like a `Box<[u8]>`.
+unsafe impl Sync for IoBuf {}
+
+impl IoBuf {
+    fn layout(len: usize) -> Layout {
+        Layout::from_size_align(len.max(1), BUF_ALIGN).expect("buffer lengths are bounded far below isize::MAX")
+    }
+
+    /// A buffer of `len` zero bytes.
+    pub fn zeroed(len: usize) -> Self {
+        let layout = Self::layout(len);
+        // SAFETY: the layout has a size of at least 1.
+        let memory = unsafe { alloc_zeroed(layout) };
+        let Some(memory) = NonNull::new(memory) else { handle_alloc_error(layout) };
+        Self { memory, len }
+    }
+
+    /// A buffer of `len` bytes whose content is unspecified (not secret-free: the caller overwrites all of it).
+    pub fn for_overwrite(len: usize) -> Self {
+        // Small buffers: zeroing costs less than reasoning about it. Large ones: the allocator hands out mapped zero pages.
+        let layout = Self::layout(len);
+        if len > 65536 {
+            return Self::zeroed(len);
+        }
+        // SAFETY: the layout has a size of at least 1; the bytes are initialised just below.
+        let memory = unsafe { alloc(layout) };
+        let Some(memory) = NonNull::new(memory) else { handle_alloc_error(layout) };
+        // SAFETY: `memory` is valid for `len` bytes.
+        unsafe { memory.as_ptr().write_bytes(0, len) };
+        Self { memory, len }
+    }
+
+    /// A buffer that holds a copy of `bytes`.
+    pub fn copy_of(bytes: &[u8]) -> Self {
+        let mut buf = Self::for_overwrite(bytes.len());
+        buf.copy_from_slice(bytes);
+        buf
+    }
+
+    /// Length, bytes.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether the buffer holds no bytes.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// The address for the kernel; valid as long as the buffer lives, also when the `IoBuf` is moved.
+    pub fn as_mut_ptr(&mut self) -> *mut u8 {
+        self.memory.as_ptr()
+    }
+
+    /// Shares the whole buffer.
+    pub fn share(self) -> Slice {
+        let len = self.len;
+        Slice { buf: Rc::new(self), start: 0, len }
+    }
+}
+
+impl Deref for IoBuf {
+    type Target = [u8];
+    fn deref(&self) -> &[u8] {
+        // SAFETY: `memory` is valid and initialised for `len` bytes while `self` lives.
+        unsafe { std::slice::from_raw_parts(self.memory.as_ptr(), self.len) }
+    }
+}
+
+impl DerefMut for IoBuf {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as above, and `&mut self` is exclusive.
+        unsafe { std::slice::from_raw_parts_mut(self.memory.as_ptr(), self.len) }
+    }
+}
+
+impl Drop for IoBuf {
+    fn drop(&mut self) {
+        // SAFETY: allocated with the same layout.
+        unsafe { dealloc(self.memory.as_ptr(), Self::layout(self.len)) }
+    }
+}
+
+impl std::fmt::Debug for IoBuf {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "IoBuf({} bytes)", self.len)
+    }
+}
+
+/// A shared, read-only window onto an [`IoBuf`].
+#[derive(Clone)]
+pub struct Slice {
+    buf: Rc<IoBuf>,
+    start: usize,
+    len: usize,
+}
+
+impl Slice {
+    /// The part `range` of this window (no copy).
+    ///
+    /// # Panics
+    /// When the range ends past the window: a bug of the caller, never reachable from outside input.
+    pub fn slice(&self, start: usize, len: usize) -> Slice {
+        assert!(start + len <= self.len, "slice {start}+{len} of {}", self.len);
+        Slice { buf: Rc::clone(&self.buf), start: self.start + start, len }
+    }
+
+    /// Length, bytes.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether the window is empty.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+}
+
+impl Deref for Slice {
+    type Target = [u8];
+    fn deref(&self) -> &[u8] {
+        &self.buf[self.start..self.start + self.len]
+    }
+}
+
+impl std::fmt::Debug for Slice {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Slice({} bytes)", self.len)
+    }
+}

@@ -1,0 +1,36 @@
+//! The fence: what the state directory, outside the CDP disk, says of a volume's journal (design part 5).
+//!
+//! It decides whether a journal found on a disk may be redone, must be there, or must never be redone again. Each state is
+//! durable before the step that it announces.
+
+use uuid::Uuid;
+
+/// Where a volume's journal lives and what the primary may rely on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Fence {
+    /// The CDP disk that holds the active log.
+    pub disk: Uuid,
+    /// Raised with every attachment; a journal of an older generation is never redone.
+    pub generation: u64,
+    /// What may be assumed.
+    pub state: FenceState,
+    /// Size of the primary in bytes, when the fence was written.
+    pub primary_size: u64,
+    /// Identity of the primary, when the fence was written.
+    pub primary_id: String,
+    /// mtime of the primary (a file) in the state `Clean`, nanoseconds; 0 otherwise.
+    pub primary_mtime_ns: u64,
+}
+
+/// State of a [`Fence`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FenceState {
+    /// Acked writes may be on the CDP disk only: without it the volume is not served.
+    Dirty,
+    /// Everything is on the primary: the volume may be served without its CDP disk.
+    Clean,
+    /// The CDP disk failed; the backlog is being written from memory. Not yet safe to forget the journal.
+    Detaching,
+    /// The journal of this generation ended and is never redone.
+    Detached,
+}
