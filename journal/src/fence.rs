@@ -20,6 +20,8 @@ pub struct Fence {
     pub primary_id: String,
     /// mtime of the primary (a file) in the state `Clean`, nanoseconds; 0 otherwise.
     pub primary_mtime_ns: u64,
+    /// Log seqs below this were given out and are never used again, not even after clean.
+    pub next_seq: u64,
 }
 
 /// State of a [`Fence`].

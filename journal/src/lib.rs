@@ -9,6 +9,7 @@ pub mod clock;
 mod engine;
 mod error;
 mod fence;
+pub mod format;
 pub mod host;
 pub mod info;
 mod types;
