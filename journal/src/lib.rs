@@ -11,6 +11,7 @@ mod error;
 mod fence;
 pub mod format;
 pub mod host;
+pub mod index;
 pub mod info;
 mod types;
 
