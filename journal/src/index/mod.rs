@@ -24,3 +24,5 @@ pub use page::{IndexPage, PageReader, PageSink};
 pub use run::{Run, RunCursor};
 pub use touched::Touched;
 
+#[cfg(test)]
+mod tests;

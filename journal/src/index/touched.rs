@@ -186,8 +186,9 @@ impl Touched {
     pub fn bytes(&self) -> usize {
         let granule = |granule: &Granule| {
             let s = granule.bits.statistics();
-            // (The crate counts its 2-byte arrays as of 4 bytes.)
-            let content = s.n_bytes_array_containers / 2 + s.n_bytes_run_containers + s.n_bytes_bitset_containers;
+            // (The crate counts its 2-byte arrays as of 4 bytes, and its bitmaps in bits.)
+            let content =
+                s.n_bytes_array_containers / 2 + s.n_bytes_run_containers + u64::from(s.n_bitset_containers) * 8192;
             content as usize + s.n_containers as usize * 64 + (size_of::<Granule>() + 8) * 3 / 2
         };
         self.granules.values().map(granule).sum()
