@@ -1,5 +1,6 @@
-//! The agent's interface: what `proto/cdp/v1/agent.proto` generates.
+//! The agent's interface: what `proto/cdp/v1/agent.proto` generates, and the parsers that both of its ends share.
 
+pub mod parse;
 mod words;
 
 /// Package `cdp.v1`: messages, [`cdp_agent_client`](v1::cdp_agent_client) and [`cdp_agent_server`](v1::cdp_agent_server).
