@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use cdp_proto::parse::{self, Endpoint, InputError, When};
-use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
+use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum, ValueHint};
 use clap_complete::Shell;
 
 use crate::exit;
@@ -279,7 +279,7 @@ pub struct Volumes {
 }
 
 #[derive(Debug, Args)]
-#[group(id = "what", required = true, multiple = true, args = ["reserve_capacity", "reserve_duration", "priority"])]
+#[command(group = ArgGroup::new("what").required(true).multiple(true).args(["reserve_capacity", "reserve_duration", "priority"]))]
 pub struct Edit {
     /// Volumes, by uuid or name
     #[arg(required = true, value_name = "VOLUME")]
@@ -480,5 +480,61 @@ fn device_name(text: &str) -> Result<String, String> {
         Ok(text.to_owned())
     } else {
         Err(format!("target {text:?} is not valid: must be like vda, sda, hda or xvda"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_sound_and_every_command_has_examples() {
+        fn walk(command: &clap::Command, path: &str) {
+            let path = format!("{path} {}", command.get_name());
+            assert!(command.get_about().is_some(), "{path} says what it does");
+            if !command.has_subcommands() {
+                let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
+                assert!(help.contains("Examples:\n ") && help.contains(path.trim()), "{path} has examples: {help}");
+            }
+            for argument in command.get_arguments() {
+                assert!(argument.get_help().is_some(), "{path} {argument} says what it is");
+            }
+            command.get_subcommands().for_each(|command| walk(command, &path));
+        }
+        Cli::command().debug_assert();
+        walk(&Cli::command(), "");
+    }
+
+    #[test]
+    fn global_options_go_before_and_after_the_command() {
+        for line in ["cdpctl --output json --agent unix:/a info demo", "cdpctl info demo --output json --agent unix:/a"]
+        {
+            let cli = Cli::try_parse_from(line.split(' ')).expect(line);
+            assert_eq!((cli.global.output, cli.global.agent), (Format::Json, Endpoint::Unix("/a".into())));
+        }
+    }
+
+    #[test]
+    fn examples_in_the_help_are_valid() {
+        fn walk(command: &clap::Command, lines: &mut Vec<String>) {
+            let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
+            lines.extend(help.lines().filter_map(|line| Some(line.strip_prefix("  cdpctl ")?.to_owned())));
+            command.get_subcommands().for_each(|command| walk(command, lines));
+        }
+        let mut lines = Vec::new();
+        walk(&Cli::command(), &mut lines);
+        assert!(lines.len() > 40, "{} examples", lines.len());
+        for line in lines {
+            // As a shell would cut it: quotes around what has spaces, nothing after a redirection.
+            let words = line.split(" > ").next().unwrap_or(&line).split('\'').enumerate();
+            let words = words.flat_map(|(at, piece)| match at % 2 {
+                0 => piece.split_whitespace().map(str::to_owned).collect::<Vec<_>>(),
+                _ => vec![piece.to_owned()],
+            });
+            let parsed = Cli::try_parse_from(std::iter::once("cdpctl".to_owned()).chain(words));
+            assert!(parsed.is_ok(), "{line}: {}", parsed.err().map(|error| error.to_string()).unwrap_or_default());
+        }
     }
 }

@@ -84,12 +84,15 @@ impl Agent {
     }
 
     fn failure(&self, what: String, status: Status) -> Failure {
-        // A broken connection shows as a status that has the transport's error as its cause.
-        let broken =
-            Error::source(&status).is_some_and(|source| source.is::<transport::Error>() || source.is::<io::Error>());
-        if broken && matches!(status.code(), Code::Unknown | Code::Unavailable | Code::Internal) {
-            let why = Error::source(&status).map(causes).unwrap_or_default();
-            return unreachable(&self.endpoint, format!("{what}: {why}"));
+        // What the agent says has no cause on our side; a connection that broke has. So has one that never worked: with TLS 1.3 the
+        // client learns only now that its certificate was refused.
+        let codes = [Code::Unknown, Code::Unavailable, Code::Internal, Code::Cancelled];
+        if let Some(cause) = Error::source(&status).filter(|_| codes.contains(&status.code())) {
+            let hint = match self.endpoint {
+                Endpoint::Https { .. } => " (does the agent accept this client's certificate? --tls-cert, --tls-key)",
+                _ => "",
+            };
+            return unreachable(&self.endpoint, format!("{what}: {}{hint}", causes(cause)));
         }
         Failure::call(what, status)
     }
@@ -120,15 +123,17 @@ impl<A> Answers<'_, A> {
 async fn within<A>(limit: Option<Duration>, answer: impl Future<Output = Result<A, Status>>) -> Result<A, Status> {
     match limit {
         Some(limit) => match time::timeout(limit, answer).await {
-            // The client's own timer ends a call with CANCELLED.
-            Ok(Err(status)) if Error::source(&status).is_some_and(|source| source.is::<tonic::TimeoutExpired>()) => {
-                Err(late(Some(limit)))
-            }
+            Ok(Err(status)) if is_expiry(&status) => Err(late(Some(limit))),
             Ok(answer) => answer,
             Err(_) => Err(late(Some(limit))),
         },
         None => answer.await,
     }
+}
+
+/// The timers of the library, here and on the agent's side, end a call with CANCELLED; only the words tell.
+fn is_expiry(status: &Status) -> bool {
+    status.code() == Code::Cancelled && status.message() == tonic::TimeoutExpired(()).to_string()
 }
 
 fn late(limit: Option<Duration>) -> Status {

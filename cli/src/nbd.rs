@@ -61,9 +61,7 @@ impl Export {
             "xv" => "xen",
             _ => "virtio",
         };
-        // A serial number of virtio has 20 bytes; a uuid without hyphens is cut by the guest, not refused.
-        let serial = serial.replace('-', "");
-        let serial = &serial[..serial.len().min(20)];
+        let serial = serial_of(serial);
         format!(
             "<disk type='network' device='disk'>\n  \
                <driver name='qemu' type='raw' cache='none' discard='unmap'/>\n  \
@@ -87,7 +85,7 @@ impl Export {
             }
         };
         let tls = if matches!(self.server, Server::Tcp { tls: true, .. }) { ",tls-creds=tls0" } else { "" };
-        let serial = serial.replace('-', "");
+        let serial = serial_of(serial);
         // Node names have at most 31 bytes and a small alphabet: the volume's name does not fit always, its uuid does.
         let node: String = serial.chars().filter(char::is_ascii_alphanumeric).take(12).collect();
         vec![
@@ -97,7 +95,7 @@ impl Export {
                 comma(&self.name)
             ),
             "-device".into(),
-            format!("virtio-blk-pci,drive=cdp-{node},serial={}", &serial[..serial.len().min(20)]),
+            format!("virtio-blk-pci,drive=cdp-{node},serial={serial}"),
         ]
     }
 
@@ -118,6 +116,11 @@ impl Export {
             ),
         ]
     }
+}
+
+/// A volume's serial number in the guest: virtio has 20 bytes for it, so the uuid goes without its hyphens and its end.
+fn serial_of(uuid: &str) -> String {
+    uuid.chars().filter(char::is_ascii_hexdigit).take(20).collect()
 }
 
 /// A comma inside an option of qemu is written twice.

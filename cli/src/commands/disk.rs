@@ -42,7 +42,7 @@ pub async fn list(agent: &Agent) -> Result<Answer, Failure> {
             disk.path.clone(),
             if disk.online { "online".into() } else { format!("OFFLINE: {}", disk.error) },
             size_text(disk.size),
-            size_text(disk.segments_free * disk.segment_size),
+            size_text(disk.segments_free.saturating_mul(disk.segment_size)),
             size_text(disk.reserved_bytes),
             size_text(disk.segment_size),
             disk.errors.to_string(),

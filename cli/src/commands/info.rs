@@ -70,7 +70,7 @@ fn head(info: &v1::InfoResponse, volume: &v1::VolumeEntry) -> String {
         reason => format!("{}: {reason}", health(volume)),
     };
     let revert = info.revert.as_ref().filter(|revert| !revert.done).map_or_else(String::new, |revert| {
-        let percent = (revert.blocks_done * 100).checked_div(revert.blocks_total).unwrap_or(0);
+        let percent = revert.blocks_done.saturating_mul(100).checked_div(revert.blocks_total).unwrap_or(0);
         let (done, total) = (revert.blocks_done, revert.blocks_total);
         format!(
             "to {}, made {}: {done} of {total} blocks copied ({percent}%)",
