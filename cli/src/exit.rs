@@ -139,6 +139,13 @@ mod tests {
         for (at, (exit, _)) in TABLE.iter().enumerate() {
             assert_eq!(*exit as usize, at);
         }
+        let page = include_str!("../../docs/cli.md");
+        for (exit, meaning) in TABLE {
+            assert!(
+                page.contains(&format!("| {} | {meaning} |\n", *exit as u8)),
+                "docs/cli.md lacks exit code {exit:?}"
+            );
+        }
         for code in 0..=16 {
             let exit = Exit::of(Code::from_i32(code));
             assert!(TABLE.iter().any(|(known, _)| *known == exit));

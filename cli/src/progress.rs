@@ -55,6 +55,29 @@ impl RevertBars {
     }
 }
 
+/// A bar over bytes, for work that says how far it is.
+#[cfg(test)]
+pub fn bytes(what: &str) -> impl FnMut(u64, u64) + use<> {
+    let started = std::time::Instant::now();
+    let message = what.to_owned();
+    let mut bar: Option<ProgressBar> = None;
+    move |done, total| {
+        if started.elapsed() >= QUIET {
+            let bar = bar.get_or_insert_with(|| {
+                let template = "{msg} [{wide_bar}] {percent}% {binary_bytes}/{binary_total_bytes}, {eta} left";
+                ProgressBar::new(total)
+                    .with_style(style(template, ProgressStyle::default_bar))
+                    .with_message(message.clone())
+            });
+            bar.set_length(total);
+            bar.set_position(done);
+            if done >= total {
+                bar.finish_and_clear();
+            }
+        }
+    }
+}
+
 fn style(template: &str, fallback: fn() -> ProgressStyle) -> ProgressStyle {
     ProgressStyle::with_template(template).unwrap_or_else(|_| fallback())
 }
