@@ -338,7 +338,7 @@ impl Volume {
             primary_id: identity.id,
             primary_mtime_ns: if fence_state == FenceState::Clean { identity.mtime_ns } else { 0 },
             // With a journal the disk knows better; ahead of it, so that no seq is used twice even when that disk is lost.
-            next_seq: state.next_seq + if state.attach.is_some() { SEQS_AHEAD } else { 0 },
+            next_seq: state.next_seq + if fence_state == FenceState::Detached { 0 } else { SEQS_AHEAD },
             settings: state.settings,
             on: state.on,
             created_ns: state.created_ns,
