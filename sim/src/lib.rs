@@ -4,5 +4,7 @@
 
 pub mod disk;
 pub mod executor;
+pub mod model;
 pub mod rng;
+pub mod stamp;
 pub mod store;
