@@ -10,6 +10,7 @@ mod engine;
 mod error;
 mod fence;
 pub mod format;
+mod signal;
 pub mod host;
 pub mod info;
 mod types;
