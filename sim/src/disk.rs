@@ -488,7 +488,7 @@ impl Handle {
     fn check_range(&self, what: &str, offset: u64, len: u64) -> io::Result<()> {
         let mut state = self.disk.state.borrow_mut();
         let end_ok = offset + len <= state.size_opened || offset + len <= state.size;
-        if offset % SECTOR != 0 || len % SECTOR != 0 || !end_ok {
+        if !offset.is_multiple_of(SECTOR) || !len.is_multiple_of(SECTOR) || !end_ok {
             let (name, size) = (&self.disk.name, state.size);
             let text = format!("{name}: {what} of {len} bytes at {offset} is unaligned or past the size {size}");
             state.misuse.get_or_insert(text);
@@ -600,6 +600,7 @@ impl State {
 }
 
 impl Device for Handle {
+    #[allow(clippy::misnamed_getters)] // the size when it was opened, as the trait says
     fn size(&self) -> u64 {
         self.disk.state.borrow().size_opened
     }
