@@ -12,6 +12,7 @@ mod fence;
 pub mod format;
 mod signal;
 pub mod host;
+pub mod index;
 pub mod info;
 mod types;
 
