@@ -319,7 +319,11 @@ async fn revert(world: &Rc<World>, vol: &Rc<Vol>, at: u64, exact: Option<u64>, f
     let now = world.now(vol);
     vol.oracle.borrow_mut().revert_begin(target, now);
     let request = RevertRequest { target: Instant(target), force, release, dry_run: false, group: None };
+    if force && !release {
+        vol.held.set(None);
+    }
     let result = handle.revert(request).await;
+    vol.held.set(Some(handle.info().held));
     let after = Vol::covers(&handle.info(), target);
     match result {
         Ok(report) => {
@@ -367,8 +371,9 @@ async fn revert(world: &Rc<World>, vol: &Rc<Vol>, at: u64, exact: Option<u64>, f
             if handle.export().connect(true, Box::new(|| {})).is_ok() {
                 return world.fail("a client came in before the release");
             }
-            if let Err(error) = handle.release().await {
-                return world.fail(format!("release: {error}"));
+            boot::release(world, vol).await;
+            if world.failed() {
+                return;
             }
         }
     }

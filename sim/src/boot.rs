@@ -181,6 +181,13 @@ pub async fn open(world: &Rc<World>, vol: &Rc<Vol>) -> bool {
     } else {
         vol.unprotect();
     }
+    if vol.held.get().is_some_and(|held| held != info.held) && !world.any_fault() {
+        world.fail(format!("volume {}: held: {} after a restart, expected {:?}", vol.index, info.held, vol.held.get()));
+        return false;
+    }
+    if info.held {
+        release(world, vol).await;
+    }
     connect(world, vol);
     if world.override_journal.get() {
         rebase(world, vol).await;
@@ -212,6 +219,15 @@ fn unserved(world: &World, vol: &Vol) -> bool {
     }
     admin::leave(world);
     false
+}
+
+/// The admin lets clients in again.
+pub async fn release(world: &World, vol: &Vol) {
+    vol.held.set(None);
+    match vol.handle().release().await {
+        Ok(()) => vol.held.set(Some(false)),
+        Err(error) => world.fail(format!("release of volume {}: {error}", vol.index)),
+    }
 }
 
 /// A client opens the volume for writing.

@@ -366,8 +366,10 @@ impl Model {
         path.push((epoch, t1, t2));
         let (start_lo, _) = self.start(epoch);
         let versions = &self.blocks[block];
-        let covering: Vec<Time> =
-            (0..versions.len()).filter(|i| self.covers(block, *i, bit, epoch, t1)).map(|i| versions[i].lo).collect();
+        let covering: Vec<Time> = (0..versions.len())
+            .filter(|i| self.covers(block, *i, bit, epoch, (t1, t2)))
+            .map(|i| versions[i].lo)
+            .collect();
         let newest = covering.iter().max().copied();
         for (i, version) in versions.iter().enumerate() {
             let possible = version.mask & bit != 0 && version.hi > start_lo && version.lo < t2;
@@ -392,11 +394,12 @@ impl Model {
         if epoch == 0 { Default::default() } else { (self.reverts[epoch - 1].lo, self.reverts[epoch - 1].hi) }
     }
 
-    /// Whether the version is certainly part of what a read at `t1` in `epoch` shows or has been covered.
-    fn covers(&self, block: usize, i: usize, bit: u8, epoch: usize, t1: Time) -> bool {
+    /// Whether the version is certainly part of what a read in `epoch` shows, or has been covered there.
+    fn covers(&self, block: usize, i: usize, bit: u8, epoch: usize, (t1, t2): (Time, Time)) -> bool {
         let version = &self.blocks[block][i];
         version.mask & bit != 0
             && version.hi <= t1
+            && version.lo < t2
             && version.lo >= self.start(epoch).1
             && self.fate(version, bit) == Fate::Alive
     }

@@ -100,6 +100,8 @@ pub struct Vol {
     pub guard: RefCell<Option<ClientGuard>>,
     /// The engine asked the client to go.
     pub disconnected: Rc<Cell<bool>>,
+    /// Held by a forced revert until the release; `None`: a call was cut off by a crash.
+    pub held: Cell<Option<bool>>,
     /// Forced reverts begun: calls that overlap one may be refused.
     pub forced: Cell<u64>,
 }
@@ -238,6 +240,7 @@ impl World {
                 handle: RefCell::default(),
                 guard: RefCell::default(),
                 disconnected: Rc::default(),
+                held: Cell::new(Some(false)),
                 forced: Cell::new(0),
             })
         });
