@@ -14,6 +14,7 @@ mod signal;
 pub mod host;
 pub mod index;
 pub mod info;
+pub mod mutation;
 mod types;
 
 pub use buf::{IoBuf, Slice};

@@ -6,6 +6,7 @@ pub mod admin;
 pub mod boot;
 pub mod disk;
 pub mod executor;
+pub mod exhaust;
 pub mod guest;
 pub mod model;
 pub mod rng;

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Instant;
 
 use anyhow::{Context, ensure};
+use cdp_sim::exhaust::{check, sequences};
 use cdp_sim::run::{Report, run};
 use cdp_sim::shrink::{pick, shrink};
 use cdp_sim::workload::{generate, profiles};
@@ -39,6 +40,15 @@ struct Args {
     /// Only these operations (as a shortened history prints them).
     #[arg(long, value_delimiter = ',')]
     keep: Option<Vec<usize>>,
+    /// Instead of seeds: all sequences of so many operations, with a crash at every step (see --stride, --subsets).
+    #[arg(long)]
+    exhaust: Option<u32>,
+    /// With --exhaust: a crash at every so many steps only.
+    #[arg(long, default_value_t = 1)]
+    stride: u64,
+    /// With --exhaust: subsets of the unsynced writes tried at each power cut.
+    #[arg(long, default_value_t = 4)]
+    subsets: u64,
     /// Print everything that happens.
     #[arg(long)]
     trace: bool,
@@ -67,7 +77,40 @@ fn main() -> anyhow::Result<ExitCode> {
     if let Some(keep) = &args.keep {
         return one(&args, keep);
     }
+    if let Some(depth) = args.exhaust {
+        return exhaust(&args, depth);
+    }
     many(&args)
+}
+
+fn exhaust(args: &Args, depth: u32) -> anyhow::Result<ExitCode> {
+    ensure!(depth <= 6, "--exhaust {depth}: at most 6");
+    let began = Instant::now();
+    let next = AtomicU64::new(0);
+    let totals = Mutex::new((0u64, 0u64));
+    std::thread::scope(|scope| {
+        for _ in 0..args.threads {
+            scope.spawn(|| {
+                loop {
+                    let place = next.fetch_add(1, Ordering::Relaxed);
+                    if place >= sequences(depth) {
+                        return;
+                    }
+                    let (cases, failure) = check(depth, place, args.stride, args.subsets);
+                    let mut totals = totals.lock().expect("no holder panics");
+                    totals.0 += cases;
+                    if let Some((case, report)) = failure {
+                        totals.1 += 1;
+                        println!("VIOLATION, commit {}: {}: {}", commit(), case.name(), in_words(&report));
+                    }
+                }
+            });
+        }
+    });
+    let (cases, failed) = *totals.lock().expect("no holder panics");
+    let seconds = began.elapsed().as_secs_f64();
+    println!("{} sequences of {depth}, {cases} cases, {failed} violations, {seconds:.1} s", sequences(depth));
+    Ok(if failed > 0 { ExitCode::from(1) } else { ExitCode::SUCCESS })
 }
 
 thread_local! {
