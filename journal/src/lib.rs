@@ -15,9 +15,13 @@ mod frame;
 pub mod host;
 pub mod index;
 pub mod info;
+<<<<<<< HEAD
 mod log;
 mod overlay;
 mod signal;
+=======
+pub mod mutation;
+>>>>>>> h/sim
 mod types;
 mod view;
 mod volume;
