@@ -39,7 +39,7 @@ impl Run {
 
     fn write_one(&mut self, client: &mut Client) {
         let rng = &mut self.rng;
-        let len = rng.pick(&[512, 1536, 4096, 4096, 4096, 8192, 65536, 262_144]);
+        let len = rng.pick(&[512_u64, 1536, 4096, 4096, 4096, 8192, 65536, 262_144]);
         let span = if rng.percent(50) { SIZE / 16 } else { SIZE };
         let align = if len.is_multiple_of(4096) && rng.percent(75) { 4096 } else { 512 };
         let offset = rng.below((span - len) / align + 1) * align;
