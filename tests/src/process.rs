@@ -48,13 +48,13 @@ pub fn scratch() -> TempDir {
 pub struct Refusal {
     /// Exit code.
     pub code: Option<i32>,
-    /// What it printed on standard error.
-    pub stderr: String,
+    /// What it printed: the message of a failed call, or the answers per volume of a batch.
+    pub said: String,
 }
 
 impl fmt::Display for Refusal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "exit code {:?}: {}", self.code, self.stderr.trim_end())
+        write!(f, "exit code {:?}: {}", self.code, self.said.trim_end())
     }
 }
 
@@ -252,7 +252,7 @@ impl Agent {
         match self.try_ctl(args) {
             Ok(answer) => panic!("cdpctl {} should have been refused; it said {answer}", args.join(" ")),
             Err(refusal) => {
-                let text = refusal.stderr.to_lowercase();
+                let text = refusal.said.to_lowercase();
                 for word in words {
                     assert!(
                         text.contains(&word.to_lowercase()),
@@ -275,8 +275,9 @@ impl Agent {
             .output()
             .expect("run cdpctl");
         if !output.status.success() {
-            let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
-            return Err(Refusal { code: output.status.code(), stderr });
+            let said =
+                format!("{}{}", String::from_utf8_lossy(&output.stderr), String::from_utf8_lossy(&output.stdout));
+            return Err(Refusal { code: output.status.code(), said });
         }
         let text = String::from_utf8(output.stdout).expect("UTF-8 on standard output");
         if text.trim().is_empty() {
@@ -295,6 +296,12 @@ impl Agent {
     pub fn open_view(&self, volume: &str, at: impl fmt::Display) -> View {
         let at = at.to_string();
         View::from_json(&self.ctl(&["view", "open", volume, "--at", &at]))
+    }
+
+    /// Opens a view of `volume` that takes writes.
+    pub fn open_scratch(&self, volume: &str, at: impl fmt::Display) -> View {
+        let at = at.to_string();
+        View::from_json(&self.ctl(&["view", "open", volume, "--at", &at, "--writable"]))
     }
 
     /// Closes a view.
@@ -337,6 +344,20 @@ impl Agent {
             })
             .collect()
     }
+}
+
+/// Exit codes of `cdpctl` (see `cdpctl --help`).
+pub mod exit {
+    /// A value can never be right.
+    pub const USAGE: i32 = 2;
+    /// No such volume, disk, view, marker or log.
+    pub const NOT_FOUND: i32 = 4;
+    /// Not in the present state.
+    pub const REFUSED: i32 = 6;
+    /// An instant outside the history that can be viewed.
+    pub const OUT_OF_COVERAGE: i32 = 7;
+    /// Not enough room.
+    pub const NO_SPACE: i32 = 8;
 }
 
 impl View {
