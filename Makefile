@@ -15,6 +15,7 @@ SOAK ?= 5
 soak:             ## the random tests, SOAK times as long, and all seeds of the acceptance script
 	scripts/setup.sh
 	cargo build --locked --release --workspace
+	target/release/cdp-sim --seed $$(date +%s) --seconds $$((60 * $(SOAK))) --threads 2
 	CDP_SOAK=$(SOAK) CDP_BIN=$(CURDIR)/target/release cargo test --locked --release -p cdp-tests --no-fail-fast -- --nocapture
 
 bench:            ## a first figure: protected random writes beside qemu-nbd on the same disk

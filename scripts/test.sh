@@ -64,8 +64,9 @@ step format cargo fmt --all --check
 # The rest wants code that compiles.
 step lints cargo clippy --locked --workspace --all-targets -- -D warnings || finish
 step docs env RUSTDOCFLAGS="-D warnings" cargo doc --locked --workspace --no-deps --document-private-items
-step "unit tests and simulator" cargo test --locked --workspace --exclude cdp-tests --no-fail-fast
+step "unit tests" cargo test --locked --workspace --exclude cdp-tests --no-fail-fast
 step build cargo build --locked --release --workspace || finish
+step simulator target/release/cdp-sim --seconds "${CDP_SIM_SECONDS:-60}" --threads 2
 export CDP_BIN="$PWD/target/release"
 step "whole-agent tests" cargo test --locked --release -p cdp-tests --no-fail-fast
 if command -v systemd-analyze >/dev/null; then
