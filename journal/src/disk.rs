@@ -13,6 +13,7 @@ use std::io;
 use std::rc::{Rc, Weak};
 use std::task::{Poll, Waker};
 
+use futures::future::{Either, select};
 use uuid::Uuid;
 use zerocopy::{FromBytes, IntoBytes};
 
@@ -92,6 +93,9 @@ pub struct Disk {
     clock_generation: Cell<u64>,
     clock_high_water: Cell<u64>,
     clock_running: Cell<bool>,
+    /// How many wait for a segment.
+    starving: Cell<u32>,
+    stall_max_ns: u64,
     size: u64,
 }
 
@@ -269,6 +273,8 @@ impl Disk {
             clock_generation: Cell::new(clock_generation),
             clock_high_water: Cell::new(high_water),
             clock_running: Cell::new(false),
+            starving: Cell::new(0),
+            stall_max_ns,
             size,
         });
         disk.host.spawn(Box::pin(watch_stalls(Rc::downgrade(&disk), Rc::clone(&disk.host), stall_max_ns)));
@@ -295,11 +301,6 @@ impl Disk {
     /// Why the disk is failed, if it is.
     pub fn failure(&self) -> Option<String> {
         self.failed.borrow().clone()
-    }
-
-    /// Ends when the disk fails.
-    pub async fn until_failed(&self) -> String {
-        self.changed.until(|| self.failure()).await
     }
 
     fn check(&self) -> Result<()> {
@@ -430,34 +431,55 @@ impl Disk {
 
     // -- pool ----------------------------------------------------------------------------------------------------------
 
-    /// Takes a free segment; it is the owner's in the table, durably, when this ends.
+    /// Takes a free segment; it is the owner's in the table, durably, when this ends. An empty pool (possible with `overcommit` only) is waited for, as
+    /// long as a stall may last.
     pub async fn allocate(&self, owner: Owner, number: u32) -> Result<SegmentRef> {
-        self.check()?;
-        let taken = {
-            let mut pool = self.pool.borrow_mut();
-            let cursor = pool.cursor;
-            let Some(&segment) = pool.free.range(cursor..).next().or_else(|| pool.free.iter().next()) else {
+        let taken = loop {
+            self.check()?;
+            if let Some(taken) = self.take_free(owner, number) {
+                break taken;
+            }
+            self.starving.set(self.starving.get() + 1);
+            self.changed.notify();
+            let free =
+                self.changed.until(|| (!self.pool.borrow().free.is_empty() || self.failure().is_some()).then_some(()));
+            futures::pin_mut!(free);
+            let waited = select(free, self.host.sleep(self.stall_max_ns)).await;
+            self.starving.set(self.starving.get() - 1);
+            if matches!(waited, Either::Right(_)) {
                 return Err(Error::NoSpace { what: "segment pool", needed: self.geometry.segment_size, free: 0 });
-            };
-            pool.free.remove(&segment);
-            pool.cursor = segment + 1;
-            let lap = pool.entries[segment as usize].lap.get() + 1;
-            pool.entries[segment as usize] = TableEntry {
-                state: 1,
-                kind: owner.kind as u8,
-                reserved: [0; 2],
-                number: number.into(),
-                volume_id: *owner.volume.as_bytes(),
-                log_seq: owner.log_seq.into(),
-                log_id: owner.log_id.into(),
-                lap: lap.into(),
-                reserved2: [0; 16],
-            };
-            pool.dirty_pages.insert(u64::from(segment) / TablePageHeader::ENTRIES);
-            SegmentRef { segment, lap, number }
+            }
         };
         self.store_table().await?;
         Ok(taken)
+    }
+
+    fn take_free(&self, owner: Owner, number: u32) -> Option<SegmentRef> {
+        let mut pool = self.pool.borrow_mut();
+        let cursor = pool.cursor;
+        let segment = *pool.free.range(cursor..).next().or_else(|| pool.free.iter().next())?;
+        pool.free.remove(&segment);
+        pool.cursor = segment + 1;
+        let lap = pool.entries[segment as usize].lap.get() + 1;
+        pool.entries[segment as usize] = TableEntry {
+            state: 1,
+            kind: owner.kind as u8,
+            reserved: [0; 2],
+            number: number.into(),
+            volume_id: *owner.volume.as_bytes(),
+            log_seq: owner.log_seq.into(),
+            log_id: owner.log_id.into(),
+            lap: lap.into(),
+            reserved2: [0; 16],
+        };
+        pool.dirty_pages.insert(u64::from(segment) / TablePageHeader::ENTRIES);
+        Some(SegmentRef { segment, lap, number })
+    }
+
+    /// Ends when somebody waits for a segment; an error when the disk failed.
+    pub async fn until_starving(&self) -> Result<()> {
+        self.changed.until(|| (self.starving.get() > 0 || self.failure().is_some()).then_some(())).await;
+        self.check()
     }
 
     /// Gives segments back. They can be given out again when the table says so durably. The caller has made durable the record that frees them
@@ -545,13 +567,6 @@ impl Disk {
     /// Segments free now.
     pub fn free_segments(&self) -> u64 {
         self.pool.borrow().free.len() as u64
-    }
-
-    /// Waits until a segment may have become free.
-    pub async fn until_free(&self) {
-        self.changed
-            .until(|| (!self.pool.borrow().free.is_empty() || self.failed.borrow().is_some()).then_some(()))
-            .await;
     }
 
     /// Bytes promised to volumes.

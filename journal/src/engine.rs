@@ -2,7 +2,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
-use std::rc::Rc;
+use std::rc::{Rc, Weak};
 use std::sync::Arc;
 
 use futures::future::join_all;
@@ -38,6 +38,8 @@ pub struct EngineConfig {
     pub flush_primary: bool,
     /// Bytes of cached index pages.
     pub index_cache_bytes: u64,
+    /// Bytes of sets, in memory, of the blocks that sealed logs touched; beyond it the oldest logs are asked by their index.
+    pub touched_bytes_max: u64,
     /// Most bytes of scratch of a writable view.
     pub scratch_bytes_max: u64,
     /// Most views of a volume.
@@ -58,6 +60,7 @@ impl Default for EngineConfig {
             overcommit: false,
             flush_primary: false,
             index_cache_bytes: 64 << 20,
+            touched_bytes_max: 64 << 20,
             scratch_bytes_max: 1 << 30,
             views_max: 64,
         }
@@ -75,12 +78,15 @@ pub struct InitOptions {
 
 /// A volume to be served.
 pub struct VolumeSpec {
+    /// Its uuid.
     pub id: Uuid,
+    /// Its name, for people.
     pub name: String,
     /// Path, for people.
     pub path: String,
     /// Bytes the guest sees; 0: the primary's size rounded down to a sector.
     pub size: u64,
+    /// Where its bytes live.
     pub primary: Rc<dyn Device>,
     /// What the state directory says.
     pub fence: Option<Fence>,
@@ -92,6 +98,7 @@ pub struct VolumeSpec {
 /// What `revert` is asked for.
 #[derive(Clone, Copy, Debug)]
 pub struct RevertRequest {
+    /// Back to.
     pub target: Instant,
     /// Disconnect clients and hold the export until `release`.
     pub force: bool,
@@ -169,6 +176,7 @@ impl Engine {
         }
         self.clock.past(disk.clock_high_water());
         let info = disk.info();
+        self.host.spawn(Box::pin(feed_starving(Rc::downgrade(self), Rc::downgrade(&disk))));
         let mut disks = self.disks.borrow_mut();
         disks.retain(|d| d.id != disk.id);
         disks.push(disk);
@@ -349,6 +357,27 @@ impl Engine {
     }
 }
 
+/// With `overcommit` the pool may run empty: then the volume furthest over its fair share loses its oldest log.
+async fn feed_starving(engine: Weak<Engine>, disk: Weak<Disk>) {
+    loop {
+        let Some(starving) = disk.upgrade() else { return };
+        if starving.until_starving().await.is_err() {
+            return;
+        }
+        let Some(engine) = engine.upgrade() else { return };
+        let share = |v: &Rc<Volume>| v.share_of(&starving);
+        let volumes = engine.volumes();
+        let worst = volumes
+            .iter()
+            .filter(|v| v.can_lose_oldest(&starving))
+            .max_by(|a, b| share(a).partial_cmp(&share(b)).unwrap_or(std::cmp::Ordering::Equal));
+        if let Some(volume) = worst {
+            volume.lose_oldest();
+        }
+        engine.host.sleep(20_000_000).await;
+    }
+}
+
 impl Volume {
     /// Drains, records the clean state, stops. With a primary that fails the fence stays dirty, and the next start redoes.
     pub(crate) async fn close(self: &Rc<Self>) -> Result<()> {
@@ -415,8 +444,11 @@ impl Volume {
 /// Block status of a piece, for `base:allocation`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BlockStatus {
+    /// Bytes.
     pub len: u64,
+    /// Occupies nothing.
     pub hole: bool,
+    /// Reads as zeroes.
     pub zero: bool,
 }
 
@@ -425,15 +457,20 @@ pub struct BlockStatus {
 pub trait Export {
     /// Bytes.
     fn size(&self) -> u64;
+    /// Writes are refused.
     fn read_only(&self) -> bool;
     /// Reads `len` bytes: parts in order, that together are exactly `len` bytes (so that overlay hits need no copy).
     fn read(&self, offset: u64, len: u32) -> LocalFuture<'static, Result<Vec<Slice>>>;
     /// Writes `len` bytes found in `data` from byte `offset % 4096` on: the frontend receives the payload into a buffer with the same alignment as on
     /// disk, so that the engine need not copy (`data.len() >= offset % 4096 + len`, rounded up to 4096). See [`payload_buf`].
     fn write(&self, offset: u64, len: u32, data: IoBuf, fua: bool) -> LocalFuture<'static, Result<()>>;
+    /// Makes the range read as zeroes; `no_hole` keeps its room on the primary.
     fn write_zeroes(&self, offset: u64, len: u32, no_hole: bool, fua: bool) -> LocalFuture<'static, Result<()>>;
+    /// A hint that the content is not needed any more.
     fn trim(&self, offset: u64, len: u32) -> LocalFuture<'static, Result<()>>;
+    /// Every write acked before the call, on any connection, is durable when it ends.
     fn flush(&self) -> LocalFuture<'static, Result<()>>;
+    /// Allocation of a range, in order; the answer may be shorter than the question.
     fn status(&self, offset: u64, len: u64) -> LocalFuture<'static, Result<Vec<BlockStatus>>>;
     /// A client opens the export. Refused with [`crate::Error::State`] while the export is held (after a forced revert) or not served.
     /// `on_disconnect` is called (once, on the shard's thread) when the engine wants the client gone: forced revert, view closed or lost, volume removed.

@@ -450,7 +450,7 @@ pub struct ControlLog {
     pub io_last: U64, //  32
     /// [`log_flags`]
     pub flags: U32, //  40
-    /// Why it was closed (for `info`): 0 rotation, 1 enable/disable, 2 revert, 3 restart, 4 moved, 5 cleaned.
+    /// Why it was closed (for `info`): 0 rotation, 1 enable/disable, 2 revert, 3 restart, 5 cleaned.
     pub close_reason: U32, //  44
     /// Id of its CDP disk.
     pub disk_id: [u8; 16], //  48

@@ -8,7 +8,6 @@ use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
 use uuid::Uuid;
-use zerocopy::IntoBytes;
 
 use crate::buf::{IoBuf, Slice};
 use crate::disk::{Disk, Owner, SegmentRef};
@@ -88,11 +87,6 @@ impl LogIndex {
         if let Some(part) = part {
             *part = Part::Run(run);
         }
-    }
-
-    /// Whether there is nothing in it.
-    pub fn is_empty(&self) -> bool {
-        self.mem.is_empty() && self.parts.is_empty()
     }
 
     /// Everything as sources of a merge, oldest first.
@@ -748,9 +742,4 @@ impl PageSink for StreamSink {
             Ok((0..count).map(|i| (at.segment, at.payload_at + base + i)).collect())
         })
     }
-}
-
-/// Bytes of a row, for the carry.
-pub fn row_bytes(row: &ControlLog) -> Vec<u8> {
-    row.as_bytes().to_vec()
 }

@@ -194,14 +194,6 @@ impl Overlay {
         self.find(block).is_some() || self.entries.range(block..block + count).next().is_some()
     }
 
-    /// The next entry at or after `block`: its range cut to start no earlier than `block`.
-    pub fn next_range(&self, block: u64) -> Option<(u64, u64)> {
-        if let Some((start, entry)) = self.find(block) {
-            return Some((block, start + entry.count - block));
-        }
-        self.entries.range(block..).next().map(|(start, entry)| (*start, entry.count))
-    }
-
     /// Takes the oldest work: up to about `blocks_max` blocks of data, and zero ranges of up to `zero_blocks_max` blocks in all.
     pub fn take(&mut self, blocks_max: u64, zero_blocks_max: u64) -> Batch {
         debug_assert!(self.batch_oldest.is_none(), "one batch at a time");
@@ -394,10 +386,5 @@ impl ExtentMap {
     /// Nothing in it.
     pub fn is_empty(&self) -> bool {
         self.ranges.is_empty()
-    }
-
-    /// Number of ranges.
-    pub fn len(&self) -> usize {
-        self.ranges.len()
     }
 }

@@ -38,7 +38,6 @@ pub(crate) enum CloseReason {
     Switched = 1,
     Reverted = 2,
     Restarted = 3,
-    Moved = 4,
     Cleaned = 5,
 }
 
@@ -382,6 +381,87 @@ impl Volume {
         self.evict_oldest(state, "evicted for capacity");
     }
 
+    /// How much of its fair share (its reservation) of a disk the volume takes.
+    pub(crate) fn share_of(&self, disk: &Rc<Disk>) -> f64 {
+        let state = self.state.borrow();
+        match &state.attach {
+            Some(attach) if Rc::ptr_eq(&attach.disk, disk) => {
+                Self::used_segments(&state) as f64 / attach.capacity.max(1) as f64
+            }
+            _ => 0.0,
+        }
+    }
+
+    /// Whether the oldest log can be given up for somebody else's sake.
+    pub(crate) fn can_lose_oldest(&self, disk: &Rc<Disk>) -> bool {
+        let state = self.state.borrow();
+        state.attach.as_ref().is_some_and(|a| Rc::ptr_eq(&a.disk, disk))
+            && state.leaving.is_empty()
+            && Self::oldest_can_go(&state)
+    }
+
+    /// Gives the oldest log up.
+    pub(crate) fn lose_oldest(self: &Rc<Self>) {
+        self.evict_for_capacity(&mut self.state.borrow_mut());
+    }
+
+    /// Keeps the sets of touched blocks of sealed logs within their bound: the oldest go first, and what is missing is read back, newest first.
+    async fn keep_sets(self: &Rc<Self>, bytes_max: u64) {
+        let logs: Vec<_> = self.state.borrow().logs.iter().filter(|l| l.state.borrow().sealed).cloned().collect();
+        let mut bytes = 0;
+        let mut missing = None;
+        for log in logs.iter().rev() {
+            let held = log.state.borrow().imaged.as_ref().map(|set| set.bytes() as u64);
+            match held {
+                Some(held) if bytes + held > bytes_max => log.state.borrow_mut().imaged = None,
+                Some(held) => bytes += held,
+                None if missing.is_none() => missing = Some(log),
+                None => {}
+            }
+        }
+        let Some(log) = missing else { return };
+        // A scattered block costs two bytes: what surely does not fit is not read.
+        let root = log.state.borrow().before_root;
+        if bytes + root.entries.get() * 2 > bytes_max {
+            return;
+        }
+        let _pin = log.pin();
+        let mut set = Touched::default();
+        let runs = log.state.borrow().before_index.runs();
+        for run in runs {
+            let mut cursor = run.cursor(Key { level: 0, block: 0, instant: 0 });
+            let mut n = 0u32;
+            loop {
+                match cursor.next(&*log.disk).await {
+                    Ok(Some(entry)) => {
+                        set.insert_range(entry.block.get(), entry.blocks());
+                    }
+                    Ok(None) => break,
+                    Err(_) => return,
+                }
+                n += 1;
+                if n % 1024 == 0 {
+                    yield_now().await;
+                }
+            }
+        }
+        log.state.borrow_mut().imaged = Some(set);
+    }
+
+    /// Tells once when the primary has another size than it had.
+    fn note_primary_size(self: &Rc<Self>) {
+        let Ok(now) = self.primary.current_size() else { return };
+        let mut state = self.state.borrow_mut();
+        let seen = std::mem::replace(&mut state.primary_size_seen, now);
+        if seen != 0 && seen != now {
+            let size = state.size;
+            self.event_later(
+                EventKind::PrimaryResized,
+                format!("the primary has {now} bytes now, the guest sees {size}: `volume resize` offers what it grew"),
+            );
+        }
+    }
+
     /// Takes the oldest log out of the row and lets it leave. Nothing is read back, nothing is moved.
     fn evict_oldest(self: &Rc<Self>, state: &mut State, why: &str) {
         let Some(log) = state.logs.pop_front() else { return };
@@ -433,7 +513,17 @@ impl Volume {
             let mode = self.state.borrow().mode;
             match mode {
                 Mode::Closed => break,
-                Mode::Journal => self.round().await,
+                Mode::Journal => {
+                    self.round().await;
+                    if rounds % 8 == 0 {
+                        self.note_primary_size();
+                        let share = self
+                            .engine
+                            .upgrade()
+                            .map_or(0, |e| e.config().touched_bytes_max / (e.volumes().len() as u64).max(1));
+                        self.keep_sets(share).await;
+                    }
+                }
                 Mode::Direct if rounds % 8 == 0 => self.try_protect_again().await,
                 _ => {}
             }
@@ -739,7 +829,7 @@ impl Volume {
         let instant = engine.tick().await.map_err(back)?;
         let ticket = {
             let mut state = self.state.borrow_mut();
-            state.attach = Some(Attach { disk: Rc::clone(disk), generation: state.generation, capacity });
+            state.attach = Some(Attach { disk: Rc::clone(disk), capacity });
             state.logs.clear();
             state.markers.clear();
             let size = state.size;
@@ -1183,9 +1273,10 @@ impl Volume {
         futures::pin_mut!(gone);
         match select(gone, self.host.sleep(wait_ns)).await {
             Either::Left(_) => Ok(()),
-            Either::Right(_) => {
-                Err(Error::State(format!("clients of volume {:?} were asked to go and did not: nothing was reverted", self.name())))
-            }
+            Either::Right(_) => Err(Error::State(format!(
+                "clients of volume {:?} were asked to go and did not: nothing was reverted",
+                self.name()
+            ))),
         }
     }
 

@@ -62,7 +62,6 @@ pub(crate) enum Mode {
 #[derive(Clone)]
 pub(crate) struct Attach {
     pub disk: Rc<Disk>,
-    pub generation: u64,
     /// Segments that `reserve_capacity` allows.
     pub capacity: u64,
 }
@@ -164,6 +163,7 @@ pub(crate) struct State {
     pub primary_failing: Option<(u64, Error)>,
     pub last_write_ns: u64,
     pub window_short_told: bool,
+    pub primary_size_seen: u64,
     /// The newest flush points: instant, and whether no write was in flight.
     pub flushes: VecDeque<(Instant, bool)>,
 }

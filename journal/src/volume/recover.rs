@@ -93,6 +93,7 @@ pub(crate) async fn open(engine: &Rc<Engine>, spec: VolumeSpec) -> Result<Rc<Vol
             primary_failing: None,
             last_write_ns: 0,
             window_short_told: false,
+            primary_size_seen: 0,
             flushes: VecDeque::new(),
         }),
         changed: Signal::default(),
@@ -409,11 +410,8 @@ impl Volume {
         state.created_ns = s.created_ns.get();
         state.generation = s.generation.get();
         state.next_seq = next_seq.max(s.next_seq.get());
-        state.attach = Some(Attach {
-            disk: Rc::clone(disk),
-            generation: state.generation,
-            capacity: settings.reserve_capacity / disk.geometry.segment_size,
-        });
+        state.attach =
+            Some(Attach { disk: Rc::clone(disk), capacity: settings.reserve_capacity / disk.geometry.segment_size });
         if let Some((_, size)) = control.sizes.last()
             && *size <= self.primary.current_size().unwrap_or(0)
         {
