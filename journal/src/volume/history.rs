@@ -68,6 +68,30 @@ impl Volume {
         self.work.notify();
     }
 
+    /// Rotates with an instant taken in the same step, so that no write of the old log is newer than the new log's start. Answers the ticket of the
+    /// new log's first frames.
+    async fn rotate_now(self: &Rc<Self>, reason: CloseReason, set: impl Fn(&mut State)) -> Result<Rc<Ticket>> {
+        let engine = self.engine()?;
+        loop {
+            {
+                let mut state = self.state.borrow_mut();
+                if state.mode != Mode::Journal {
+                    return Err(Error::Gone(format!(
+                        "volume {:?} left the journal meanwhile: {}",
+                        state.name, state.health_reason
+                    )));
+                }
+                if let Some(instant) = engine.try_tick() {
+                    set(&mut state);
+                    let recording = state.on;
+                    self.rotate(&mut state, instant, recording, reason);
+                    return Ok(state.open.back().map_or_else(done_ticket, |f| Rc::clone(&f.ticket)));
+                }
+            }
+            engine.raise_clock().await;
+        }
+    }
+
     /// Writes all control state into the open frames of a new log.
     fn carry(&self, state: &mut State, log: &Rc<Log>) {
         let settings = Self::settings_row(state);
@@ -550,9 +574,12 @@ impl Volume {
             state.on && state.wrote_since_marker && wall.saturating_sub(state.marker_last.0) >= interval
         };
         if wants_rotation || wants_marker {
-            let Ok(instant) = engine.tick().await else { return };
+            // The next round does it where the clock has to be raised first.
             let mut state = self.state.borrow_mut();
-            if state.mode == Mode::Journal && !self.admin.get() && instant > state.instant_last {
+            if state.mode == Mode::Journal
+                && !self.admin.get()
+                && let Some(instant) = engine.try_tick()
+            {
                 if wants_rotation {
                     let recording = state.on;
                     self.rotate(&mut state, instant, recording, CloseReason::Rotation);
@@ -691,7 +718,7 @@ impl Volume {
                 self.durable(&ticket).await?;
                 let disk = attach.disk.id;
                 self.put_fence(FenceState::Dirty, disk, "").await?;
-                self.shrink_within(attach.capacity.min(capacity)).await;
+                self.shrink_within(capacity).await?;
             }
             None => {
                 let disk = self.engine()?.pick_disk(None);
@@ -713,29 +740,42 @@ impl Volume {
         Ok(())
     }
 
-    /// After a smaller capacity: ends when the volume fits it, or nothing can go right now (the caretaker goes on).
-    async fn shrink_within(self: &Rc<Self>, capacity: u64) {
+    /// After a smaller capacity: ends when the volume fits it, or only what a pending revert or the active log needs is left.
+    async fn shrink_within(self: &Rc<Self>, capacity: u64) -> Result<()> {
         loop {
-            {
+            let oldest = {
                 let mut state = self.state.borrow_mut();
-                if Self::used_segments(&state) <= capacity || state.mode != Mode::Journal {
-                    return;
+                if Self::used_segments(&state) <= capacity || state.mode != Mode::Journal || Self::pinned(&state, 0) {
+                    return Ok(());
                 }
-                if state.leaving.is_empty() {
-                    if !Self::oldest_can_go(&state) {
-                        return;
-                    }
+                if state.leaving.is_empty() && Self::oldest_can_go(&state) {
                     self.evict_for_capacity(&mut state);
                 }
+                state.logs.front().cloned().filter(|_| state.leaving.is_empty())
+            };
+            match oldest {
+                None => {
+                    self.changed
+                        .until(|| {
+                            let state = self.state.borrow();
+                            (state.leaving.is_empty() || state.mode != Mode::Journal).then_some(())
+                        })
+                        .await;
+                }
+                Some(log) => {
+                    let (closed, wrote) = {
+                        let log = log.state.borrow();
+                        (log.closed, log.io_start != Instant::ZERO)
+                    };
+                    if !closed && !wrote {
+                        return Ok(());
+                    }
+                    if !closed {
+                        self.rotate_now(CloseReason::Rotation, |_| ()).await?;
+                    }
+                    self.until_sealed(&log).await?;
+                }
             }
-            let before = Self::used_segments(&self.state.borrow());
-            self.changed
-                .until(|| {
-                    let state = self.state.borrow();
-                    (Self::used_segments(&state) < before || state.leaving.is_empty() || state.mode != Mode::Journal)
-                        .then_some(())
-                })
-                .await;
         }
     }
 
@@ -751,16 +791,8 @@ impl Volume {
         match (mode, on) {
             (Mode::Journal, true) => return Ok(()),
             (Mode::Journal, false) => {
-                let instant = engine.tick().await?;
-                let ticket = {
-                    let mut state = self.state.borrow_mut();
-                    state.on = true;
-                    self.rotate(&mut state, instant, true, CloseReason::Switched);
-                    state.open.back().map(|f| Rc::clone(&f.ticket))
-                };
-                if let Some(ticket) = ticket {
-                    self.durable(&ticket).await?;
-                }
+                let ticket = self.rotate_now(CloseReason::Switched, |state| state.on = true).await?;
+                self.durable(&ticket).await?;
             }
             _ => {
                 let settings = self.state.borrow().settings.unwrap_or(engine.config().default_settings);
@@ -873,7 +905,6 @@ impl Volume {
     /// Switches protection off: history stays until it ages out.
     pub async fn disable(self: &Rc<Self>) -> Result<()> {
         self.serving()?;
-        let engine = self.engine()?;
         let _lock = self.lock_admin().await;
         let (mode, on, settings) = {
             let state = self.state.borrow();
@@ -886,16 +917,8 @@ impl Volume {
             return Ok(());
         }
         if mode == Mode::Journal {
-            let instant = engine.tick().await?;
-            let ticket = {
-                let mut state = self.state.borrow_mut();
-                state.on = false;
-                self.rotate(&mut state, instant, false, CloseReason::Switched);
-                state.open.back().map(|f| Rc::clone(&f.ticket))
-            };
-            if let Some(ticket) = ticket {
-                self.durable(&ticket).await?;
-            }
+            let ticket = self.rotate_now(CloseReason::Switched, |state| state.on = false).await?;
+            self.durable(&ticket).await?;
         } else {
             self.state.borrow_mut().on = false;
             let disk = self.state.borrow().fence.as_ref().map_or(uuid::Uuid::nil(), |f| f.disk);
@@ -1071,10 +1094,7 @@ impl Volume {
             position
         };
         if position + 1 == self.state.borrow().logs.len() {
-            let instant = self.engine()?.tick().await?;
-            let mut state = self.state.borrow_mut();
-            let recording = state.on;
-            self.rotate(&mut state, instant, recording, CloseReason::Cleaned);
+            self.rotate_now(CloseReason::Cleaned, |_| ()).await?;
         }
         let log = {
             let state = self.state.borrow();
@@ -1229,17 +1249,19 @@ impl Volume {
             self.until_writers_gone(engine.config().stall_max_ns).await?;
         }
         self.make_room(request.target, needed / segment_size).await?;
-        let instant = engine.tick().await?;
-        let next = engine.tick().await?;
-        let ticket = {
+        let ticket = loop {
             let mut state = self.state.borrow_mut();
             if state.mode != Mode::Journal {
                 return Err(Error::Gone("the CDP disk failed".into()));
             }
             let closing = Rc::clone(state.logs.back().ok_or_else(|| Error::Gone("no active log".into()))?);
-            if state.instant_last >= instant {
-                return Err(Error::State("a write overtook the revert: try again".into()));
-            }
+            // Taken in the step that uses it: no write lies between. The next log begins at the revert's own instant, so every instant from the revert
+            // on resolves in it.
+            let Some(instant) = engine.try_tick() else {
+                drop(state);
+                engine.raise_clock().await;
+                continue;
+            };
             // Writes admitted since the set was taken are in the active log's touched set.
             let mut left = changed;
             left.union(&closing.state.borrow().touched);
@@ -1254,15 +1276,15 @@ impl Volume {
                 let pending = PendingRevert { instant, target: request.target, left, total, done: 0, next_block: 0 };
                 closing.state.borrow_mut().revert = Some(pending);
             }
-            self.rotate(&mut state, next, true, CloseReason::Reverted);
-            state.open.back().map(|f| Rc::clone(&f.ticket))
+            self.rotate(&mut state, instant, true, CloseReason::Reverted);
+            break state.open.back().map(|f| Rc::clone(&f.ticket));
         };
         if let Some(ticket) = ticket {
             self.durable(&ticket).await?;
         }
         self.event(
             EventKind::Reverted,
-            format!("to {} at {instant}; {} blocks to copy", request.target, report.blocks),
+            format!("to {} at {}; {} blocks to copy", request.target, report.instant, report.blocks),
         );
         Ok(report)
     }

@@ -666,6 +666,8 @@ impl Volume {
                         && b.imaged.as_ref().is_some_and(Touched::is_empty)
                         && b.revert.is_none()
                         && a.recording == b.recording
+                        // After a revert the log before shows another state.
+                        && a.close_reason != CloseReason::Reverted as u32
                         && !a.thin
                         && b.hints.is_empty();
                     gone.then(|| Rc::clone(&last))
