@@ -293,6 +293,10 @@ fn watch_bounds(world: &World) {
     for vol in &world.volumes {
         let Some(handle) = vol.handle.borrow().clone() else { continue };
         let info = handle.info();
+        if info.health != Health::Ok && !world.any_fault() {
+            let text = format!("volume {} is {:?} without a fault: {}", vol.index, info.health, info.health_reason);
+            return world.fail(text);
+        }
         if info.used_bytes > vol.capacity.get() {
             let text = format!("volume {} uses {} of {} bytes", vol.index, info.used_bytes, vol.capacity.get());
             return world.fail(format!("reserve_capacity is exceeded: {text}: {:?}", info.logs));

@@ -190,6 +190,8 @@ pub struct World {
     pub running: RefCell<Option<Rc<Running>>>,
     /// The newest instant of the last incarnation.
     pub previous: Cell<u64>,
+    /// Time that the agent was stopped (SIGSTOP) so far.
+    pub frozen_ns: Cell<u64>,
     /// Guest requests in flight.
     pub in_flight: Cell<u32>,
     /// Numbers for the summary.
@@ -265,6 +267,7 @@ impl World {
             override_journal: Cell::new(false),
             running: RefCell::default(),
             previous: Cell::new(0),
+            frozen_ns: Cell::new(0),
             in_flight: Cell::new(0),
             counts: RefCell::default(),
             trace,
