@@ -8,10 +8,11 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::future::poll_fn;
 use std::io;
 use std::rc::{Rc, Weak};
+use std::task::{Poll, Waker};
 
-use futures::future::{Either, select};
 use uuid::Uuid;
 use zerocopy::{FromBytes, IntoBytes};
 
@@ -79,7 +80,8 @@ pub struct Disk {
     failed: RefCell<Option<String>>,
     changed: Signal,
     errors: Cell<u64>,
-    running: RefCell<BTreeMap<u64, u32>>,
+    /// Operations under way: stall slices counted so far, and whom to wake when the disk fails.
+    running: RefCell<BTreeMap<u64, (u32, Option<Waker>)>>,
     running_next: Cell<u64>,
     sync_started: Cell<u64>,
     sync_done: Cell<u64>,
@@ -228,7 +230,10 @@ impl Disk {
                 }
             }
             let Some((found, list)) = newest else {
-                return Err(Error::Damaged { what: "both copies of a segment table page", place: format!("{path} page {page}") });
+                return Err(Error::Damaged {
+                    what: "both copies of a segment table page",
+                    place: format!("{path} page {page}"),
+                });
             };
             *generation = found;
             entries.extend(list.into_iter().take((geometry.segments as usize).saturating_sub(entries.len())));
@@ -279,6 +284,11 @@ impl Disk {
             tracing::error!(disk = %self.path, %reason, "CDP disk failed");
             *self.failed.borrow_mut() = Some(reason);
         }
+        for (_, waker) in self.running.borrow_mut().values_mut() {
+            if let Some(waker) = waker.take() {
+                waker.wake();
+            }
+        }
         self.changed.notify();
     }
 
@@ -299,26 +309,27 @@ impl Disk {
         }
     }
 
-    /// Runs a device operation until it ends, the disk fails, or it stalls.
-    async fn guard<T: 'static>(&self, operation: LocalFuture<'static, T>) -> Result<T> {
+    /// Runs a device operation until it ends, the disk fails, or it stalls. The operation itself is never cancelled: the device owns its buffers.
+    async fn guard<T: 'static>(&self, mut operation: LocalFuture<'static, T>) -> Result<T> {
         self.check()?;
-        let id = self.running_next.get();
-        self.running_next.set(id + 1);
-        self.running.borrow_mut().insert(id, 0);
-        let failed = self.changed.until(|| self.failed.borrow().is_some().then_some(()));
-        futures::pin_mut!(failed);
-        let ended = match select(operation, failed).await {
-            Either::Left((value, _)) => Ok(value),
-            Either::Right(_) => Err(()),
-        };
-        self.running.borrow_mut().remove(&id);
-        match ended {
-            Ok(value) => Ok(value),
-            Err(()) => {
-                self.check()?;
-                Err(Error::Gone(format!("CDP disk {} is offline", self.path)))
+        let running = Running::enter(self);
+        let ended = poll_fn(|context| {
+            if let Poll::Ready(value) = operation.as_mut().poll(context) {
+                return Poll::Ready(Some(value));
             }
-        }
+            if self.failed.borrow().is_some() {
+                return Poll::Ready(None);
+            }
+            if let Some(slot) = self.running.borrow_mut().get_mut(&running.id) {
+                slot.1 = Some(context.waker().clone());
+            }
+            Poll::Pending
+        })
+        .await;
+        drop(running);
+        ended.ok_or_else(|| {
+            self.check().err().unwrap_or_else(|| Error::Gone(format!("CDP disk {} is offline", self.path)))
+        })
     }
 
     // -- I/O -----------------------------------------------------------------------------------------------------------
@@ -333,7 +344,8 @@ impl Disk {
     /// Reads `blocks` blocks; an error is the caller's alone.
     pub async fn read(&self, segment: u32, block: u32, blocks: u32) -> Result<IoBuf> {
         let at = self.geometry.at(segment, block);
-        let (result, buf) = self.guard(self.device.read(at, IoBuf::for_overwrite(blocks as usize * BLOCK as usize))).await?;
+        let (result, buf) =
+            self.guard(self.device.read(at, IoBuf::for_overwrite(blocks as usize * BLOCK as usize))).await?;
         match result {
             Ok(()) => Ok(buf),
             Err(e) => {
@@ -393,9 +405,7 @@ impl Disk {
 
     /// Makes a higher mark durable (a lower one is kept out).
     pub async fn put_clock(&self, mark: Instant) -> Result<()> {
-        self.changed
-            .until(|| (!self.clock_running.get() || self.failed.borrow().is_some()).then_some(()))
-            .await;
+        self.changed.until(|| (!self.clock_running.get() || self.failed.borrow().is_some()).then_some(())).await;
         if mark.0 <= self.clock_high_water.get() {
             return self.check();
         }
@@ -582,6 +592,27 @@ impl Disk {
     }
 }
 
+/// An operation's place in [`Disk::running`]; leaves it also when the caller is dropped.
+struct Running<'a> {
+    disk: &'a Disk,
+    id: u64,
+}
+
+impl<'a> Running<'a> {
+    fn enter(disk: &'a Disk) -> Self {
+        let id = disk.running_next.get();
+        disk.running_next.set(id + 1);
+        disk.running.borrow_mut().insert(id, (0, None));
+        Self { disk, id }
+    }
+}
+
+impl Drop for Running<'_> {
+    fn drop(&mut self) {
+        self.disk.running.borrow_mut().remove(&self.id);
+    }
+}
+
 impl PageReader for Disk {
     fn page(&self, segment: u32, block: u32, crc: u32) -> LocalFuture<'_, Result<Rc<IndexPage>>> {
         Box::pin(async move {
@@ -616,7 +647,7 @@ async fn watch_stalls(disk: Weak<Disk>, host: Rc<dyn Host>, stall_max_ns: u64) {
             return;
         }
         let mut stalled = false;
-        for ticks in disk.running.borrow_mut().values_mut() {
+        for (ticks, _) in disk.running.borrow_mut().values_mut() {
             *ticks += 1;
             stalled |= *ticks > STALL_SLICES;
         }

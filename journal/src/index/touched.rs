@@ -123,6 +123,27 @@ impl Touched {
         new
     }
 
+    /// Takes a range out; answers how many blocks of it were in.
+    pub fn remove_range(&mut self, block: u64, count: u64) -> u64 {
+        let mut gone = 0;
+        for (number, first, last) in parts(block, count) {
+            let Some(granule) = self.granules.get_mut(&number) else { continue };
+            if granule.is_full() {
+                granule.bits.insert_range(0..=(GRANULE - 1) as u32);
+            }
+            let removed = granule.bits.remove_range(first..=last);
+            granule.count -= removed;
+            gone += removed;
+            if granule.count == 0 {
+                self.granules.remove(&number);
+            } else {
+                granule.tidy(false);
+            }
+        }
+        self.len -= gone;
+        gone
+    }
+
     /// Whether a block is in.
     pub fn contains(&self, block: u64) -> bool {
         let (granule, at) = split(block);
