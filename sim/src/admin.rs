@@ -183,15 +183,17 @@ pub async fn stop(world: &Rc<World>) {
     world.running().executor.arm_crash(None);
     world.armed.set(None);
     let watched = watch(world, "stop".to_owned());
+    // A pending revert goes on after the next start: until then the primary is not all.
+    let whole: Vec<bool> = world.volumes.iter().map(|vol| vol.handle().info().revert.is_none()).collect();
     let result = world.running().engine.stop().await;
     watched.set(true);
     match result {
         Ok(()) => {
-            for vol in &world.volumes {
+            for (vol, whole) in world.volumes.iter().zip(whole) {
                 let began = world.now(vol);
                 let now = world.now(vol);
                 vol.oracle.borrow_mut().flushed(began, now);
-                if !world.any_fault() {
+                if whole && !world.any_fault() {
                     boot::check_primary(world, vol);
                 }
             }
@@ -356,7 +358,7 @@ async fn revert(world: &Rc<World>, vol: &Rc<Vol>, at: u64, exact: Option<u64>, f
             vol.oracle.borrow_mut().revert_refused();
             let held = !force && !leave_first;
             let expected = match error {
-                Error::State(_) => held || !before,
+                Error::State(_) => held || !before || handle.info().state == CdpState::Off,
                 Error::OutOfCoverage { .. } => !before || !after,
                 Error::NoSpace { .. } => true,
                 _ => false,
@@ -580,13 +582,14 @@ async fn reopen(world: &Rc<World>, vol: &Rc<Vol>) {
     }
     world.views.borrow_mut().retain(|view| view.vol != vol.index || !view.writable);
     vol.guard.take();
+    let whole = vol.handle().info().revert.is_none();
     match world.running().engine.close_volume(vol.id).await {
         Ok(()) => {
             let began = world.now(vol);
             let now = world.now(vol);
             vol.oracle.borrow_mut().flushed(began, now);
             vol.handle.take();
-            if !world.any_fault() {
+            if whole && !world.any_fault() {
                 boot::check_primary(world, vol);
             }
             boot::open(world, vol).await;

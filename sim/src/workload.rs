@@ -307,7 +307,7 @@ pub fn generate(seed: u64, profile: &str, ops: usize) -> Option<History> {
 fn setup(profile: &Profile, rng: &Rng) -> Setup {
     let volumes = if profile.many || rng.one_in(6) { 2 } else { 1 };
     let disks = if profile.many || rng.one_in(8) { 2 } else { 1 };
-    let reserve_segments = if profile.big { rng.range(18, 24) } else { rng.range(20, 40) };
+    let reserve_segments = if profile.big { rng.range(32, 34) } else { rng.range(34, 44) };
     let sectors = |_| {
         let blocks = *rng.pick(&[1, 2, 4, 8, 16, 32, 64]) + if profile.big { 64 } else { 0 };
         blocks * 8 + if rng.one_in(6) { rng.range(1, 7) } else { 0 }
@@ -315,7 +315,7 @@ fn setup(profile: &Profile, rng: &Rng) -> Setup {
     Setup {
         volumes: (0..volumes).map(sectors).collect(),
         disks: vec![reserve_segments * volumes + rng.range(2, 6); disks],
-        physical: (*rng.pick(&[512, 4096, 4096, 16384]), *rng.pick(&[512, 4096])),
+        physical: (*rng.pick(&[512, 4096]), *rng.pick(&[512, 4096])),
         files: rng.one_in(2),
         reserve_segments,
         duration_s: if rng.one_in(4) { rng.range(5, 100) } else { 86400 },

@@ -99,7 +99,7 @@ pub struct Vol {
     /// The client's hold.
     pub guard: RefCell<Option<ClientGuard>>,
     /// The engine asked the client to go.
-    pub disconnected: Rc<Cell<bool>>,
+    pub disconnected: Cell<bool>,
     /// Held by a forced revert until the release; `None`: a call was cut off by a crash.
     pub held: Cell<Option<bool>>,
     /// Forced reverts begun: calls that overlap one may be refused.
@@ -241,7 +241,7 @@ impl World {
                 last_revert: Cell::new(0),
                 handle: RefCell::default(),
                 guard: RefCell::default(),
-                disconnected: Rc::default(),
+                disconnected: Cell::new(false),
                 held: Cell::new(Some(false)),
                 forced: Cell::new(0),
             })
