@@ -1,4 +1,3 @@
-<<<<<<< HEAD
 //! The engine's front door: one shard's CDP disks and volumes, and what a frontend serves.
 
 use std::cell::{Cell, RefCell};
@@ -16,26 +15,11 @@ use crate::error::{Error, Result};
 use crate::fence::{Fence, FenceState};
 use crate::host::{Device, Host, LocalFuture, StateStore};
 use crate::index::PageCache;
-=======
-//! The engine's front door (skeleton: signatures only; the bodies are being written).
-#![allow(unused_variables, clippy::todo, missing_docs)]
-use crate::buf::{IoBuf, Slice};
-use crate::clock::HostClock;
-use crate::error::Result;
-use crate::fence::Fence;
-use crate::host::{Allocation, Device, Host, LocalFuture, StateStore};
->>>>>>> h/tests
 use crate::info::*;
 use crate::signal::Signal;
 use crate::types::Instant;
-<<<<<<< HEAD
 use crate::view::View;
 use crate::volume::{self, Mode, Volume};
-=======
-use std::rc::Rc;
-use std::sync::Arc;
-use uuid::Uuid;
->>>>>>> h/tests
 
 /// Bounds and defaults of an engine (one per shard).
 #[derive(Clone, Debug)]
@@ -151,7 +135,6 @@ impl Engine {
         config: EngineConfig,
         events: Box<dyn Fn(Event)>,
     ) -> Rc<Engine> {
-<<<<<<< HEAD
         let began = (host.wall_ns(), host.boot_ns());
         Rc::new(Engine {
             cache: Rc::new(RefCell::new(PageCache::new(config.index_cache_bytes as usize))),
@@ -426,42 +409,6 @@ impl Volume {
         let pending = self.state.borrow().logs.iter().any(|l| l.state.borrow().revert.is_some());
         let fence = if pending { FenceState::Dirty } else { FenceState::Clean };
         self.put_fence(fence, disk.id, "").await
-=======
-        todo!()
-    }
-    /// Writes an empty superblock and segment table. Needs no engine.
-    pub async fn init_disk(device: Rc<dyn Device>, options: InitOptions, id: Uuid) -> Result<()> {
-        todo!()
-    }
-    /// Opens a CDP disk; `path` is for people. The clock is raised past the disk's high-water mark.
-    pub async fn add_disk(self: &Rc<Self>, device: Rc<dyn Device>, path: String) -> Result<DiskInfo> {
-        todo!()
-    }
-    pub fn disks(&self) -> Vec<DiskInfo> {
-        todo!()
-    }
-    /// Recovers a volume (whatever its last stop was) and serves it. With a state that forbids serving (`NeedsJournal`…) it answers Ok and the volume's
-    /// `health` says so; its I/O is refused.
-    pub async fn open_volume(self: &Rc<Self>, spec: VolumeSpec) -> Result<Rc<Volume>> {
-        todo!()
-    }
-    /// Stops one volume: drains, records the clean state, forgets it. Its history stays on the CDP disk.
-    pub async fn close_volume(self: &Rc<Self>, id: Uuid) -> Result<()> {
-        todo!()
-    }
-    pub fn volume(&self, id: Uuid) -> Option<Rc<Volume>> {
-        todo!()
-    }
-    pub fn volumes(&self) -> Vec<Rc<Volume>> {
-        todo!()
-    }
-    pub fn view(&self, id: Uuid) -> Option<Rc<View>> {
-        todo!()
-    }
-    /// Drains everything and records the clean state.
-    pub async fn stop(self: &Rc<Self>) -> Result<()> {
-        todo!()
->>>>>>> h/tests
     }
 }
 
@@ -520,97 +467,3 @@ pub fn payload_buf(offset: u64, len: u32) -> IoBuf {
     let head = (offset % 4096) as usize;
     IoBuf::for_overwrite((head + len as usize).next_multiple_of(4096))
 }
-<<<<<<< HEAD
-=======
-
-/// A volume: serves as [`Export`] and takes the admin's calls. Make the export with `Rc<Volume>` (the trait is implemented for it).
-pub struct Volume {}
-
-impl Volume {
-    pub fn id(&self) -> Uuid {
-        todo!()
-    }
-    pub fn name(&self) -> String {
-        todo!()
-    }
-    pub fn export(self: &Rc<Self>) -> Rc<dyn Export> {
-        todo!()
-    }
-    pub fn info(self: &Rc<Self>) -> VolumeInfo {
-        todo!()
-    }
-    pub fn stats(&self) -> VolumeStats {
-        todo!()
-    }
-    /// Creates the settings in state `off` where there are none.
-    pub async fn edit(self: &Rc<Self>, settings: Settings) -> Result<()> {
-        todo!()
-    }
-    pub async fn enable(self: &Rc<Self>) -> Result<()> {
-        todo!()
-    }
-    pub async fn disable(self: &Rc<Self>) -> Result<()> {
-        todo!()
-    }
-    /// Appends a marker for `instant` (taken from the host's clock by the caller, so that several volumes can share it). An empty name makes an automatic one.
-    pub async fn mark(self: &Rc<Self>, name: &str, kind: MarkerKind, instant: Instant) -> Result<Marker> {
-        todo!()
-    }
-    /// Finds a marker.
-    pub fn marker(&self, name: &str) -> Option<Marker> {
-        todo!()
-    }
-    /// Idempotent per instant and kind: the same view is answered again.
-    pub async fn open_view(self: &Rc<Self>, time: Instant, snapshot_name: &str, writable: bool) -> Result<Rc<View>> {
-        todo!()
-    }
-    /// As it was opened before a restart, under its old id.
-    pub async fn reopen_view(self: &Rc<Self>, id: Uuid, time: Instant, snapshot_name: &str) -> Result<Rc<View>> {
-        todo!()
-    }
-    pub fn views(&self) -> Vec<ViewInfo> {
-        todo!()
-    }
-    pub async fn close_view(self: &Rc<Self>, id: Uuid) -> Result<()> {
-        todo!()
-    }
-    pub async fn revert(self: &Rc<Self>, request: RevertRequest) -> Result<RevertReport> {
-        todo!()
-    }
-    /// Ends when no revert is pending.
-    pub async fn revert_done(self: &Rc<Self>) -> Result<()> {
-        todo!()
-    }
-    /// Lets clients in again after a forced revert.
-    pub async fn release(self: &Rc<Self>) -> Result<()> {
-        todo!()
-    }
-    /// `None`: all history and the settings; otherwise exactly that log.
-    pub async fn clean(self: &Rc<Self>, seq: Option<u64>) -> Result<()> {
-        todo!()
-    }
-    /// Offers the primary's grown size (or `size` bytes of it) to the guest. Shrinking is refused.
-    pub async fn resize(self: &Rc<Self>, size: Option<u64>) -> Result<u64> {
-        todo!()
-    }
-    /// Write density between two instants in `buckets` equal pieces.
-    pub async fn timeline(self: &Rc<Self>, from: Instant, to: Instant, buckets: u32) -> Result<Vec<TimelineBucket>> {
-        todo!()
-    }
-}
-
-/// A view: serves as [`Export`].
-pub struct View {}
-
-impl View {
-    pub fn id(&self) -> Uuid {
-        todo!()
-    }
-    pub fn info(&self) -> ViewInfo {
-        todo!()
-    }
-    pub fn export(self: &Rc<Self>) -> Rc<dyn Export> {
-        todo!()
-    }
-}
->>>>>>> h/tests

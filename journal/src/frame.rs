@@ -272,6 +272,7 @@ impl FrameBuilder {
         let mut header = descriptor(DescriptorKind::Control, instant, start, count, 0, 0);
         header.sub = kind as u8;
         self.push(header, body, true);
+        self.instant_last = self.instant_last.max(instant);
     }
 
     /// Index pages; answers the block of the first one within the payload.

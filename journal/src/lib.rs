@@ -15,13 +15,10 @@ mod frame;
 pub mod host;
 pub mod index;
 pub mod info;
-<<<<<<< HEAD
 mod log;
+pub mod mutation;
 mod overlay;
 mod signal;
-=======
-pub mod mutation;
->>>>>>> h/sim
 mod types;
 mod view;
 mod volume;

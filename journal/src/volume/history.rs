@@ -2,6 +2,7 @@
 
 use std::rc::Rc;
 
+use futures::future::{Either, select};
 use zerocopy::IntoBytes;
 
 use super::{Attach, Mode, State, Ticket, Volume, write::done_ticket};
@@ -1135,7 +1136,7 @@ impl Volume {
             // Clients are disconnected, and stay out until release: a guest with stale caches must not write over the reverted state.
             self.state.borrow_mut().held = !request.release && writers > 0;
             self.disconnect_all();
-            self.changed.until(|| self.state.borrow().clients.values().all(|c| !c.writable).then_some(())).await;
+            self.until_writers_gone(engine.config().stall_max_ns).await?;
         }
         self.make_room(request.target, needed / segment_size).await?;
         let instant = engine.tick().await?;
@@ -1174,6 +1175,18 @@ impl Volume {
             format!("to {} at {instant}; {} blocks to copy", request.target, report.blocks),
         );
         Ok(report)
+    }
+
+    /// Clients that were asked to go finish the requests that they have under way; that takes no longer than a stall may.
+    async fn until_writers_gone(self: &Rc<Self>, wait_ns: u64) -> Result<()> {
+        let gone = self.changed.until(|| self.state.borrow().clients.values().all(|c| !c.writable).then_some(()));
+        futures::pin_mut!(gone);
+        match select(gone, self.host.sleep(wait_ns)).await {
+            Either::Left(_) => Ok(()),
+            Either::Right(_) => {
+                Err(Error::State(format!("clients of volume {:?} were asked to go and did not: nothing was reverted", self.name())))
+            }
+        }
     }
 
     /// Logs older than the target go until the revert has the room that it needs.

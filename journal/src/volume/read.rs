@@ -40,10 +40,18 @@ pub(crate) enum Point {
 pub(crate) enum Source {
     Zero,
     Memory(Slice),
-    Journal { log: usize, segment: u32, page: u32, crc: u32 },
+    Journal {
+        log: usize,
+        segment: u32,
+        page: u32,
+        crc: u32,
+    },
     Unreadable,
     Lost,
-    Primary,
+    /// Right as long as no log from this seq on has a before-image of the block (I6); `None`: whatever comes in between is concurrent.
+    Primary {
+        unless_imaged_from: Option<u64>,
+    },
 }
 
 /// Some sectors of a block.
@@ -160,35 +168,32 @@ impl Volume {
                 resolved.push((*block, layers));
             }
             self.fill(&row, first, &mut buf, &resolved).await?;
-            let again = matches!(point, Point::At(..)) && self.image_epoch.get() != epoch;
-            todo = if again { self.overtaken(&row, point, &resolved) } else { Vec::new() };
+            todo = if self.image_epoch.get() == epoch { Vec::new() } else { self.overtaken(&row, &resolved) };
         }
         let skip = (offset - first * BLOCK) as usize;
         Ok(buf.share().slice(skip, len as usize))
     }
 
-    /// Blocks that were read from the primary and have a before-image now, in a log at or after the point's (or in any, where memory cannot tell).
-    fn overtaken(&self, row: &Row, point: &Point, resolved: &[(u64, Layers)]) -> Vec<u64> {
-        let Point::At(_, log) = point else { return Vec::new() };
-        // Logs that were created since the row was taken count, too.
+    /// Blocks that were read from the primary while a before-image of them came in: what was read may be newer than the point.
+    fn overtaken(&self, row: &Row, resolved: &[(u64, Layers)]) -> Vec<u64> {
+        // Logs that began since the row was taken count, too.
         let state = self.state.borrow();
-        let from = log.seq;
-        resolved
-            .iter()
-            .filter(|(_, layers)| layers.iter().any(|l| matches!(l.source, Source::Primary)))
-            .map(|(block, _)| *block)
-            .filter(|block| {
-                let imaged = |l: &Rc<Log>| l.seq >= from && l.imaged(*block) == Some(true);
+        let overtaken = |block: u64, layer: &Layer| match layer.source {
+            Source::Primary { unless_imaged_from: Some(from) } => {
+                let imaged = |l: &Rc<Log>| l.seq >= from && l.imaged(block) == Some(true);
                 row.logs.iter().any(imaged) || state.logs.iter().any(imaged)
-            })
-            .collect()
+            }
+            _ => false,
+        };
+        let blocks = resolved.iter().filter(|(block, layers)| layers.iter().any(|l| overtaken(*block, l)));
+        blocks.map(|(block, _)| *block).collect()
     }
 
     /// Rule 3 and 4 for the newest state.
     async fn resolve_live(self: &Rc<Self>, row: &Row, block: u64) -> Result<Layers> {
         let mut missing = 0xFF;
         let mut layers = Vec::with_capacity(1);
-        self.unwritten(row, row.logs.len(), block, &mut missing, &mut layers, 0).await?;
+        self.unwritten(row, row.logs.len(), block, &mut missing, &mut layers, 0, None).await?;
         Ok(layers)
     }
 
@@ -231,7 +236,7 @@ impl Volume {
                 push_entries(&mut layers, i, &mut entries)?;
             }
             // 3. and 4. What older logs have not brought to the primary, else the primary.
-            self.unwritten(row, h, block, &mut missing, &mut layers, depth).await?;
+            self.unwritten(row, h, block, &mut missing, &mut layers, depth, Some(row.logs[h].seq)).await?;
             Ok(layers)
         })
     }
@@ -245,6 +250,7 @@ impl Volume {
         missing: &mut u8,
         layers: &mut Layers,
         depth: u32,
+        unless_imaged_from: Option<u64>,
     ) -> Result<()> {
         if *missing == 0 {
             return Ok(());
@@ -292,7 +298,10 @@ impl Volume {
             return Ok(());
         }
         let lost = self.state.borrow().lost_blocks.as_ref().is_some_and(|lost| lost.contains(block));
-        layers.push(Layer { mask: *missing, source: if lost { Source::Lost } else { Source::Primary } });
+        layers.push(Layer {
+            mask: *missing,
+            source: if lost { Source::Lost } else { Source::Primary { unless_imaged_from } },
+        });
         *missing = 0;
         Ok(())
     }
@@ -324,7 +333,7 @@ impl Volume {
                             errno: 5,
                         });
                     }
-                    Source::Primary => match primary.last_mut() {
+                    Source::Primary { .. } => match primary.last_mut() {
                         Some((start, list)) if *start + list.len() as u64 == *block => list.push((*block, layer.mask)),
                         _ => primary.push((*block, vec![(*block, layer.mask)])),
                     },
@@ -440,7 +449,7 @@ impl Volume {
             let in_hole = holes.get(piece).is_none_or(|p| p.hole) && until <= piece_end;
             let zero = layers.iter().all(|l| match l.source {
                 Source::Zero => true,
-                Source::Primary => in_hole,
+                Source::Primary { .. } => in_hole,
                 _ => false,
             });
             push(until - from, zero, zero);

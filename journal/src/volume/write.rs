@@ -282,7 +282,7 @@ impl Volume {
         if log.state.borrow().unframed > usable_bytes(log.disk.geometry.segment_size) / 4 {
             return;
         }
-        state.instant_last = instant;
+        // Not an instant that a flush waits for: the point travels when something else does.
         state.note_flush(instant, clean);
         let frame = self.open_frame(&mut state, &log, 0, false);
         frame.builder.push_flush_point(instant, clean);
