@@ -78,7 +78,8 @@ async fn start(world: &Rc<World>, executor: &Rc<Executor>) -> bool {
         let device = disk.attach(executor);
         if !world.initialised.get() {
             let options = InitOptions { segment_size: SEGMENT, force: false };
-            if let Err(error) = Engine::init_disk(Rc::clone(&device), options, disk_id(i), world.shared.wall_ns()).await {
+            if let Err(error) = Engine::init_disk(Rc::clone(&device), options, disk_id(i), world.shared.wall_ns()).await
+            {
                 world.fail(format!("init of {}: {error}", disk.name));
                 return false;
             }
