@@ -49,6 +49,15 @@ async fn other(world: &Rc<World>, action: &Action) {
             barrier(world).await;
             verify(world, &world.volumes[vol]).await;
         }
+        Action::Status { vol, sector, count } => {
+            barrier(world).await;
+            status(world, &world.volumes[vol], sector, count).await;
+        }
+        Action::DryRun { vol, at } => dry_run(world, &world.volumes[vol], at).await,
+        Action::Freeze { ns } => {
+            world.shared.pass(ns);
+            world.frozen_ns.set(world.frozen_ns.get() + ns);
+        }
         Action::Tick => world.remember(),
         Action::Mark { vol, pick } => mark(world, vol, pick).await,
         Action::OpenView { vol, at, writable } => open_view(world, &world.volumes[vol], at, writable).await,
@@ -174,15 +183,17 @@ pub async fn stop(world: &Rc<World>) {
     world.running().executor.arm_crash(None);
     world.armed.set(None);
     let watched = watch(world, "stop".to_owned());
+    // A pending revert goes on after the next start: until then the primary is not all.
+    let whole: Vec<bool> = world.volumes.iter().map(|vol| vol.handle().info().revert.is_none()).collect();
     let result = world.running().engine.stop().await;
     watched.set(true);
     match result {
         Ok(()) => {
-            for vol in &world.volumes {
+            for (vol, whole) in world.volumes.iter().zip(whole) {
                 let began = world.now(vol);
                 let now = world.now(vol);
                 vol.oracle.borrow_mut().flushed(began, now);
-                if !world.any_fault() {
+                if whole && !world.any_fault() {
                     boot::check_primary(world, vol);
                 }
             }
@@ -347,7 +358,7 @@ async fn revert(world: &Rc<World>, vol: &Rc<Vol>, at: u64, exact: Option<u64>, f
             vol.oracle.borrow_mut().revert_refused();
             let held = !force && !leave_first;
             let expected = match error {
-                Error::State(_) => held || !before,
+                Error::State(_) => held || !before || handle.info().state == CdpState::Off,
                 Error::OutOfCoverage { .. } => !before || !after,
                 Error::NoSpace { .. } => true,
                 _ => false,
@@ -379,6 +390,53 @@ async fn revert(world: &Rc<World>, vol: &Rc<Vol>, at: u64, exact: Option<u64>, f
     }
     if vol.guard.borrow().is_none() || vol.disconnected.get() {
         boot::connect(world, vol);
+    }
+}
+
+/// A revert that is only asked about must change nothing.
+async fn dry_run(world: &Rc<World>, vol: &Rc<Vol>, at: u64) {
+    let handle = vol.handle();
+    let target = world.pick_instant(&handle.info(), at);
+    let before = Vol::covers(&handle.info(), target);
+    let request = RevertRequest { target: Instant(target), force: true, release: false, dry_run: true, group: None };
+    let result = handle.revert(request).await;
+    let info = handle.info();
+    if vol.disconnected.get() || info.held {
+        return world.fail("a dry run of a revert disconnected the client");
+    }
+    match result {
+        Ok(report) if report.target.0 != target => world.fail(format!("dry run to {target}: {report:?}")),
+        Ok(_) => {}
+        Err(Error::OutOfCoverage { .. }) if !before || !Vol::covers(&info, target) => {}
+        Err(Error::State(_) | Error::NoSpace { .. }) => {}
+        Err(_) if world.any_fault() => {}
+        Err(error) => world.fail(format!("dry run to {target}: {error}")),
+    }
+    verify(world, vol).await;
+}
+
+/// What is said to be zero must read as zeroes.
+async fn status(world: &Rc<World>, vol: &Rc<Vol>, sector: u64, count: u64) {
+    let export = vol.handle().export();
+    let (offset, len) = (sector * 512, count * 512);
+    let pieces = match export.status(offset, len).await {
+        Ok(pieces) => pieces,
+        Err(_) if world.any_fault() => return,
+        Err(error) => return world.fail(format!("status of volume {}: {error}", vol.index)),
+    };
+    let covered: u64 = pieces.iter().map(|piece| piece.len).sum();
+    if covered > len || covered == 0 {
+        return world.fail(format!("status of {len} bytes describes {covered}"));
+    }
+    let Ok(parts) = export.read(offset, len as u32).await else { return };
+    let bytes: Vec<u8> = parts.iter().flat_map(|part| part.iter().copied()).collect();
+    let mut at = 0;
+    for piece in pieces {
+        let end = at + piece.len as usize;
+        if piece.zero && bytes[at..end].iter().any(|byte| *byte != 0) {
+            return world.fail(format!("volume {}: {piece:?} at {} is not zero", vol.index, offset + at as u64));
+        }
+        at = end;
     }
 }
 
@@ -524,13 +582,14 @@ async fn reopen(world: &Rc<World>, vol: &Rc<Vol>) {
     }
     world.views.borrow_mut().retain(|view| view.vol != vol.index || !view.writable);
     vol.guard.take();
+    let whole = vol.handle().info().revert.is_none();
     match world.running().engine.close_volume(vol.id).await {
         Ok(()) => {
             let began = world.now(vol);
             let now = world.now(vol);
             vol.oracle.borrow_mut().flushed(began, now);
             vol.handle.take();
-            if !world.any_fault() {
+            if whole && !world.any_fault() {
                 boot::check_primary(world, vol);
             }
             boot::open(world, vol).await;

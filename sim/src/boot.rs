@@ -78,7 +78,8 @@ async fn start(world: &Rc<World>, executor: &Rc<Executor>) -> bool {
         let device = disk.attach(executor);
         if !world.initialised.get() {
             let options = InitOptions { segment_size: SEGMENT, force: false };
-            if let Err(error) = Engine::init_disk(Rc::clone(&device), options, disk_id(i), 0).await {
+            if let Err(error) = Engine::init_disk(Rc::clone(&device), options, disk_id(i), world.shared.wall_ns()).await
+            {
                 world.fail(format!("init of {}: {error}", disk.name));
                 return false;
             }
@@ -230,11 +231,18 @@ pub async fn release(world: &World, vol: &Vol) {
     }
 }
 
-/// A client opens the volume for writing.
-pub fn connect(world: &World, vol: &Vol) {
-    let flag = Rc::clone(&vol.disconnected);
-    flag.set(false);
-    match vol.handle().export().connect(true, Box::new(move || flag.set(true))) {
+/// A client opens the volume for writing. Asked to go, it does so after a moment.
+pub fn connect(world: &Rc<World>, vol: &Rc<Vol>) {
+    vol.disconnected.set(false);
+    let (w, v) = (Rc::downgrade(world), Rc::clone(vol));
+    let leave = move || {
+        v.disconnected.set(true);
+        let Some(world) = w.upgrade().filter(|world| world.running.borrow().is_some()) else { return };
+        let host = SimHost(Rc::clone(&world.running().executor));
+        let ns = world.shared.rng.below(2_000_000);
+        host.0.after(ns, move || drop(v.guard.take()));
+    };
+    match vol.handle().export().connect(true, Box::new(leave)) {
         Ok(guard) => *vol.guard.borrow_mut() = Some(guard),
         Err(error) => world.fail(format!("volume {}: connect: {error}", vol.index)),
     }
@@ -293,6 +301,10 @@ fn watch_bounds(world: &World) {
     for vol in &world.volumes {
         let Some(handle) = vol.handle.borrow().clone() else { continue };
         let info = handle.info();
+        if info.health != Health::Ok && !world.any_fault() {
+            let text = format!("volume {} is {:?} without a fault: {}", vol.index, info.health, info.health_reason);
+            return world.fail(text);
+        }
         if info.used_bytes > vol.capacity.get() {
             let text = format!("volume {} uses {} of {} bytes", vol.index, info.used_bytes, vol.capacity.get());
             return world.fail(format!("reserve_capacity is exceeded: {text}: {:?}", info.logs));

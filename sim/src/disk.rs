@@ -703,7 +703,7 @@ impl Device for Handle {
                     }
                     if error.is_none() {
                         unsynced.retain(|write| write.dropped || covered.binary_search(&write.id).is_err());
-                        state.mtime_stable_ns = state.mtime_stable_ns.max(mtime_ns);
+                        state.mtime_stable_ns = mtime_ns;
                     }
                 }
                 shared.note(&[114, disk.number]);

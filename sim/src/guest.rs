@@ -15,6 +15,9 @@ use crate::world::{OpenView, SCRATCH_VOLUME, Vol, World};
 /// Longest time that any call may take, virtual nanoseconds.
 const PATIENCE_NS: u64 = 300_000_000_000;
 
+/// Longest time that a guest may wait for anything while its own disk works: `stall_max` and what detaching takes.
+const GUEST_WAIT_NS: u64 = 20_000_000_000;
+
 /// Fails the run if the returned flag is not set in time.
 pub fn watch(world: &Rc<World>, what: String) -> Rc<Cell<bool>> {
     let done = Rc::new(Cell::new(false));
@@ -65,6 +68,8 @@ fn forgiven(world: &World, vol: &Vol, forced: u64, error: &Error) -> bool {
 async fn request(world: &Rc<World>, vol: &Rc<Vol>, action: &Action) {
     let export = vol.handle().export();
     let forced = vol.forced.get();
+    let started = world.shared.boot_ns();
+    let frozen = world.frozen_ns.get();
     let (unprotected, switches) = (!vol.protected.get(), vol.switches.get());
     let began = world.now(vol);
     let begin = |kind, sector, count| vol.oracle.borrow_mut().begin(kind, sector, count, unprotected, began);
@@ -106,6 +111,10 @@ async fn request(world: &Rc<World>, vol: &Rc<Vol>, action: &Action) {
         }
         _ => return,
     };
+    let waited = world.shared.boot_ns() - started - (world.frozen_ns.get() - frozen);
+    if waited > GUEST_WAIT_NS && !world.primary_faulty.get() {
+        return world.fail(format!("a guest waited {} s: {action:?}", waited / 1_000_000_000));
+    }
     match (op, result) {
         (Some(op), Ok(())) => {
             let now = world.now(vol);

@@ -64,6 +64,12 @@ pub enum Action {
     Verify {
         vol: usize,
     },
+    /// Asks what is a hole or zero, with nothing in flight, and compares with a read.
+    Status {
+        vol: usize,
+        sector: u64,
+        count: u64,
+    },
     /// Remembers the present instant.
     Tick,
     /// A marker on one volume, or at one instant on all.
@@ -101,6 +107,11 @@ pub enum Action {
         force: bool,
         release: bool,
     },
+    /// Only asks what a revert would need.
+    DryRun {
+        vol: usize,
+        at: u64,
+    },
     /// Goes to the instant just before the newest revert.
     UndoRevert {
         vol: usize,
@@ -132,6 +143,10 @@ pub enum Action {
     },
     StepClock {
         by_ns: i64,
+    },
+    /// The agent is stopped and continued (SIGSTOP): time passes, the disks go on, nothing of the agent runs.
+    Freeze {
+        ns: u64,
     },
     Crash(Crash),
     /// A clean stop and start of the agent.
@@ -292,7 +307,7 @@ pub fn generate(seed: u64, profile: &str, ops: usize) -> Option<History> {
 fn setup(profile: &Profile, rng: &Rng) -> Setup {
     let volumes = if profile.many || rng.one_in(6) { 2 } else { 1 };
     let disks = if profile.many || rng.one_in(8) { 2 } else { 1 };
-    let reserve_segments = if profile.big { rng.range(18, 24) } else { rng.range(20, 40) };
+    let reserve_segments = if profile.big { rng.range(32, 34) } else { rng.range(34, 44) };
     let sectors = |_| {
         let blocks = *rng.pick(&[1, 2, 4, 8, 16, 32, 64]) + if profile.big { 64 } else { 0 };
         blocks * 8 + if rng.one_in(6) { rng.range(1, 7) } else { 0 }
@@ -300,7 +315,7 @@ fn setup(profile: &Profile, rng: &Rng) -> Setup {
     Setup {
         volumes: (0..volumes).map(sectors).collect(),
         disks: vec![reserve_segments * volumes + rng.range(2, 6); disks],
-        physical: (*rng.pick(&[512, 4096, 4096, 16384]), *rng.pick(&[512, 4096])),
+        physical: (*rng.pick(&[512, 4096]), *rng.pick(&[512, 4096])),
         files: rng.one_in(2),
         reserve_segments,
         duration_s: if rng.one_in(4) { rng.range(5, 100) } else { 86400 },
@@ -347,12 +362,17 @@ fn op(profile: &Profile, setup: &Setup, rng: &Rng) -> Op {
         }
         2 => Action::Flush { vol },
         3 if rng.one_in(3) => Action::Verify { vol },
+        3 if rng.one_in(4) => {
+            let (sector, count) = range(profile, sectors, rng);
+            Action::Status { vol, sector, count }
+        }
         3 => {
             let (sector, count) = range(profile, sectors, rng);
             Action::Read { vol, sector, count }
         }
         4 => view(profile, vol, sectors, rng),
         5 if rng.one_in(4) => Action::UndoRevert { vol },
+        5 if rng.one_in(6) => Action::DryRun { vol, at: rng.bits() },
         5 => Action::Revert { vol, at: rng.bits(), force: !rng.one_in(4), release: rng.one_in(2) },
         6 => switch(setup, vol, rng),
         7 if rng.one_in(4) => Action::CleanAll { vol },
@@ -368,6 +388,7 @@ fn op(profile: &Profile, setup: &Setup, rng: &Rng) -> Op {
         10 => fault(setup, rng),
         11 => primary_fault(setup, rng),
         12 => Action::Flip { disk: rng.below(setup.disks.len() as u64) as usize, pick: rng.bits() },
+        13 if rng.one_in(4) => Action::Freeze { ns: *rng.pick(&[2_000_000_000, 10_000_000_000, 100_000_000_000]) },
         13 => Action::StepClock {
             by_ns: *rng.pick(&[-3_600_000_000_000, -1_000_000_000, -1_000, 1_000, 1_000_000_000, 3_600_000_000_000]),
         },

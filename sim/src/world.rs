@@ -99,7 +99,7 @@ pub struct Vol {
     /// The client's hold.
     pub guard: RefCell<Option<ClientGuard>>,
     /// The engine asked the client to go.
-    pub disconnected: Rc<Cell<bool>>,
+    pub disconnected: Cell<bool>,
     /// Held by a forced revert until the release; `None`: a call was cut off by a crash.
     pub held: Cell<Option<bool>>,
     /// Forced reverts begun: calls that overlap one may be refused.
@@ -190,6 +190,8 @@ pub struct World {
     pub running: RefCell<Option<Rc<Running>>>,
     /// The newest instant of the last incarnation.
     pub previous: Cell<u64>,
+    /// Time that the agent was stopped (SIGSTOP) so far.
+    pub frozen_ns: Cell<u64>,
     /// Guest requests in flight.
     pub in_flight: Cell<u32>,
     /// Numbers for the summary.
@@ -239,7 +241,7 @@ impl World {
                 last_revert: Cell::new(0),
                 handle: RefCell::default(),
                 guard: RefCell::default(),
-                disconnected: Rc::default(),
+                disconnected: Cell::new(false),
                 held: Cell::new(Some(false)),
                 forced: Cell::new(0),
             })
@@ -265,6 +267,7 @@ impl World {
             override_journal: Cell::new(false),
             running: RefCell::default(),
             previous: Cell::new(0),
+            frozen_ns: Cell::new(0),
             in_flight: Cell::new(0),
             counts: RefCell::default(),
             trace,
