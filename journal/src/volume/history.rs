@@ -540,6 +540,9 @@ impl Volume {
                 Mode::Journal => {
                     self.round().await;
                     if rounds % 8 == 0 {
+                        if let Err(error) = self.store_lost_blocks().await {
+                            tracing::error!(volume = %self.id, %error, "fence");
+                        }
                         self.note_primary_size();
                         let share = self
                             .engine
@@ -960,7 +963,6 @@ impl Volume {
             state.attach = None;
             state.markers.clear();
             state.sizes.clear();
-            state.open.clear();
             state.mode = Mode::Direct;
             (std::mem::take(&mut state.logs), std::mem::take(&mut state.leaving))
         };
@@ -1040,7 +1042,8 @@ impl Volume {
     async fn try_protect_again(self: &Rc<Self>) {
         let settings = {
             let state = self.state.borrow();
-            let wants = state.on && state.health == Health::Offline && !self.admin.get();
+            let wants =
+                state.on && matches!(state.health, Health::Offline | Health::RevertIncomplete) && !self.admin.get();
             state.settings.filter(|_| wants)
         };
         let Some(settings) = settings else { return };
