@@ -261,6 +261,9 @@ impl Volume {
                 base = Some((seq, id, scan));
                 break;
             }
+            if let Some(place) = scan.hole {
+                return Err(Error::Damaged { what: "journal: control records that were durable are missing", place });
+            }
             for kind in Self::STREAMS {
                 dead.extend(streams.get(&(seq, id, kind)).into_iter().flatten().copied());
             }

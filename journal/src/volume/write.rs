@@ -240,6 +240,11 @@ impl Volume {
         self.kick.notify();
         let failed = || disk.failure().map(|reason| Err(Error::Gone(reason)));
         self.changed.until(|| if self.state.borrow().completed >= upto { Some(Ok(())) } else { failed() }).await?;
+        self.sync_completed(disk).await
+    }
+
+    /// Makes durable whatever has completed, and remembers how far that is.
+    pub(crate) async fn sync_completed(self: &Rc<Self>, disk: &Rc<crate::disk::Disk>) -> Result<()> {
         let (completed, frames) = {
             let state = self.state.borrow();
             (state.completed, Self::completed_frames(&state))
