@@ -954,6 +954,8 @@ impl Volume {
             self.resume_journal();
             return Err(error);
         }
+        // Evictions under way end first: their segments are theirs to free.
+        self.changed.until(|| (self.state.borrow().leaving.is_empty() || disk.failure().is_some()).then_some(())).await;
         let lost: Vec<_> = {
             let state = self.state.borrow();
             state.views.values().cloned().collect()
