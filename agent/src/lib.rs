@@ -4,7 +4,9 @@
 //!   and the clients' connections ([`frontend`]). Nothing on that path takes a lock.
 //! * Control plane: tokio. It talks to shards by message.
 
-//pub mod device;
+pub mod config;
+pub mod device;
 //pub mod frontend;
 pub mod ring;
 //pub mod shard;
+pub mod state;

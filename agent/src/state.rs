@@ -501,7 +501,10 @@ fn write_all(jobs: &Receiver<Job>, mut clock: u64) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use futures::executor::block_on;
+
+    fn block_on<T>(work: impl Future<Output = T>) -> T {
+        tokio::runtime::Builder::new_current_thread().build().expect("a runtime").block_on(work)
+    }
 
     fn fence(generation: u64, state: FenceState) -> Fence {
         Fence {
