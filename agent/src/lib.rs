@@ -5,6 +5,6 @@
 //! * Control plane: tokio. It talks to shards by message.
 
 pub mod device;
-//pub mod frontend;
+pub mod frontend;
 pub mod ring;
-//pub mod shard;
+pub mod shard;
