@@ -78,6 +78,8 @@ pub struct VolumeRecord {
     pub size: u64,
     /// It stands in the configuration: the record only keeps its uuid and size.
     pub configured: bool,
+    /// Order at the next recovery (`low`, `mid`, `high`), as last seen.
+    pub priority: String,
 }
 
 /// A CDP disk that is opened again after a restart.
@@ -199,6 +201,11 @@ impl StateDir {
     /// Replaces the list of views.
     pub async fn put_views(&self, views: &[ViewRecord]) -> io::Result<()> {
         self.writer.put(self.dir.join("views"), encode("views", &views)).await
+    }
+
+    /// Raises the clock's mark, for the control plane; shards use [`ShardStore`].
+    pub async fn raise_clock(&self, high_water: Instant) -> io::Result<()> {
+        answer(self.writer.send(self.dir.join("clock"), Change::Raise(high_water.0))).await
     }
 
     fn fence_path(&self, volume: Uuid) -> PathBuf {
@@ -535,7 +542,7 @@ mod tests {
             block_on(store.put_fence(Uuid::from_u128(3), None)).expect("removing what is not there is no error");
             block_on(store.put_clock(Instant(u64::MAX - 1))).expect("raise");
             block_on(store.put_clock(Instant(5))).expect("a lower mark is answered");
-            let volume = VolumeRecord { uuid: id, name: "v".into(), path: "/p".into(), size: 512, configured: false };
+            let volume = VolumeRecord { uuid: id, name: "v".into(), path: "/p".into(), size: 512, configured: false, priority: "mid".into() };
             block_on(state.put_volumes(&[volume])).expect("put");
             block_on(state.put_disks(&[DiskRecord { path: "/d".into() }])).expect("put");
             let view = ViewRecord { id, volume: id, time_ns: u64::MAX, snapshot_name: "ü\n".into(), writable: false };
