@@ -33,8 +33,10 @@ struct Context<S> {
     clients: Rc<Clients>,
 }
 
+type Work<S> = Box<dyn FnOnce(&Context<S>) + Send>;
+
 enum Message<S> {
-    Run(Box<dyn FnOnce(&Context<S>) + Send>),
+    Run(Work<S>),
     Stop,
 }
 
@@ -79,7 +81,8 @@ impl<S: Clone + 'static> ShardHandle<S> {
                 context.clients.drain(STOP_GRACE_NS).await;
             });
         })?;
-        let heartbeat = told.recv().unwrap_or_else(|_| Err(io::Error::other("the shard's thread ended at its start")))?;
+        let heartbeat =
+            told.recv().unwrap_or_else(|_| Err(io::Error::other("the shard's thread ended at its start")))?;
         Ok(Self { name: name.to_owned(), messages, heartbeat, clients, thread: Some(thread).into() })
     }
 
@@ -164,8 +167,11 @@ impl<S: ExportSource + Clone + 'static> ShardHandle<S> {
         let (answer, answered) = oneshot::channel();
         let messages = self.messages.clone();
         self.send(move |context| {
-            let claim = (context.clients.claim(&context.state, key))
-                .map(|claimed| ExportClaim { messages, claimed, adopted: false });
+            let claim = (context.clients.claim(&context.state, key)).map(|claimed| ExportClaim {
+                messages,
+                claimed,
+                adopted: false,
+            });
             let _ = answer.send(claim); // a claim that nobody takes gives its seat back
         })?;
         answered.await.map_err(|_| ShardGone)

@@ -10,7 +10,7 @@ use crate::exit;
 
 /// Looks at, edits and rewinds the volumes of a continuous data protection agent.
 #[derive(Debug, Parser)]
-#[command(name = "cdpctl", version, propagate_version = true, arg_required_else_help = true, after_help = ROOT_HELP, after_long_help = exit::help())]
+#[command(name = "cdpctl", version, arg_required_else_help = true, after_help = ROOT_HELP, after_long_help = exit::help())]
 pub struct Cli {
     #[command(flatten)]
     pub global: Global,
@@ -96,8 +96,8 @@ pub enum Command {
         cdpctl revert vm1-root --at '5m ago' --dry-run\n  \
         cdpctl revert vm1-root --at before-upgrade --wait\n  \
         cdpctl revert db-data db-log --at 2026-11-21T04:38:00Z --force\n\n\
-        Reads give the old state as soon as this returns; the copying goes on behind. A revert is history too: the answer has the\n\
-        instant that undoes it. Several volumes go back together or not at all. After --force the export refuses clients until\n\
+        Reads give the old state as soon as this returns; the copying goes on behind. A revert is history too: the answer has the \
+        instant that undoes it. Several volumes go back together or not at all. After --force the export refuses clients until \
         `cdpctl release` (or --release), so that a guest with stale caches cannot write over the reverted state.")]
     Revert(Revert),
     /// Let clients connect again after a forced revert

@@ -218,8 +218,11 @@ fn hint(socket: &Path) -> &'static str {
     }
 }
 
-/// An error and its causes, without saying the same thing twice.
+/// An error and its causes, without saying the same thing twice. That it was the transport says nothing.
 fn causes(error: &(dyn Error + 'static)) -> String {
+    if let (true, Some(cause)) = (error.is::<transport::Error>(), error.source()) {
+        return causes(cause);
+    }
     let mut text = error.to_string();
     let mut next = error.source();
     while let Some(cause) = next {

@@ -15,6 +15,7 @@ pub async fn spin<T>(what: &str, answer: impl Future<Output = T>) -> T {
         return answer;
     }
     let spinner = ProgressBar::new_spinner()
+        .with_elapsed(QUIET)
         .with_style(style("{spinner} {msg} ({elapsed})", ProgressStyle::default_spinner))
         .with_message(what.to_owned());
     spinner.enable_steady_tick(Duration::from_millis(100));

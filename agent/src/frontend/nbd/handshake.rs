@@ -139,7 +139,10 @@ where
                 if code == option::EXPORT_NAME {
                     return Err(broken(format!("an export name of {len} bytes")));
                 }
-                self.refuse(code, (reply::ERR_TOO_BIG, format!("{len} bytes of option, at most {OPTION_MAX} are read")));
+                self.refuse(
+                    code,
+                    (reply::ERR_TOO_BIG, format!("{len} bytes of option, at most {OPTION_MAX} are read")),
+                );
                 self.send().await?;
                 continue;
             }
@@ -304,11 +307,8 @@ where
             | transmission::SEND_FUA
             | transmission::SEND_CACHE
             | transmission::CAN_MULTI_CONN;
-        flags |= if read_only {
-            transmission::READ_ONLY
-        } else {
-            transmission::SEND_TRIM | transmission::SEND_WRITE_ZEROES
-        };
+        flags |=
+            if read_only { transmission::READ_ONLY } else { transmission::SEND_TRIM | transmission::SEND_WRITE_ZEROES };
         if self.structured {
             flags |= transmission::SEND_DF;
         }
@@ -342,8 +342,10 @@ where
         }
         self.find(name).await?;
         let set = code == option::SET_META_CONTEXT;
-        let chosen: Vec<&MetaContext> =
-            CONTEXTS.iter().filter(|context| (!set && queries.is_empty()) || asks_for(context, &queries, set)).collect();
+        let chosen: Vec<&MetaContext> = CONTEXTS
+            .iter()
+            .filter(|context| (!set && queries.is_empty()) || asks_for(context, &queries, set))
+            .collect();
         for context in &chosen {
             // In a list the numbers mean nothing and are 0.
             let mut bytes = if set { context.id } else { 0 }.to_be_bytes().to_vec();

@@ -170,7 +170,10 @@ impl<S: ExportSource + Clone + 'static> NbdServer<S> {
                 }
                 None => {
                     if !full {
-                        tracing::warn!(max = self.config.connections_max, "too many NBD connections: new ones are closed");
+                        tracing::warn!(
+                            max = self.config.connections_max,
+                            "too many NBD connections: new ones are closed"
+                        );
                     }
                     full = true;
                 }
@@ -215,7 +218,8 @@ impl<S: ExportSource + Clone + 'static> NbdServer<S> {
                 prepare_tcp(&stream)?;
                 match tls {
                     None => {
-                        let Some((claim, session)) = within(end, handshake::plain(&mut stream, directory)).await? else {
+                        let Some((claim, session)) = within(end, handshake::plain(&mut stream, directory)).await?
+                        else {
                             return Ok(false);
                         };
                         let stream = stream.into_std()?;
@@ -234,7 +238,8 @@ impl<S: ExportSource + Clone + 'static> NbdServer<S> {
                         let mut far = UnixStream::from_std(far)?;
                         tokio::spawn(async move {
                             // Ends when both directions have: the client's end of file reaches the shard, the shard's reaches the client.
-                            let _ = tokio::io::copy_bidirectional_with_sizes(&mut stream, &mut far, 1 << 18, 1 << 18).await;
+                            let _ =
+                                tokio::io::copy_bidirectional_with_sizes(&mut stream, &mut far, 1 << 18, 1 << 18).await;
                         });
                         (claim, session, near)
                     }

@@ -478,7 +478,12 @@ impl Connection {
     }
 
     /// The payload of a write, at its place in its block. `Ok(false)`: no more requests are taken.
-    async fn payload(&self, offset: u64, len: u32, mut received: Received) -> (io::Result<bool>, Option<IoBuf>, Received) {
+    async fn payload(
+        &self,
+        offset: u64,
+        len: u32,
+        mut received: Received,
+    ) -> (io::Result<bool>, Option<IoBuf>, Received) {
         let mut payload = payload_buf(offset, len);
         let mut at = (offset % BLOCK_BYTES) as usize;
         let end = at + len as usize;
