@@ -15,8 +15,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
-use cdp_journal::clock::{HostClock, RESERVE_AHEAD_NS};
-use cdp_journal::info::{DiskInfo, Health, Priority, RevertReport, ViewInfo, VolumeInfo, VolumeStats};
+use cdp_journal::clock::HostClock;
+use cdp_journal::info::{DiskInfo, Health, RevertReport, ViewInfo, VolumeInfo, VolumeStats};
 use cdp_journal::{
     Device, Engine, EngineConfig, Error, Export, InitOptions, Instant, Result, RevertRequest, View, Volume, VolumeSpec,
 };
@@ -25,7 +25,7 @@ use futures::future::{BoxFuture, FutureExt as _, join_all};
 use parking_lot::RwLock;
 use uuid::Uuid;
 
-use crate::config::{Config, priority, priority_word};
+use crate::config::Config;
 use crate::device::{Disk, DiskFile, OpenError};
 use crate::events::{EventHub, wall_ns};
 use crate::frontend::nbd::{ExportDirectory, ExportEntry, ExportInfo, ExportSource};
@@ -203,7 +203,6 @@ impl Control {
         control.open_disks(config, &saved.disks).await?;
         control.open_volumes(config, &saved).await?;
         control.reopen_views(saved.views).await?;
-        control.wait_for_the_wall().await;
         Ok(control)
     }
 
@@ -234,17 +233,8 @@ impl Control {
 
     /// A new instant, after everything that was acked so far.
     pub async fn instant(&self) -> Result<Instant> {
-        loop {
-            let wall = wall_ns();
-            if let Some(instant) = self.clock.tick(wall) {
-                return Ok(instant);
-            }
-            // An idle host's mark lies behind; no shard raises it before its next write.
-            let mark = Instant(wall.max(self.clock.previous().0) + RESERVE_AHEAD_NS);
-            let raised = self.state.raise_clock(mark).await;
-            raised.map_err(|error| Error::device("raise the clock in", self.state.path().display().to_string(), &error))?;
-            self.clock.raised(mark);
-        }
+        let ticked = self.shards[0].call(|local, _| async move { local.engine.tick().await });
+        ticked.await.unwrap_or_else(|_| Err(stopping()))
     }
 
     // ---- volumes ----
@@ -342,7 +332,6 @@ impl Control {
             path: new.path,
             size: new.size,
             configured: false,
-            priority: priority_word(Priority::default()).to_owned(),
         };
         self.events.name_volume(record.uuid, &record.name);
         let (shard, info) = self.open_volume(&record).await?;
@@ -501,17 +490,6 @@ impl Control {
         }
     }
 
-    /// Remembers a volume's priority: it orders the next recovery.
-    pub async fn remember_priority(&self, volume: Uuid, priority: Priority) -> Result<()> {
-        let _changing = self.changing.lock().await;
-        let word = priority_word(priority);
-        match self.registry.write().volumes.get_mut(&volume) {
-            Some(slot) if slot.record.priority != word => slot.record.priority = word.to_owned(),
-            _ => return Ok(()),
-        }
-        self.record_volumes().await
-    }
-
     async fn record_volumes(&self) -> Result<()> {
         let records: Vec<_> = self.registry.read().volumes.values().map(|slot| slot.record.clone()).collect();
         self.recorded("volumes", self.state.put_volumes(&records).await)
@@ -591,7 +569,6 @@ impl Control {
                 path: volume.path.clone(),
                 size: if volume.size == 0 { recorded_size } else { volume.size },
                 configured: true,
-                priority: known.map_or("mid", |known| &known.priority).to_owned(),
             });
         }
         for record in &saved.volumes {
@@ -613,7 +590,10 @@ impl Control {
             records.push(record.clone());
         }
         // High priority first; the sort keeps the order of equals.
-        records.sort_by_key(|record| std::cmp::Reverse(priority(&record.priority).unwrap_or_default()));
+        records.sort_by_key(|record| {
+            let settings = saved.fences.get(&record.uuid).and_then(|fence| fence.settings);
+            std::cmp::Reverse(settings.map(|settings| settings.priority).unwrap_or_default())
+        });
         for mut record in records {
             self.events.name_volume(record.uuid, &record.name);
             let opened = match self.check_identity(&record.path, "path") {
@@ -654,7 +634,7 @@ impl Control {
         let label = shown.clone();
         let opened = self.shards[shard].call(move |local, ring| async move {
             let device: Rc<dyn Device> = Rc::new(Disk::new(&ring, file));
-            Engine::init_disk(Rc::clone(&device), options, id).await?;
+            Engine::init_disk(Rc::clone(&device), options, id, wall_ns()).await?;
             local.engine.add_disk(device, label).await
         });
         let info = opened.await.unwrap_or_else(|_| Err(stopping()))?;
@@ -928,17 +908,6 @@ impl Control {
             shard.stop().await.with_context(|| format!("end {}", shard.name()))?;
         }
         stopped.into_iter().collect()
-    }
-
-    /// After a crash the clock goes on at its mark, up to a second ahead of the wall. Waiting that long before serving keeps
-    /// instants and wall clock alike for whoever compares them.
-    async fn wait_for_the_wall(&self) {
-        let lead = self.clock_lead_ns();
-        if (1..=2 * RESERVE_AHEAD_NS).contains(&lead) {
-            tokio::time::sleep(Duration::from_nanos(lead)).await;
-        } else if lead > 0 {
-            tracing::warn!(lead_ns = lead, "the clock of instants runs ahead: the wall clock was set back");
-        }
     }
 }
 
