@@ -242,6 +242,8 @@ struct FenceRecord {
     settings: Option<SettingsRecord>,
     on: bool,
     created_ns: u64,
+    #[serde(default)]
+    lost_blocks: Vec<(u64, u64)>,
     reason: String,
 }
 
@@ -279,6 +281,7 @@ impl FenceRecord {
             }),
             on: fence.on,
             created_ns: fence.created_ns,
+            lost_blocks: fence.lost_blocks.clone(),
             reason: fence.reason.clone(),
         }
     }
@@ -305,6 +308,7 @@ impl FenceRecord {
             settings,
             on: self.on,
             created_ns: self.created_ns,
+            lost_blocks: self.lost_blocks,
             reason: self.reason,
         })
     }
