@@ -1184,9 +1184,15 @@ impl Volume {
         self.work.notify();
         let result = self
             .changed
-            .until(|| match log.disk.failure() {
-                Some(reason) => Some(Err(Error::Gone(reason))),
-                None => log.state.borrow().sealed.then_some(Ok(())),
+            .until(|| {
+                let patience = self.engine.upgrade().map_or(0, |e| e.config().stall_max_ns);
+                match (log.disk.failure(), &self.state.borrow().primary_failing) {
+                    (Some(reason), _) => Some(Err(Error::Gone(reason))),
+                    (None, Some((since, error))) if self.host.boot_ns().saturating_sub(*since) > patience => {
+                        Some(Err(error.clone()))
+                    }
+                    _ => log.state.borrow().sealed.then_some(Ok(())),
+                }
             })
             .await;
         self.state.borrow_mut().drain_waiters -= 1;
