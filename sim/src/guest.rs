@@ -62,7 +62,9 @@ fn forgiven(world: &World, vol: &Vol, forced: u64, error: &Error) -> bool {
     let held = vol.forced.get() != forced || vol.disconnected.get();
     let refused = matches!(error, Error::State(_) | Error::Gone(_));
     let bad_health = vol.handle().info().health == Health::RevertIncomplete;
-    world.primary_faulty.get() || (held && refused) || (world.cdp_faulty.get() && bad_health)
+    // Damage on the CDP disk shows where a pending revert or the overlay needs it: an error, never wrong bytes.
+    let damage = world.damaged.get() && matches!(error, Error::Damaged { .. } | Error::Device { .. });
+    world.primary_faulty.get() || damage || (held && refused) || (world.cdp_faulty.get() && bad_health)
 }
 
 async fn request(world: &Rc<World>, vol: &Rc<Vol>, action: &Action) {

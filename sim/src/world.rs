@@ -184,6 +184,8 @@ pub struct World {
     pub finished: Cell<bool>,
     /// The history has come to its end (or cannot go on: a damaged journal refuses).
     pub completed: Cell<bool>,
+    /// A CDP disk did not open at this start.
+    pub disk_missing: Cell<bool>,
     /// The next start overrides a missing journal.
     pub override_journal: Cell<bool>,
     /// The running agent.
@@ -264,6 +266,7 @@ impl World {
             initialised: Cell::new(false),
             finished: Cell::new(false),
             completed: Cell::new(false),
+            disk_missing: Cell::new(false),
             override_journal: Cell::new(false),
             running: RefCell::default(),
             previous: Cell::new(0),
