@@ -115,6 +115,7 @@ async fn start(world: &Rc<World>, executor: &Rc<Executor>) -> bool {
         }
     }
     watched.set(true);
+    world.retries.set(0);
     !world.failed()
 }
 
@@ -164,6 +165,8 @@ pub async fn open(world: &Rc<World>, vol: &Rc<Vol>) -> bool {
         Health::Ok => {}
         Health::RevertIncomplete if world.any_fault() => return unserved(world, vol),
         Health::Offline if world.cdp_faulty.get() => {}
+        // An enable was cut off after its fence; protection comes on by itself.
+        Health::Offline if vol.expect_on.get().is_none() => vol.cut_off.set(true),
         Health::PrimaryFailing if world.primary_faulty.get() => {}
         Health::NeedsJournal if world.any_fault() => return unserved(world, vol),
         health => {
@@ -215,6 +218,9 @@ fn unserved(world: &World, vol: &Vol) -> bool {
         // The journal is damaged below its durable point: a person decides. Nothing was served.
         world.say(|| "the journal is damaged; the history ends here".to_owned());
         world.completed.set(true);
+    } else if all_there && world.cdp_faulty.get() && world.retries.get() < 5 {
+        world.retries.set(world.retries.get() + 1);
+        world.say(|| "not served: a CDP disk failed just now; the agent starts again".to_owned());
     } else if all_there {
         let reason = vol.handle.borrow().as_ref().map(|handle| handle.info().health_reason);
         world.fail(format!("volume {} is not served although all disks are there: {reason:?}", vol.index));
@@ -306,7 +312,9 @@ fn watch_bounds(world: &World) {
     for vol in &world.volumes {
         let Some(handle) = vol.handle.borrow().clone() else { continue };
         let info = handle.info();
-        if info.health != Health::Ok && !world.any_fault() {
+        if info.health == Health::Ok {
+            vol.cut_off.set(false);
+        } else if !world.any_fault() && !vol.cut_off.get() {
             let text = format!("volume {} is {:?} without a fault: {}", vol.index, info.health, info.health_reason);
             return world.fail(text);
         }
