@@ -161,6 +161,12 @@ impl Volume {
     ) -> Rc<Ticket> {
         let mut state = self.state.borrow_mut();
         let Some(log) = state.logs.back().cloned() else { return done_ticket() };
+        if state.attach.is_none() {
+            // The appender has left: what is not recorded must not be acted upon.
+            let ticket = Ticket::default();
+            ticket.finish(Err(Error::Gone("the volume has left the journal".into())));
+            return Rc::new(ticket);
+        }
         let frame = self.open_frame(&mut state, &log, 0, urgent);
         frame.builder.push_control(kind, instant, start, count, body);
         let ticket = Rc::clone(&frame.ticket);
