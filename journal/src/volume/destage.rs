@@ -686,8 +686,10 @@ impl Volume {
             state.touched = Default::default();
             state.overlay.clear();
         }
+        // In the same step as the flag: whoever sees the log sealed may evict it, and that record must come later.
+        let recorded = self.control(ControlKind::Log, Instant::ZERO, log.seq, 0, log.row().as_bytes(), true);
         log.release_spares().await.map_err(fail)?;
-        self.control(ControlKind::Log, Instant::ZERO, log.seq, 0, log.row().as_bytes(), true).wait().await?;
+        recorded.wait().await?;
         if !recording {
             self.free_writes(disk, log).await?;
         }

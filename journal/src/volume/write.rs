@@ -303,6 +303,12 @@ impl Volume {
             .changed
             .until(|| {
                 let state = self.state.borrow();
+                let patience = self.engine.upgrade().map_or(0, |e| e.config().stall_max_ns);
+                if let Some((since, error)) = &state.primary_failing
+                    && self.host.boot_ns().saturating_sub(*since) > patience
+                {
+                    return Some(Err(error.clone()));
+                }
                 match state.mode {
                     Mode::Closed => Some(Err(Error::Gone("the volume is closed".into()))),
                     _ => (Self::watermark(&state) >= upto || state.logs.is_empty()).then_some(Ok(())),
