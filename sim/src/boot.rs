@@ -199,7 +199,8 @@ pub async fn open(world: &Rc<World>, vol: &Rc<Vol>) -> bool {
         release(world, vol).await;
     }
     connect(world, vol);
-    if world.override_journal.get() {
+    // Where the journal was there after all, the override changed nothing.
+    if world.override_journal.get() && info.coverage.is_empty() {
         rebase(world, vol).await;
     }
     verify(world, vol).await;
