@@ -334,6 +334,9 @@ fn read_engine(section: &mut Section<'_>, engine: &mut EngineConfig) -> Result<(
     if let Some(bytes) = section.size("index_cache", MIB, 1 << 40)? {
         engine.index_cache_bytes = bytes;
     }
+    if let Some(bytes) = section.size("touched_sets", MIB, 1 << 40)? {
+        engine.touched_bytes_max = bytes;
+    }
     if let Some(bytes) = section.size("scratch", MIB, 1 << 40)? {
         engine.scratch_bytes_max = bytes;
     }
@@ -676,6 +679,7 @@ mod tests {
             overcommit = true
             durability = "both"
             index_cache = 1048576
+            touched_sets = "3MiB"
             scratch = "2GiB"
             views_max = 7
             [[disk]]
@@ -700,6 +704,7 @@ mod tests {
         let settings = Settings { reserve_capacity: 50 << 30, reserve_duration_s: 172_800, priority: Priority::High };
         assert_eq!(engine.default_settings, settings);
         assert!(engine.overcommit && engine.flush_primary);
+        assert_eq!((engine.index_cache_bytes, engine.touched_bytes_max), (1 << 20, 3 << 20));
         assert_eq!((engine.index_cache_bytes, engine.scratch_bytes_max, engine.views_max), (1 << 20, 2 << 30, 7));
         assert_eq!(config.disks, [PathBuf::from("/dev/a"), PathBuf::from("/dev/b")]);
         assert_eq!((config.volumes[0].size, config.volumes[0].uuid.is_some()), (10 << 30, true));

@@ -188,7 +188,8 @@ fn file_part_align(file: &File) -> usize {
         libc::statx(file.as_raw_fd(), c"".as_ptr(), libc::AT_EMPTY_PATH, libc::STATX_DIOALIGN, &raw mut answer)
     };
     let align = answer.stx_dio_mem_align.max(answer.stx_dio_offset_align) as usize;
-    if result == 0 && answer.stx_mask & libc::STATX_DIOALIGN != 0 && align.is_power_of_two() && align <= BLOCK as usize {
+    if result == 0 && answer.stx_mask & libc::STATX_DIOALIGN != 0 && align.is_power_of_two() && align <= BLOCK as usize
+    {
         align
     } else {
         BLOCK as usize
@@ -255,7 +256,9 @@ fn lock(file: &File, is_block: bool, path: &Path) -> Result<(), OpenError> {
     for (number, _) in bytes.clone() {
         for byte in [QEMU_USED_BASE + number, QEMU_UNSHARED_BASE + number] {
             fcntl(file, FcntlArg::F_OFD_SETLK(&byte_lock(libc::F_RDLCK, byte))).map_err(|errno| match errno {
-                Errno::EAGAIN | Errno::EACCES => busy("another program (an exclusive lock on QEMU's lock bytes)".to_owned()),
+                Errno::EAGAIN | Errno::EACCES => {
+                    busy("another program (an exclusive lock on QEMU's lock bytes)".to_owned())
+                }
                 errno => failed(errno.into()),
             })?;
         }
@@ -330,7 +333,7 @@ impl Disk {
 
     /// How many of `len` bytes at `offset` go through the main descriptor; the rest goes through the buffered one.
     fn direct_len(&self, offset: u64, len: usize) -> usize {
-        if offset % self.shared.align as u64 == 0 { len - len % self.shared.align } else { 0 }
+        if offset.is_multiple_of(self.shared.align as u64) { len - len % self.shared.align } else { 0 }
     }
 
     /// The descriptor for what does not fit the main one's alignment. Without O_DIRECT everything fits.
@@ -376,8 +379,15 @@ impl Disk {
                 Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
                 Ok(count) if count % align != 0 => {
                     // Cut inside a block (no space): what follows cannot be written directly from there.
-                    let rest = joined(data.parts(), len).slice(done + count - count % align, len - done - count + count % align);
-                    return Box::pin(self.write_range(file, align, vec![rest], offset + (done + count - count % align) as u64)).await;
+                    let rest = joined(data.parts(), len)
+                        .slice(done + count - count % align, len - done - count + count % align);
+                    return Box::pin(self.write_range(
+                        file,
+                        align,
+                        vec![rest],
+                        offset + (done + count - count % align) as u64,
+                    ))
+                    .await;
                 }
                 Ok(_) => {}
                 Err(error) if error.raw_os_error() == Some(libc::EINTR) => {}
@@ -388,7 +398,13 @@ impl Disk {
     }
 
     /// Tries to make zeroes without writing them. `Ok(false)`: the file cannot.
-    async fn allocate_zeroes(&self, mode: FallocateFlags, refused: &Cell<bool>, offset: u64, len: u64) -> io::Result<bool> {
+    async fn allocate_zeroes(
+        &self,
+        mode: FallocateFlags,
+        refused: &Cell<bool>,
+        offset: u64,
+        len: u64,
+    ) -> io::Result<bool> {
         if refused.get() {
             return Ok(false);
         }

@@ -20,6 +20,7 @@ use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use cdp_journal::info::Settings;
 use cdp_journal::{Fence, FenceState, Instant, LocalFuture, StateStore};
 use crossbeam_channel::{Receiver, Sender};
 use futures::channel::oneshot;
@@ -27,6 +28,8 @@ use nix::fcntl::{Flock, FlockArg};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
+
+use crate::config::{priority, priority_word};
 
 const MAGIC: &str = "cdp-state";
 const VERSION: u32 = 1;
@@ -235,6 +238,21 @@ struct FenceRecord {
     primary_size: u64,
     primary_id: String,
     primary_mtime_ns: u64,
+    next_seq: u64,
+    settings: Option<SettingsRecord>,
+    on: bool,
+    created_ns: u64,
+    #[serde(default)]
+    lost_blocks: Vec<(u64, u64)>,
+    reason: String,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct SettingsRecord {
+    reserve_capacity: u64,
+    reserve_duration_s: u64,
+    priority: String,
 }
 
 const FENCE_STATES: [(FenceState, &str); 4] = [
@@ -255,11 +273,30 @@ impl FenceRecord {
             primary_size: fence.primary_size,
             primary_id: fence.primary_id.clone(),
             primary_mtime_ns: fence.primary_mtime_ns,
+            next_seq: fence.next_seq,
+            settings: fence.settings.map(|settings| SettingsRecord {
+                reserve_capacity: settings.reserve_capacity,
+                reserve_duration_s: settings.reserve_duration_s,
+                priority: priority_word(settings.priority).to_owned(),
+            }),
+            on: fence.on,
+            created_ns: fence.created_ns,
+            lost_blocks: fence.lost_blocks.clone(),
+            reason: fence.reason.clone(),
         }
     }
 
+    /// `None`: a word in it is unknown.
     fn fence(self) -> Option<Fence> {
         let state = FENCE_STATES.iter().find(|(_, word)| *word == self.state)?.0;
+        let settings = match self.settings {
+            Some(settings) => Some(Settings {
+                reserve_capacity: settings.reserve_capacity,
+                reserve_duration_s: settings.reserve_duration_s,
+                priority: priority(&settings.priority)?,
+            }),
+            None => None,
+        };
         Some(Fence {
             disk: self.disk,
             generation: self.generation,
@@ -267,6 +304,12 @@ impl FenceRecord {
             primary_size: self.primary_size,
             primary_id: self.primary_id,
             primary_mtime_ns: self.primary_mtime_ns,
+            next_seq: self.next_seq,
+            settings,
+            on: self.on,
+            created_ns: self.created_ns,
+            lost_blocks: self.lost_blocks,
+            reason: self.reason,
         })
     }
 }
@@ -341,8 +384,7 @@ fn read_fence(path: &Path, volume: Uuid) -> Result<Option<Fence>, StateError> {
     if record.volume != volume {
         return Err(damaged(path, format!("it is the fence of volume {}", record.volume)));
     }
-    let state = record.state.clone();
-    record.fence().map(Some).ok_or_else(|| damaged(path, format!("unknown state {state:?}")))
+    record.fence().map(Some).ok_or_else(|| damaged(path, "it names a state or a priority that this agent does not know"))
 }
 
 fn required<T: DeserializeOwned>(path: &Path, kind: &str) -> Result<T, StateError> {
@@ -501,7 +543,11 @@ fn write_all(jobs: &Receiver<Job>, mut clock: u64) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use futures::executor::block_on;
+    use cdp_journal::info::Priority;
+
+    fn block_on<T>(work: impl Future<Output = T>) -> T {
+        tokio::runtime::Builder::new_current_thread().build().expect("a runtime").block_on(work)
+    }
 
     fn fence(generation: u64, state: FenceState) -> Fence {
         Fence {
@@ -511,6 +557,11 @@ mod tests {
             primary_size: 1 << 30,
             primary_id: "file:1:2".to_owned(),
             primary_mtime_ns: u64::MAX,
+            next_seq: 3,
+            settings: Some(Settings { reserve_capacity: 1 << 40, reserve_duration_s: 86400, priority: Priority::High }),
+            on: true,
+            created_ns: 9,
+            reason: "why \"not\"".to_owned(),
         }
     }
 

@@ -311,6 +311,11 @@ impl Disk {
         self.failed.borrow().clone()
     }
 
+    /// Ends when the disk fails.
+    pub async fn until_failed(&self) {
+        self.changed.until(|| self.failed.borrow().is_some().then_some(())).await;
+    }
+
     fn check(&self) -> Result<()> {
         match self.failure() {
             Some(reason) => Err(Error::Gone(format!("CDP disk {} is offline: {reason}", self.path))),

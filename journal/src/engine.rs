@@ -435,6 +435,7 @@ impl Volume {
             ticket.wait().await?;
             disk.sync().await?;
         }
+        self.primary.sync().await.map_err(|e| Error::device("sync", self.path(), &e))?;
         let pending = self.state.borrow().logs.iter().any(|l| l.state.borrow().revert.is_some());
         let fence = if pending { FenceState::Dirty } else { FenceState::Clean };
         self.put_fence(fence, disk.id, "").await

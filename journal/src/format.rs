@@ -257,8 +257,10 @@ pub struct FrameHeader {
     pub watermark: U64, //  64
     /// Frames of this log and kind with a number below this were known to be durable.
     pub durable_frames: U64, //  72
+    /// The same of the log's other kind: so that a missing tail of one stream is convicted by the other.
+    pub durable_frames_other: U64, //  80
     /// Zero.
-    pub reserved: [u8; 16], //  80
+    pub reserved: [u8; 8], //  88
 }
 const _: () = assert!(size_of::<FrameHeader>() == 96);
 impl FrameHeader {

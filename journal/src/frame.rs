@@ -113,6 +113,8 @@ pub struct FramePoint {
     pub watermark: Instant,
     /// Frames of this stream below this number are durable.
     pub durable_frames: u64,
+    /// The same of the log's other stream.
+    pub durable_frames_other: u64,
 }
 
 impl FrameBuilder {
@@ -309,7 +311,8 @@ impl FrameBuilder {
             durable: point.durable.0.into(),
             watermark: point.watermark.0.into(),
             durable_frames: point.durable_frames.into(),
-            reserved: [0; 16],
+            durable_frames_other: point.durable_frames_other.into(),
+            reserved: [0; 8],
         };
         let mut head = IoBuf::zeroed(header_blocks as usize * BLOCK as usize);
         let end = size_of::<FrameHeader>() + self.descriptors.len();

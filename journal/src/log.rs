@@ -417,6 +417,10 @@ impl Log {
         }
         let (parts, at, sealed) = {
             let mut state = self.state.borrow_mut();
+            let durable_frames_other = match kind {
+                StreamKind::Writes => state.before.frames_durable,
+                StreamKind::Before => state.writes.frames_durable,
+            };
             let (stream, _) = Self::stream(&mut state, kind);
             let place = *stream.segments.last().expect("a segment was just ensured");
             let fresh = stream.position == 0;
@@ -431,6 +435,7 @@ impl Log {
                 durable: point.durable,
                 watermark: point.watermark,
                 durable_frames: stream.frames_durable,
+                durable_frames_other,
             });
             let mut sealed = sealed;
             let mut parts = std::mem::take(&mut sealed.parts);

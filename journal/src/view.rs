@@ -173,6 +173,8 @@ impl View {
         self.check(offset, len)?;
         let (first, count) = blocks_of(offset, len);
         let parts = self.volume.read_at(&self.point(), offset, len).await?;
+        // Lost meanwhile (its log was evicted, or the CDP disk failed and the primary moves on without before-images): what was read may be newer.
+        self.check(offset, len)?;
         if !self.writable || !self.scratch.borrow().intersects(first, count) {
             return Ok(parts);
         }

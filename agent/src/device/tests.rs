@@ -137,13 +137,8 @@ fn the_allocation_map_covers_the_range_and_finds_holes() {
         disk.write(8 << 20, vec![pattern(7, 65536).share()]).await.unwrap();
         disk.sync().await.unwrap();
         let map = disk.allocation(0, 64 << 20).await.unwrap();
-        let expected = [
-            (1 << 20, true),
-            (65536, false),
-            ((7 << 20) - 65536, true),
-            (65536, false),
-            ((56 << 20) - 65536, true),
-        ];
+        let expected =
+            [(1 << 20, true), (65536, false), ((7 << 20) - 65536, true), (65536, false), ((56 << 20) - 65536, true)];
         assert_eq!(map.iter().map(|piece| (piece.len, piece.hole)).collect::<Vec<_>>(), expected);
         let map = disk.allocation((1 << 20) + 4096, 8192).await.unwrap();
         assert_eq!(map, [Allocation { len: 8192, hole: false }]);
@@ -222,7 +217,9 @@ fn qemu_is_refused_while_the_disk_is_open_and_the_other_way_round() {
 fn what_cannot_be_a_disk_is_refused_with_its_path() {
     let folder = tempfile::tempdir().unwrap();
     let missing = folder.path().join("missing");
-    for (path, words) in [(folder.path(), "a directory"), (Path::new("/dev/null"), "a character device"), (&missing, "stat")] {
+    for (path, words) in
+        [(folder.path(), "a directory"), (Path::new("/dev/null"), "a character device"), (&missing, "stat")]
+    {
         let error = DiskFile::open(path).unwrap_err().to_string();
         assert!(error.contains(words) && error.contains(&path.display().to_string()), "{error}");
     }

@@ -76,7 +76,10 @@ impl Ring {
     pub fn new() -> io::Result<Self> {
         let uring = open_uring()?;
         if !uring.params().is_feature_ext_arg() || !uring.params().is_feature_nodrop() {
-            return Err(io::Error::new(io::ErrorKind::Unsupported, "io_uring is too old: Linux 5.11 or newer is needed"));
+            return Err(io::Error::new(
+                io::ErrorKind::Unsupported,
+                "io_uring is too old: Linux 5.11 or newer is needed",
+            ));
         }
         let (remote, inbox) = Remote::for_this_thread()?;
         let ring = Self {
@@ -99,13 +102,19 @@ impl Ring {
 
     /// Runs `main`, and every task spawned beside it, until `main` ends. Tasks that are left are dropped.
     pub fn run<T: 'static>(&self, main: impl Future<Output = T> + 'static) -> T {
+        /// Also when a task panics: whoever waits for an answer of another task must learn that none comes.
+        struct Closing<'a>(&'a Ring);
+        impl Drop for Closing<'_> {
+            fn drop(&mut self) {
+                self.0.close();
+            }
+        }
+        let _closing = Closing(self);
         let main = self.task(main);
         while !main.is_finished() {
             self.turn();
         }
-        let output = main.now_or_never().expect("a finished task has its output");
-        self.close();
-        output
+        main.now_or_never().expect("a finished task has its output")
     }
 
     /// Runs a task beside the others, on this thread.
@@ -235,7 +244,10 @@ impl Ring {
         }
         let stuck = inner.in_kernel();
         if stuck > 0 {
-            tracing::error!(operations = stuck, "the kernel still holds buffers of this shard; their memory is left to it");
+            tracing::error!(
+                operations = stuck,
+                "the kernel still holds buffers of this shard; their memory is left to it"
+            );
         }
         // A task lives as long as somebody may wake it. Dropping the wakers drops the tasks, which may drop further wakers.
         loop {
@@ -283,12 +295,7 @@ impl Inner {
 /// io_uring in the best mode that the kernel has, from the newest to the plainest.
 fn open_uring() -> io::Result<IoUring> {
     let mut refused = None;
-    for (mode, setup) in [
-        ("SINGLE_ISSUER + DEFER_TASKRUN", 3),
-        ("COOP_TASKRUN", 2),
-        ("SUBMIT_ALL", 1),
-        ("plain", 0),
-    ] {
+    for (mode, setup) in [("SINGLE_ISSUER + DEFER_TASKRUN", 3), ("COOP_TASKRUN", 2), ("SUBMIT_ALL", 1), ("plain", 0)] {
         for entries in [SQ_ENTRIES, SQ_ENTRIES / 8] {
             let mut builder = IoUring::builder();
             builder.setup_cqsize(entries * 4).dontfork();

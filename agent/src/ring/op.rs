@@ -223,7 +223,7 @@ impl Vectored {
 
     /// Whether all that is left fits `align`, in its place in memory and in its length.
     pub fn is_aligned(&self, align: usize) -> bool {
-        self.iovecs[self.next..].iter().all(|io| io.iov_base as usize % align == 0 && io.iov_len % align == 0)
+        self.iovecs[self.next..].iter().all(|io| (io.iov_base as usize | io.iov_len).is_multiple_of(align))
     }
 
     /// The parts, for copying them elsewhere.
@@ -463,9 +463,9 @@ impl Ring {
     /// Waits for `poll(2)` events; answers those that happened. Dropping the future ends the wait.
     pub async fn poll(&self, file: &Rc<OwnedFd>, events: i16) -> io::Result<i16> {
         let events = u32::from(events.unsigned_abs());
-        let op = self.inner.start(Some(Rc::clone(file)), Memory::None, true, |_, fd| {
-            opcode::PollAdd::new(fd, events).build()
-        });
+        let op = self
+            .inner
+            .start(Some(Rc::clone(file)), Memory::None, true, |_, fd| opcode::PollAdd::new(fd, events).build());
         count_of(op.await.0).map(|events| events as i16)
     }
 

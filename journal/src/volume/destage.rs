@@ -604,10 +604,12 @@ impl Volume {
                 match content {
                     Ok(data) => push_write(&mut writes, *block, data),
                     Err(_) => {
-                        // One bad block must not hold up the rest: it is copied alone, or reads as an error at the target, too.
+                        // One bad block must not hold up the rest: it is copied alone, or reads as an error from now on. A primary that fails is tried
+                        // again.
                         for b in *block..block + count {
                             match self.blocks_at(target, &source, b, 1).await {
                                 Ok(data) => push_write(&mut writes, b, data),
+                                Err(error @ Error::Device { op: "read", .. }) => return Err(error),
                                 Err(error) => {
                                     tracing::error!(volume = %self.id, block = b, %error, "revert: block cannot be restored");
                                     self.lose_block(b);
@@ -620,6 +622,7 @@ impl Volume {
             self.take_before_images(disk, log, &wanted).await?;
             self.sync_before(disk, log).await?;
             self.write_until_durable(disk, &writes).await?;
+            self.store_lost_blocks().await?;
         }
         let (row, done) = {
             let mut state = log.state.borrow_mut();
@@ -652,7 +655,12 @@ impl Volume {
     }
 
     fn lose_block(&self, block: u64) {
-        self.state.borrow_mut().lost_blocks.get_or_insert_with(Default::default).insert(block);
+        let mut state = self.state.borrow_mut();
+        state.lost_blocks.get_or_insert_with(Default::default).insert(block);
+        state.lost_changed = true;
+        state.health = Health::RevertIncomplete;
+        state.health_reason =
+            "the history that a revert goes back to is damaged: some blocks read as errors until overwritten".into();
     }
 
     /// Everything of a closed log is on the primary: its indexes become one run each, and the log is final.

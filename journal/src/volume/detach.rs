@@ -128,6 +128,8 @@ impl Volume {
                 lost.union(&revert.left);
             }
         }
+        // Reads under way look again.
+        self.image_epoch.set(self.image_epoch.get() + 1);
         if !lost.is_empty() {
             let blocks = lost.len();
             state.lost_blocks.get_or_insert_with(Default::default).union(&lost);

@@ -868,6 +868,8 @@ impl Volume {
         };
         // Writes under way to the primary end before the first log begins.
         self.changed.until(|| (self.state.borrow().direct_inflight == 0).then_some(())).await;
+        // From now on a flush syncs the journal only: what went straight to the primary must be durable before.
+        self.primary.sync().await.map_err(|e| back(Error::device("sync", self.path(), &e)))?;
         self.put_fence(FenceState::Dirty, disk.id, "").await.map_err(back)?;
         let instant = engine.tick().await.map_err(back)?;
         let ticket = {
@@ -910,6 +912,19 @@ impl Volume {
         }
         if destager {
             self.host.spawn(Box::pin(Rc::clone(self).run_destager()));
+        }
+        let disk = self.state.borrow().attach.as_ref().map(|a| Rc::clone(&a.disk));
+        if let Some(disk) = disk {
+            // Also a disk that fails while this volume is idle is left at once.
+            let volume = Rc::downgrade(self);
+            self.host.spawn(Box::pin(async move {
+                disk.until_failed().await;
+                if let Some(volume) = volume.upgrade() {
+                    volume.kick.notify();
+                    volume.work.notify();
+                    volume.changed.notify();
+                }
+            }));
         }
     }
 
@@ -954,6 +969,8 @@ impl Volume {
             self.resume_journal();
             return Err(error);
         }
+        // Evictions under way end first: their segments are theirs to free.
+        self.changed.until(|| (self.state.borrow().leaving.is_empty() || disk.failure().is_some()).then_some(())).await;
         let lost: Vec<_> = {
             let state = self.state.borrow();
             state.views.values().cloned().collect()

@@ -181,7 +181,8 @@ impl Volume {
         let overtaken = |block: u64, layer: &Layer| match layer.source {
             Source::Primary { unless_imaged_from: Some(from) } => {
                 let imaged = |l: &Rc<Log>| l.seq >= from && l.imaged(block) == Some(true);
-                row.logs.iter().any(imaged) || state.logs.iter().any(imaged)
+                let lost = state.lost_blocks.as_ref().is_some_and(|lost| lost.contains(block));
+                lost || row.logs.iter().any(imaged) || state.logs.iter().any(imaged)
             }
             _ => false,
         };

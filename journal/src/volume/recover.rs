@@ -333,6 +333,9 @@ impl Volume {
                     instant_last = instant_last.max(scan.instant_last);
                     hole = hole.or(scan.hole.clone());
                 }
+                if before.frame_next < writes.claim_other || writes.frame_next < before.claim_other {
+                    hole.get_or_insert_with(|| format!("{} log {seq}: the tail of one of its streams", disk.path));
+                }
                 let mut touched = Touched::default();
                 let mut imaged = Touched::default();
                 let mut io = (Instant::MAX, Instant::ZERO);
@@ -347,8 +350,13 @@ impl Volume {
                 .await?;
                 let mut state = log.state.borrow_mut();
                 state.closed = true;
-                state.close_reason =
-                    if has(log_flags::CLOSED) { row.close_reason.get() } else { CloseReason::Restarted as u32 };
+                state.close_reason = if has(log_flags::CLOSED) {
+                    row.close_reason.get()
+                } else if seq == base_seq && control.reverted_at.is_some() {
+                    CloseReason::Reverted as u32
+                } else {
+                    CloseReason::Restarted as u32
+                };
                 if io.1 != Instant::ZERO {
                     (state.io_start, state.io_last) = io;
                 }
@@ -392,7 +400,8 @@ impl Volume {
         self.restore_overlay(watermark).await?;
         self.restore_reverts(&control).await?;
         self.check_destaged(watermark).await?;
-        self.resume_journal_after_recovery(engine, disk).await?;
+        let detaching = fence.state == FenceState::Detaching;
+        self.resume_journal_after_recovery(engine, disk, control.reverted_at, detaching).await?;
         self.event(
             EventKind::Recovered,
             format!("{} logs, writes after {watermark} redone", self.state.borrow().logs.len()),
@@ -672,15 +681,24 @@ impl Volume {
     }
 
     /// The row is whole: a new log starts, requests go through the journal.
-    async fn resume_journal_after_recovery(self: &Rc<Self>, engine: &Rc<Engine>, disk: &Rc<Disk>) -> Result<()> {
+    async fn resume_journal_after_recovery(
+        self: &Rc<Self>,
+        engine: &Rc<Engine>,
+        disk: &Rc<Disk>,
+        reverted_at: Option<Instant>,
+        detaching: bool,
+    ) -> Result<()> {
         let (settings, on) = {
             let state = self.state.borrow();
             (state.settings, state.on)
         };
         let reserve = settings.map_or(0, |s| s.reserve_capacity);
         disk.reserve(self.id, reserve, true)?;
-        self.put_fence(FenceState::Dirty, disk.id, "").await?;
-        let instant = engine.tick().await?;
+        // A way out that was cut off stays one: part of the backlog went to the primary without before-images.
+        let fence = if detaching { FenceState::Detaching } else { FenceState::Dirty };
+        self.put_fence(fence, disk.id, "").await?;
+        let now = engine.tick().await?;
+        let instant = reverted_at.unwrap_or(now);
         let (ticket, empty) = {
             let mut state = self.state.borrow_mut();
             // A log without a write leaves no trace: what is viewed in it, the log before it shows as well.
@@ -706,7 +724,7 @@ impl Volume {
                 state.logs.pop_back();
             }
             self.rotate(&mut state, instant, on, CloseReason::Restarted);
-            state.mode = Mode::Journal;
+            state.mode = if detaching { Mode::Switching } else { Mode::Journal };
             (state.open.back().map(|f| Rc::clone(&f.ticket)), empty)
         };
         self.start_tasks();
@@ -723,6 +741,16 @@ impl Volume {
                 list
             };
             disk.release(&segments).await?;
+        }
+        if detaching {
+            // Redone, then over: this history has a gap from where the disk failed.
+            self.state.borrow_mut().mode = Mode::Journal;
+            self.leave_journal("the CDP disk had failed", false).await?;
+            let mut state = self.state.borrow_mut();
+            if state.on && state.health == Health::Ok {
+                state.health = Health::Offline;
+                state.health_reason = "the CDP disk had failed".into();
+            }
         }
         Ok(())
     }
@@ -766,6 +794,8 @@ struct Control {
     hints: Vec<(u64, u64, u64, Instant)>,
     reverts: BTreeMap<u64, ControlRevert>,
     flushes: Vec<(Instant, bool)>,
+    /// The newest log ends with a revert: the next one begins at its instant.
+    reverted_at: Option<Instant>,
 }
 
 fn base_last_instant(control: &Control) -> u64 {
@@ -784,6 +814,7 @@ fn fold(side: &[Descriptor], base_seq: u64, place: &str) -> Result<Control> {
         hints: Vec::new(),
         reverts: BTreeMap::new(),
         flushes: Vec::new(),
+        reverted_at: None,
     };
     for descriptor in side {
         match descriptor.kind {
@@ -813,6 +844,7 @@ fn fold(side: &[Descriptor], base_seq: u64, place: &str) -> Result<Control> {
                     blocks_done: 0.into(),
                 };
                 control.reverts.insert(base_seq, row);
+                control.reverted_at = Some(descriptor.instant());
             }
             DescriptorKind::Control => match ControlKind::from_byte(descriptor.header.sub).ok_or_else(bad)? {
                 ControlKind::Settings => settings = Some(frame::body::<ControlSettings>(&descriptor.extra, place)?),
@@ -863,6 +895,8 @@ struct Scan {
     watermark: Instant,
     /// A frame that must be there is not.
     hole: Option<String>,
+    /// Frames of the log's other stream below this were durable.
+    claim_other: u64,
 }
 
 /// Calls `f` for every entry that a scan found.
@@ -912,6 +946,7 @@ async fn scan_stream(
         instant_last: Instant::ZERO,
         watermark: Instant::ZERO,
         hole: None,
+        claim_other: 0,
     };
     // Headers first: each says where the frames of the segment before it end.
     let mut headers: Vec<Option<SegmentHeader>> = Vec::with_capacity(segments.len());
@@ -934,7 +969,9 @@ async fn scan_stream(
     let mut durable_frames = 0;
     for (s, header) in segments.iter().zip(&headers).rev().take(2) {
         if header.is_some() {
-            durable_frames = durable_frames.max(durable_claim(disk, *s, id).await?);
+            let (own, other) = durable_claim(disk, *s, id).await?;
+            durable_frames = durable_frames.max(own);
+            scan.claim_other = scan.claim_other.max(other);
         }
     }
     let segment_blocks = (disk.geometry.segment_size / BLOCK) as u32;
@@ -981,10 +1018,10 @@ async fn scan_stream(
     Ok(scan)
 }
 
-/// The highest `durable_frames` that any whole frame header of a segment claims.
-async fn durable_claim(disk: &Rc<Disk>, s: SegmentRef, log_id: u64) -> Result<u64> {
+/// The highest `durable_frames` and `durable_frames_other` that any whole frame header of a segment claims.
+async fn durable_claim(disk: &Rc<Disk>, s: SegmentRef, log_id: u64) -> Result<(u64, u64)> {
     let segment_blocks = (disk.geometry.segment_size / BLOCK) as u32;
-    let mut claim = 0;
+    let mut claim = (0, 0);
     let mut block = 1;
     while block < segment_blocks {
         let n = WINDOW_BLOCKS.min(segment_blocks - block);
@@ -1006,7 +1043,8 @@ async fn durable_claim(disk: &Rc<Disk>, s: SegmentRef, log_id: u64) -> Result<u6
             }
             match frame::parse_frame(here, header) {
                 Some(parsed) => {
-                    claim = claim.max(parsed.header.durable_frames.get());
+                    claim.0 = claim.0.max(parsed.header.durable_frames.get());
+                    claim.1 = claim.1.max(parsed.header.durable_frames_other.get());
                     at += head_blocks + header.payload_blocks.get();
                 }
                 None => at += 1,
