@@ -1,15 +1,15 @@
 //! The engine's front door (skeleton: signatures only; the bodies are being written).
 #![allow(unused_variables, clippy::todo, missing_docs)]
-use std::rc::Rc;
-use std::sync::Arc;
-use uuid::Uuid;
-use crate::clock::HostClock;
 use crate::buf::{IoBuf, Slice};
+use crate::clock::HostClock;
 use crate::error::Result;
 use crate::fence::Fence;
 use crate::host::{Allocation, Device, Host, LocalFuture, StateStore};
 use crate::info::*;
 use crate::types::Instant;
+use std::rc::Rc;
+use std::sync::Arc;
+use uuid::Uuid;
 
 /// Bounds and defaults of an engine (one per shard).
 #[derive(Clone, Debug)]
@@ -40,7 +40,11 @@ impl Default for EngineConfig {
             backlog_bytes_max: 64 << 20,
             stall_max_ns: 5_000_000_000,
             marker_interval_s: 60,
-            default_settings: Settings { reserve_capacity: 30 << 30, reserve_duration_s: 86400, priority: Priority::Mid },
+            default_settings: Settings {
+                reserve_capacity: 30 << 30,
+                reserve_duration_s: 86400,
+                priority: Priority::Mid,
+            },
             overcommit: false,
             flush_primary: false,
             index_cache_bytes: 64 << 20,
@@ -94,22 +98,48 @@ pub struct Engine {}
 
 impl Engine {
     /// `events` is called on the engine's thread for each state change and must not block.
-    pub fn new(host: Rc<dyn Host>, clock: Arc<HostClock>, store: Rc<dyn StateStore>, config: EngineConfig, events: Box<dyn Fn(Event)>) -> Rc<Engine> { todo!() }
+    pub fn new(
+        host: Rc<dyn Host>,
+        clock: Arc<HostClock>,
+        store: Rc<dyn StateStore>,
+        config: EngineConfig,
+        events: Box<dyn Fn(Event)>,
+    ) -> Rc<Engine> {
+        todo!()
+    }
     /// Writes an empty superblock and segment table. Needs no engine.
-    pub async fn init_disk(device: Rc<dyn Device>, options: InitOptions, id: Uuid) -> Result<()> { todo!() }
+    pub async fn init_disk(device: Rc<dyn Device>, options: InitOptions, id: Uuid) -> Result<()> {
+        todo!()
+    }
     /// Opens a CDP disk; `path` is for people. The clock is raised past the disk's high-water mark.
-    pub async fn add_disk(self: &Rc<Self>, device: Rc<dyn Device>, path: String) -> Result<DiskInfo> { todo!() }
-    pub fn disks(&self) -> Vec<DiskInfo> { todo!() }
+    pub async fn add_disk(self: &Rc<Self>, device: Rc<dyn Device>, path: String) -> Result<DiskInfo> {
+        todo!()
+    }
+    pub fn disks(&self) -> Vec<DiskInfo> {
+        todo!()
+    }
     /// Recovers a volume (whatever its last stop was) and serves it. With a state that forbids serving (`NeedsJournal`…) it answers Ok and the volume's
     /// `health` says so; its I/O is refused.
-    pub async fn open_volume(self: &Rc<Self>, spec: VolumeSpec) -> Result<Rc<Volume>> { todo!() }
+    pub async fn open_volume(self: &Rc<Self>, spec: VolumeSpec) -> Result<Rc<Volume>> {
+        todo!()
+    }
     /// Stops one volume: drains, records the clean state, forgets it. Its history stays on the CDP disk.
-    pub async fn close_volume(self: &Rc<Self>, id: Uuid) -> Result<()> { todo!() }
-    pub fn volume(&self, id: Uuid) -> Option<Rc<Volume>> { todo!() }
-    pub fn volumes(&self) -> Vec<Rc<Volume>> { todo!() }
-    pub fn view(&self, id: Uuid) -> Option<Rc<View>> { todo!() }
+    pub async fn close_volume(self: &Rc<Self>, id: Uuid) -> Result<()> {
+        todo!()
+    }
+    pub fn volume(&self, id: Uuid) -> Option<Rc<Volume>> {
+        todo!()
+    }
+    pub fn volumes(&self) -> Vec<Rc<Volume>> {
+        todo!()
+    }
+    pub fn view(&self, id: Uuid) -> Option<Rc<View>> {
+        todo!()
+    }
     /// Drains everything and records the clean state.
-    pub async fn stop(self: &Rc<Self>) -> Result<()> { todo!() }
+    pub async fn stop(self: &Rc<Self>) -> Result<()> {
+        todo!()
+    }
 }
 
 /// Block status of a piece, for `base:allocation`.
@@ -153,43 +183,89 @@ pub fn payload_buf(offset: u64, len: u32) -> IoBuf {
 pub struct Volume {}
 
 impl Volume {
-    pub fn id(&self) -> Uuid { todo!() }
-    pub fn name(&self) -> String { todo!() }
-    pub fn export(self: &Rc<Self>) -> Rc<dyn Export> { todo!() }
-    pub fn info(self: &Rc<Self>) -> VolumeInfo { todo!() }
-    pub fn stats(&self) -> VolumeStats { todo!() }
+    pub fn id(&self) -> Uuid {
+        todo!()
+    }
+    pub fn name(&self) -> String {
+        todo!()
+    }
+    pub fn export(self: &Rc<Self>) -> Rc<dyn Export> {
+        todo!()
+    }
+    pub fn info(self: &Rc<Self>) -> VolumeInfo {
+        todo!()
+    }
+    pub fn stats(&self) -> VolumeStats {
+        todo!()
+    }
     /// Creates the settings in state `off` where there are none.
-    pub async fn edit(self: &Rc<Self>, settings: Settings) -> Result<()> { todo!() }
-    pub async fn enable(self: &Rc<Self>) -> Result<()> { todo!() }
-    pub async fn disable(self: &Rc<Self>) -> Result<()> { todo!() }
+    pub async fn edit(self: &Rc<Self>, settings: Settings) -> Result<()> {
+        todo!()
+    }
+    pub async fn enable(self: &Rc<Self>) -> Result<()> {
+        todo!()
+    }
+    pub async fn disable(self: &Rc<Self>) -> Result<()> {
+        todo!()
+    }
     /// Appends a marker for `instant` (taken from the host's clock by the caller, so that several volumes can share it). An empty name makes an automatic one.
-    pub async fn mark(self: &Rc<Self>, name: &str, kind: MarkerKind, instant: Instant) -> Result<Marker> { todo!() }
+    pub async fn mark(self: &Rc<Self>, name: &str, kind: MarkerKind, instant: Instant) -> Result<Marker> {
+        todo!()
+    }
     /// Finds a marker.
-    pub fn marker(&self, name: &str) -> Option<Marker> { todo!() }
+    pub fn marker(&self, name: &str) -> Option<Marker> {
+        todo!()
+    }
     /// Idempotent per instant and kind: the same view is answered again.
-    pub async fn open_view(self: &Rc<Self>, time: Instant, snapshot_name: &str, writable: bool) -> Result<Rc<View>> { todo!() }
+    pub async fn open_view(self: &Rc<Self>, time: Instant, snapshot_name: &str, writable: bool) -> Result<Rc<View>> {
+        todo!()
+    }
     /// As it was opened before a restart, under its old id.
-    pub async fn reopen_view(self: &Rc<Self>, id: Uuid, time: Instant, snapshot_name: &str) -> Result<Rc<View>> { todo!() }
-    pub fn views(&self) -> Vec<ViewInfo> { todo!() }
-    pub async fn close_view(self: &Rc<Self>, id: Uuid) -> Result<()> { todo!() }
-    pub async fn revert(self: &Rc<Self>, request: RevertRequest) -> Result<RevertReport> { todo!() }
+    pub async fn reopen_view(self: &Rc<Self>, id: Uuid, time: Instant, snapshot_name: &str) -> Result<Rc<View>> {
+        todo!()
+    }
+    pub fn views(&self) -> Vec<ViewInfo> {
+        todo!()
+    }
+    pub async fn close_view(self: &Rc<Self>, id: Uuid) -> Result<()> {
+        todo!()
+    }
+    pub async fn revert(self: &Rc<Self>, request: RevertRequest) -> Result<RevertReport> {
+        todo!()
+    }
     /// Ends when no revert is pending.
-    pub async fn revert_done(self: &Rc<Self>) -> Result<()> { todo!() }
+    pub async fn revert_done(self: &Rc<Self>) -> Result<()> {
+        todo!()
+    }
     /// Lets clients in again after a forced revert.
-    pub async fn release(self: &Rc<Self>) -> Result<()> { todo!() }
+    pub async fn release(self: &Rc<Self>) -> Result<()> {
+        todo!()
+    }
     /// `None`: all history and the settings; otherwise exactly that log.
-    pub async fn clean(self: &Rc<Self>, seq: Option<u64>) -> Result<()> { todo!() }
+    pub async fn clean(self: &Rc<Self>, seq: Option<u64>) -> Result<()> {
+        todo!()
+    }
     /// Offers the primary's grown size (or `size` bytes of it) to the guest. Shrinking is refused.
-    pub async fn resize(self: &Rc<Self>, size: Option<u64>) -> Result<u64> { todo!() }
+    pub async fn resize(self: &Rc<Self>, size: Option<u64>) -> Result<u64> {
+        todo!()
+    }
     /// Write density between two instants in `buckets` equal pieces.
-    pub async fn timeline(self: &Rc<Self>, from: Instant, to: Instant, buckets: u32) -> Result<Vec<TimelineBucket>> { todo!() }
+    pub async fn timeline(self: &Rc<Self>, from: Instant, to: Instant, buckets: u32) -> Result<Vec<TimelineBucket>> {
+        todo!()
+    }
 }
 
 /// A view: serves as [`Export`].
 pub struct View {}
 
 impl View {
-    pub fn id(&self) -> Uuid { todo!() }
-    pub fn info(&self) -> ViewInfo { todo!() }
-    pub fn export(self: &Rc<Self>) -> Rc<dyn Export> { todo!() }
+    pub fn id(&self) -> Uuid {
+        todo!()
+    }
+    pub fn info(&self) -> ViewInfo {
+        todo!()
+    }
+    pub fn export(self: &Rc<Self>) -> Rc<dyn Export> {
+        todo!()
+    }
 }

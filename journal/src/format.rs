@@ -662,7 +662,11 @@ pub fn sealed_block<T: IntoBytes + Immutable>(value: &T, at: usize) -> Vec<u8> {
 }
 
 /// Reads a structure whose CRC-32 at byte `at` covers what follows it in the structure; `None` when magic bytes or checksum do not fit.
-pub fn open_block<T: FromBytes + IntoBytes + KnownLayout + Immutable>(bytes: &[u8], magic: &[u8], at: usize) -> Option<T> {
+pub fn open_block<T: FromBytes + IntoBytes + KnownLayout + Immutable>(
+    bytes: &[u8],
+    magic: &[u8],
+    at: usize,
+) -> Option<T> {
     let size = size_of::<T>();
     let bytes = bytes.get(..size)?;
     if !bytes.starts_with(magic) {
@@ -704,8 +708,14 @@ impl Geometry {
         let table_b = TABLE_A + table_bytes;
         let segments_at = (table_b + table_bytes).next_multiple_of(1 << 20);
         let segments = disk_size.checked_sub(segments_at)? / segment_size;
-        (segments >= 8 && segments <= u64::from(u32::MAX))
-            .then_some(Self { segment_size, segments, table_pages, table_a: TABLE_A, table_b, segments_at })
+        (segments >= 8 && segments <= u64::from(u32::MAX)).then_some(Self {
+            segment_size,
+            segments,
+            table_pages,
+            table_a: TABLE_A,
+            table_b,
+            segments_at,
+        })
     }
 
     /// The segment size chosen for a disk of this size: about 1,024 segments, 1 to 16 MiB.
