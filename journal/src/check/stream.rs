@@ -297,9 +297,6 @@ impl Walk<'_> {
                 sum.whole = false;
                 let what = format!("frame {number} lies where frame {} belongs", state.expected);
                 self.doubt(state, state.expected.min(number), true, place(s, block), what);
-                if number < state.expected {
-                    break;
-                }
                 state.chain = None;
             }
             if number >= cut {
