@@ -1093,10 +1093,7 @@ fn random_damage_with_valid_checksums_never_panics() {
         let before = disk.bytes.clone();
         for _ in 0..=random.below(12) {
             let (at, sum, covered) = spots[random.below(spots.len() as u64) as usize];
-            let length = match covered {
-                Some(length) => length,
-                None => 400,
-            };
+            let length = covered.unwrap_or(400);
             for _ in 0..=random.below(4) {
                 let offset = at + random.below(length as u64) as usize;
                 disk.bytes[offset] = match random.below(4) {
