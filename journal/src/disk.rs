@@ -171,10 +171,18 @@ impl Disk {
         cache_id: u32,
     ) -> Result<Rc<Disk>> {
         let fail = |op: &'static str, e: io::Error| Error::device(op, path.clone(), &e);
+        // No watch runs yet: a disk that hangs is given up after the stall bound.
+        let timed =
+            async |read: LocalFuture<'static, (io::Result<()>, IoBuf)>| match select(read, host.sleep(stall_max_ns))
+                .await
+            {
+                Either::Left((done, _)) => done,
+                Either::Right(_) => (Err(io::Error::from_raw_os_error(110)), IoBuf::zeroed(4096)),
+            };
         let mut best: Option<Superblock> = None;
         let mut wrong_version = None;
         for at in [format::SUPERBLOCK_A, format::SUPERBLOCK_B] {
-            let (result, page) = device.read(at, IoBuf::zeroed(4096)).await;
+            let (result, page) = timed(device.read(at, IoBuf::zeroed(4096))).await;
             result.map_err(|e| fail("read superblock of", e))?;
             let Some(found) = format::open_block::<Superblock>(&page, &Superblock::MAGIC, 8) else { continue };
             if found.version.get() != format::VERSION || found.flags.get() != 0 {
@@ -208,7 +216,7 @@ impl Disk {
         let id = Uuid::from_bytes(superblock.disk_id);
         let mut clock: Option<(u64, u64)> = None;
         for at in [format::CLOCK_A, format::CLOCK_B] {
-            let (result, page) = device.read(at, IoBuf::zeroed(4096)).await;
+            let (result, page) = timed(device.read(at, IoBuf::zeroed(4096))).await;
             result.map_err(|e| fail("read clock of", e))?;
             if let Some(found) = format::open_block::<ClockPage>(&page, &ClockPage::MAGIC, 8)
                 && found.disk_id == superblock.disk_id
@@ -225,7 +233,7 @@ impl Disk {
         for (page, generation) in page_generation.iter_mut().enumerate() {
             let mut newest: Option<(u64, Vec<TableEntry>)> = None;
             for table in [geometry.table_a, geometry.table_b] {
-                let (result, bytes) = device.read(table + page as u64 * BLOCK, IoBuf::zeroed(4096)).await;
+                let (result, bytes) = timed(device.read(table + page as u64 * BLOCK, IoBuf::zeroed(4096))).await;
                 result.map_err(|e| fail("read segment table of", e))?;
                 if let Some((found, list)) = parse_table_page(&bytes, id, page as u64)
                     && newest.as_ref().is_none_or(|n| n.0 < found)
@@ -248,7 +256,7 @@ impl Disk {
             path,
             geometry,
             device,
-            host,
+            host: Rc::clone(&host),
             pool: RefCell::new(Pool {
                 entries,
                 free,

@@ -30,6 +30,8 @@ pub struct Fence {
     pub on: bool,
     /// When CDP was created, wall clock, nanoseconds.
     pub created_ns: u64,
+    /// Blocks (first, how many) whose content was lost with a CDP disk while a revert was pending: they read as errors until overwritten.
+    pub lost_blocks: Vec<(u64, u64)>,
     /// Why the state is `Detaching` or `Detached` (for people; at most 255 bytes).
     pub reason: String,
 }

@@ -60,6 +60,9 @@ impl Volume {
                 Err(error) => {
                     // Not the disk's write path (that latches): damage or a failing primary. Say so, wait, try again; nothing is dropped.
                     tracing::error!(volume = %self.id, %error, "destaging failed");
+                    if self.state.borrow().attach.is_none() {
+                        break;
+                    }
                     self.note_primary_failing(&error);
                     self.host.sleep(BACK_OFF_NS.1).await;
                 }
@@ -486,7 +489,7 @@ impl Volume {
                     self.note_primary_failing(&error);
                     self.host.sleep(pause).await;
                     pause = (pause * 2).min(BACK_OFF_NS.1);
-                    if disk.failure().is_some() {
+                    if disk.failure().is_some() || self.state.borrow().attach.is_none() {
                         return Err(error);
                     }
                 }
@@ -683,8 +686,10 @@ impl Volume {
             state.touched = Default::default();
             state.overlay.clear();
         }
+        // In the same step as the flag: whoever sees the log sealed may evict it, and that record must come later.
+        let recorded = self.control(ControlKind::Log, Instant::ZERO, log.seq, 0, log.row().as_bytes(), true);
         log.release_spares().await.map_err(fail)?;
-        self.control(ControlKind::Log, Instant::ZERO, log.seq, 0, log.row().as_bytes(), true).wait().await?;
+        recorded.wait().await?;
         if !recording {
             self.free_writes(disk, log).await?;
         }

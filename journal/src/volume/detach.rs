@@ -4,7 +4,6 @@
 
 use std::rc::Rc;
 
-use super::recover::LOST_PREFIX;
 use super::{Mode, Volume, destage};
 use crate::disk::Disk;
 use crate::fence::FenceState;
@@ -41,7 +40,7 @@ impl Volume {
         let lost = self.state.borrow().lost_blocks.as_ref().map(|l| l.len());
         let reason = match lost {
             Some(blocks) => {
-                format!("{LOST_PREFIX}: {blocks} blocks of a revert were lost with the CDP disk ({reason})")
+                format!("{blocks} blocks of a revert were lost with the CDP disk ({reason})")
             }
             None => reason,
         };

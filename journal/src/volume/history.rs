@@ -27,6 +27,8 @@ const MARKERS_MAX: usize = 16384;
 const MARKER_NAME_MAX: usize = 255;
 /// Time between two rounds of the caretaker, nanoseconds.
 const ROUND_NS: u64 = 250_000_000;
+/// How long a stop or a switch waits for a primary that fails, nanoseconds.
+const DRAIN_PATIENCE_NS: u64 = 30_000_000_000;
 /// A volume without writes for this long is idle, nanoseconds.
 const IDLE_NS: u64 = 1_000_000_000;
 
@@ -159,6 +161,12 @@ impl Volume {
     ) -> Rc<Ticket> {
         let mut state = self.state.borrow_mut();
         let Some(log) = state.logs.back().cloned() else { return done_ticket() };
+        if state.attach.is_none() {
+            // The appender has left: what is not recorded must not be acted upon.
+            let ticket = Ticket::default();
+            ticket.finish(Err(Error::Gone("the volume has left the journal".into())));
+            return Rc::new(ticket);
+        }
         let frame = self.open_frame(&mut state, &log, 0, urgent);
         frame.builder.push_control(kind, instant, start, count, body);
         let ticket = Rc::clone(&frame.ticket);
@@ -177,7 +185,7 @@ impl Volume {
         ticket.wait().await?;
         let disk = self.state.borrow().attach.as_ref().map(|a| Rc::clone(&a.disk));
         match disk {
-            Some(disk) => disk.sync().await,
+            Some(disk) => self.sync_completed(&disk).await,
             None => Ok(()),
         }
     }
@@ -540,6 +548,9 @@ impl Volume {
                 Mode::Journal => {
                     self.round().await;
                     if rounds % 8 == 0 {
+                        if let Err(error) = self.store_lost_blocks().await {
+                            tracing::error!(volume = %self.id, %error, "fence");
+                        }
                         self.note_primary_size();
                         let share = self
                             .engine
@@ -598,7 +609,7 @@ impl Volume {
         };
         if off_and_empty {
             let _lock = self.lock_admin().await;
-            if let Err(error) = self.leave_journal("switched off, and no history is left").await {
+            if let Err(error) = self.leave_journal("switched off, and no history is left", false).await {
                 tracing::warn!(volume = %self.id, %error, "leaving the journal failed");
             }
         }
@@ -928,8 +939,8 @@ impl Volume {
         Ok(())
     }
 
-    /// Brings everything to the primary and leaves the journal; all history goes. The caller holds the admin lock.
-    pub(crate) async fn leave_journal(self: &Rc<Self>, why: &str) -> Result<()> {
+    /// Brings everything to the primary and leaves the journal; all history goes, with `forget` the settings, too. The caller holds the admin lock.
+    pub(crate) async fn leave_journal(self: &Rc<Self>, why: &str, forget: bool) -> Result<()> {
         let disk = {
             let mut state = self.state.borrow_mut();
             if state.mode != Mode::Journal {
@@ -951,7 +962,18 @@ impl Volume {
             view.lose(&format!("history is gone: {why}"));
         }
         // From here on this generation is never redone.
+        let kept = {
+            let state = self.state.borrow();
+            (state.settings, state.on, state.created_ns)
+        };
+        if forget {
+            self.forget_settings();
+        }
         if let Err(error) = self.put_fence(FenceState::Detached, disk.id, why).await {
+            {
+                let mut state = self.state.borrow_mut();
+                (state.settings, state.on, state.created_ns) = kept;
+            }
             self.resume_journal();
             return Err(error);
         }
@@ -960,7 +982,6 @@ impl Volume {
             state.attach = None;
             state.markers.clear();
             state.sizes.clear();
-            state.open.clear();
             state.mode = Mode::Direct;
             (std::mem::take(&mut state.logs), std::mem::take(&mut state.leaving))
         };
@@ -1012,35 +1033,41 @@ impl Volume {
         }
         self.kick.notify();
         self.work.notify();
-        let result = self
-            .changed
-            .until(|| {
-                let state = self.state.borrow();
-                if let Some(reason) = state.attach.as_ref().and_then(|a| a.disk.failure()) {
-                    return Some(Err(Error::Gone(reason)));
-                }
-                if let Some((since, error)) = &state.primary_failing
-                    && self.host.boot_ns().saturating_sub(*since) > 30_000_000_000
-                {
-                    return Some(Err(error.clone()));
-                }
-                let done = state.open.is_empty()
-                    && state.inflight.is_none()
-                    && state.logs.iter().take_while(|l| reverts || l.state.borrow().revert.is_none()).all(|l| {
-                        let log = l.state.borrow();
-                        log.sealed || (log.overlay.is_empty() && log.revert.is_none())
-                    });
-                done.then_some(Ok(()))
-            })
-            .await;
+        let result = loop {
+            let done = self.changed.until(|| self.drained_or_failed(reverts));
+            futures::pin_mut!(done);
+            // A failing primary may change nothing for a long time: its patience is looked at every second.
+            if let Either::Left((result, _)) = select(done, self.host.sleep(1_000_000_000)).await {
+                break result;
+            }
+        };
         self.state.borrow_mut().drain_waiters -= 1;
         result
+    }
+
+    fn drained_or_failed(&self, reverts: bool) -> Option<Result<()>> {
+        let state = self.state.borrow();
+        if let Some(reason) = state.attach.as_ref().and_then(|a| a.disk.failure()) {
+            return Some(Err(Error::Gone(reason)));
+        }
+        if let Some((since, error)) = &state.primary_failing
+            && self.host.boot_ns().saturating_sub(*since) > DRAIN_PATIENCE_NS
+        {
+            return Some(Err(error.clone()));
+        }
+        let on_primary = |l: &Rc<Log>| {
+            let log = l.state.borrow();
+            log.sealed || (log.overlay.is_empty() && log.revert.is_none())
+        };
+        let mut logs = state.logs.iter().take_while(|l| reverts || l.state.borrow().revert.is_none());
+        (state.open.is_empty() && state.inflight.is_none() && logs.all(on_primary)).then_some(Ok(()))
     }
 
     async fn try_protect_again(self: &Rc<Self>) {
         let settings = {
             let state = self.state.borrow();
-            let wants = state.on && state.health == Health::Offline && !self.admin.get();
+            let wants =
+                state.on && matches!(state.health, Health::Offline | Health::RevertIncomplete) && !self.admin.get();
             state.settings.filter(|_| wants)
         };
         let Some(settings) = settings else { return };
@@ -1064,17 +1091,8 @@ impl Volume {
             if let Some(view) = self.state.borrow().views.keys().next() {
                 return Err(Error::State(format!("view {view} is open: close it first")));
             }
-            self.leave_journal("cleaned").await?;
-            {
-                let mut state = self.state.borrow_mut();
-                state.settings = None;
-                state.on = false;
-                state.created_ns = 0;
-                if state.health == Health::Offline {
-                    state.health = Health::Ok;
-                    state.health_reason.clear();
-                }
-            }
+            self.leave_journal("cleaned", true).await?;
+            self.forget_settings();
             let disk = self.state.borrow().fence.as_ref().map_or(uuid::Uuid::nil(), |f| f.disk);
             self.put_fence(FenceState::Detached, disk, "cleaned").await?;
             self.event(EventKind::Cleaned, "all history and settings");
@@ -1131,6 +1149,17 @@ impl Volume {
         }
         self.event(EventKind::Cleaned, format!("log {seq}"));
         Ok(())
+    }
+
+    fn forget_settings(&self) {
+        let mut state = self.state.borrow_mut();
+        state.settings = None;
+        state.on = false;
+        state.created_ns = 0;
+        if state.health == Health::Offline {
+            state.health = Health::Ok;
+            state.health_reason.clear();
+        }
     }
 
     async fn until_sealed(self: &Rc<Self>, log: &Rc<Log>) -> Result<()> {

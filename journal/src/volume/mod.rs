@@ -152,6 +152,8 @@ pub(crate) struct State {
     pub writes_inflight: u32,
     /// Blocks whose content was lost with the CDP disk: they read as errors until overwritten.
     pub lost_blocks: Option<Touched>,
+    /// The fence does not know yet that some were overwritten.
+    pub lost_changed: bool,
     /// Ranges to punch on the primary, of discards whose log was evicted.
     pub punch: Vec<(u64, u64)>,
     /// Somebody waits until everything is on the primary.
@@ -342,7 +344,31 @@ impl Volume {
             settings: state.settings,
             on: state.on,
             created_ns: state.created_ns,
+            lost_blocks: state.lost_blocks.as_ref().map_or_else(Vec::new, ranges),
             reason: reason.chars().take(200).collect(),
+        }
+    }
+
+    /// Tells the fence of lost blocks that were overwritten, before the overwrite is acked or forgotten.
+    pub(crate) async fn store_lost_blocks(&self) -> Result<()> {
+        if !std::mem::replace(&mut self.state.borrow_mut().lost_changed, false) {
+            return Ok(());
+        }
+        let fence = {
+            let mut state = self.state.borrow_mut();
+            if state.lost_blocks.as_ref().is_some_and(Touched::is_empty) {
+                state.lost_blocks = None;
+                if state.health == Health::RevertIncomplete {
+                    let offline = state.on && state.attach.is_none();
+                    state.health = if offline { Health::Offline } else { Health::Ok };
+                    state.health_reason.clear();
+                }
+            }
+            state.fence.clone()
+        };
+        match fence {
+            Some(fence) => self.put_fence(fence.state, fence.disk, &fence.reason).await,
+            None => Ok(()),
         }
     }
 
@@ -414,6 +440,18 @@ pub(crate) fn check_range(offset: u64, len: u64, size: u64) -> Result<()> {
 pub(crate) fn blocks_of(offset: u64, len: u64) -> (u64, u64) {
     let first = offset / BLOCK;
     (first, (offset + len).div_ceil(BLOCK) - first)
+}
+
+/// A set as ranges.
+fn ranges(set: &Touched) -> Vec<(u64, u64)> {
+    let mut out: Vec<(u64, u64)> = Vec::new();
+    for block in set.iter() {
+        match out.last_mut() {
+            Some((start, count)) if *start + *count == block => *count += 1,
+            _ => out.push((block, 1)),
+        }
+    }
+    out
 }
 
 struct VolumeExport(Rc<Volume>);

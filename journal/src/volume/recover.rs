@@ -85,6 +85,7 @@ pub(crate) async fn open(engine: &Rc<Engine>, spec: VolumeSpec) -> Result<Rc<Vol
             direct_inflight: 0,
             writes_inflight: 0,
             lost_blocks: None,
+            lost_changed: false,
             punch: Vec::new(),
             drain_waiters: 0,
             backlog_full: false,
@@ -103,6 +104,18 @@ pub(crate) async fn open(engine: &Rc<Engine>, spec: VolumeSpec) -> Result<Rc<Vol
         image_epoch: Cell::new(0),
         admin: Cell::new(false),
     });
+    if let Some(fence) = &fence
+        && !fence.lost_blocks.is_empty()
+        && !spec.override_journal
+    {
+        let mut state = volume.state.borrow_mut();
+        let lost = state.lost_blocks.get_or_insert_with(Touched::default);
+        for (block, count) in &fence.lost_blocks {
+            lost.insert_range(*block, *count);
+        }
+        state.health = Health::RevertIncomplete;
+        state.health_reason = fence.reason.clone();
+    }
     volume.decide(engine, fence, spec.override_journal).await?;
     volume.host.spawn(Box::pin(Rc::clone(&volume).run_caretaker()));
     Ok(volume)
@@ -127,12 +140,12 @@ impl Volume {
         };
         match fence.state {
             FenceState::Detached => {
-                if fence.reason.starts_with(LOST_PREFIX) && !override_journal {
-                    return self.refuse(Health::RevertIncomplete, EventKind::RevertIncomplete, fence.reason);
-                }
                 self.drop_leftovers(engine).await?;
-                if fence.on {
-                    let mut state = self.state.borrow_mut();
+                if override_journal && !fence.lost_blocks.is_empty() {
+                    self.put_fence(FenceState::Detached, fence.disk, "lost blocks were given up").await?;
+                }
+                let mut state = self.state.borrow_mut();
+                if fence.on && state.lost_blocks.is_none() {
                     state.health = Health::Offline;
                     state.health_reason = fence.reason.clone();
                 }
@@ -247,6 +260,9 @@ impl Volume {
             if scan.side.iter().any(is_end) {
                 base = Some((seq, id, scan));
                 break;
+            }
+            if let Some(place) = scan.hole {
+                return Err(Error::Damaged { what: "journal: control records that were durable are missing", place });
             }
             for kind in Self::STREAMS {
                 dead.extend(streams.get(&(seq, id, kind)).into_iter().flatten().copied());
@@ -437,6 +453,18 @@ impl Volume {
                 }
             }
             last.state.borrow_mut().touched = touched;
+        }
+        // What was written since the loss is not lost any more.
+        let state = &mut *state;
+        if let Some(lost) = &mut state.lost_blocks {
+            for log in &logs {
+                let log = log.state.borrow();
+                for set in [Some(&log.touched), log.imaged.as_ref()].into_iter().flatten() {
+                    for (block, count) in super::ranges(set) {
+                        state.lost_changed |= lost.remove_range(block, count) > 0;
+                    }
+                }
+            }
         }
         state.logs = logs;
         state.flushes.extend(control.flushes.iter().copied());
@@ -699,9 +727,6 @@ impl Volume {
         Ok(())
     }
 }
-
-/// What a fence's reason begins with when blocks of a pending revert were lost.
-pub(crate) const LOST_PREFIX: &str = "revert_incomplete";
 
 fn sectors_of(block: u64, mask: u8) -> (u64, u64) {
     (block * SECTORS_PER_BLOCK + u64::from(mask.trailing_zeros()), u64::from(mask.count_ones()))

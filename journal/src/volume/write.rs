@@ -98,6 +98,7 @@ impl Volume {
                     let result = self.primary.write(at, vec![part]).await;
                     self.leave_direct(first, blocks, result.is_ok());
                     result.map_err(|e| Error::device("write to", self.path(), &e))?;
+                    self.store_lost_blocks().await?;
                     direct = true;
                 }
             }
@@ -139,6 +140,7 @@ impl Volume {
                     let result = self.primary.write_zeroes(at, piece_end - at, !no_hole).await;
                     self.leave_direct(first, blocks, result.is_ok());
                     result.map_err(|e| Error::device("write zeroes to", self.path(), &e))?;
+                    self.store_lost_blocks().await?;
                 }
             }
             at = piece_end;
@@ -238,6 +240,11 @@ impl Volume {
         self.kick.notify();
         let failed = || disk.failure().map(|reason| Err(Error::Gone(reason)));
         self.changed.until(|| if self.state.borrow().completed >= upto { Some(Ok(())) } else { failed() }).await?;
+        self.sync_completed(disk).await
+    }
+
+    /// Makes durable whatever has completed, and remembers how far that is.
+    pub(crate) async fn sync_completed(self: &Rc<Self>, disk: &Rc<crate::disk::Disk>) -> Result<()> {
         let (completed, frames) = {
             let state = self.state.borrow();
             (state.completed, Self::completed_frames(&state))
@@ -296,6 +303,12 @@ impl Volume {
             .changed
             .until(|| {
                 let state = self.state.borrow();
+                let patience = self.engine.upgrade().map_or(0, |e| e.config().stall_max_ns);
+                if let Some((since, error)) = &state.primary_failing
+                    && self.host.boot_ns().saturating_sub(*since) > patience
+                {
+                    return Some(Err(error.clone()));
+                }
                 match state.mode {
                     Mode::Closed => Some(Err(Error::Gone("the volume is closed".into()))),
                     _ => (Self::watermark(&state) >= upto || state.logs.is_empty()).then_some(Ok(())),
@@ -469,8 +482,10 @@ impl Volume {
         state.wrote_since_marker = true;
         // Admission saw the active log in this same step.
         let active = Rc::clone(state.logs.back().expect("journal mode has an active log"));
-        if let Some(lost) = &mut state.lost_blocks {
-            lost.remove_range(wanted.first, wanted.blocks);
+        if let Some(lost) = &mut state.lost_blocks
+            && lost.remove_range(wanted.first, wanted.blocks) > 0
+        {
+            state.lost_changed = true;
         }
         for log in &state.logs {
             let mut log = log.state.borrow_mut();
@@ -526,14 +541,15 @@ impl Volume {
     }
 
     fn leave_direct(&self, first: u64, blocks: u64, written: bool) {
-        let mut state = self.state.borrow_mut();
+        let mut guard = self.state.borrow_mut();
+        let state = &mut *guard;
         state.direct_inflight -= 1;
         if written && let Some(lost) = &mut state.lost_blocks {
             // Whole or not: the sectors that were not written are gone for good, and the guest has seen the error that says so.
-            lost.remove_range(first, blocks);
+            state.lost_changed |= lost.remove_range(first, blocks) > 0;
         }
         let idle = state.direct_inflight == 0;
-        drop(state);
+        drop(guard);
         if idle {
             self.changed.notify();
         }
@@ -613,7 +629,16 @@ impl Volume {
             self.changed.notify();
             self.work.notify();
         }
-        self.state.borrow_mut().appender_running = false;
+        let abandoned = {
+            let mut state = self.state.borrow_mut();
+            state.appender_running = false;
+            // Left in order, with everything on the primary: what comes after that (a row of a log that was just sealed, say) is not needed. After a
+            // failure the way out answers.
+            if state.attach.is_none() { std::mem::take(&mut state.open) } else { Default::default() }
+        };
+        for frame in abandoned {
+            frame.ticket.finish(Err(Error::Gone("the volume has left the journal".into())));
+        }
         self.changed.notify();
         self.work.notify();
     }
