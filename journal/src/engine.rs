@@ -442,8 +442,16 @@ impl Volume {
             disk.sync().await?;
         }
         self.primary.sync().await.map_err(|e| Error::device("sync", self.path(), &e))?;
-        let pending = self.state.borrow().logs.iter().any(|l| l.state.borrow().revert.is_some());
-        let fence = if pending { FenceState::Dirty } else { FenceState::Clean };
+        // Looked at in one step, and only now: what the destager did meanwhile counts.
+        let clean = {
+            let state = self.state.borrow();
+            state.punch.is_empty()
+                && state.logs.iter().all(|l| {
+                    let log = l.state.borrow();
+                    log.sealed || (log.overlay.is_empty() && log.revert.is_none())
+                })
+        };
+        let fence = if clean { FenceState::Clean } else { FenceState::Dirty };
         self.put_fence(fence, disk.id, "").await
     }
 }

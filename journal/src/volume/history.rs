@@ -1077,7 +1077,8 @@ impl Volume {
             log.sealed || (log.overlay.is_empty() && log.revert.is_none())
         };
         let mut logs = state.logs.iter().take_while(|l| reverts || l.state.borrow().revert.is_none());
-        (state.open.is_empty() && state.inflight.is_none() && logs.all(on_primary)).then_some(Ok(()))
+        (state.open.is_empty() && state.inflight.is_none() && state.punch.is_empty() && logs.all(on_primary))
+            .then_some(Ok(()))
     }
 
     async fn try_protect_again(self: &Rc<Self>) {
