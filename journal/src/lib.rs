@@ -5,6 +5,7 @@
 #![deny(unsafe_code)]
 
 pub mod buf;
+pub mod check;
 pub mod clock;
 mod disk;
 mod engine;
