@@ -207,7 +207,10 @@ pub async fn stop(world: &Rc<World>) {
                 }
             }
         }
-        Err(error) if world.any_fault() => world.say(|| format!("stop: {error}")),
+        Err(error) if world.any_fault() => {
+            world.say(|| format!("stop: {error}"));
+            world.unclean.set(true);
+        }
         Err(error) => return world.fail(format!("stop: {error}")),
     }
     world.count(|counts| counts.restarts += 1);
@@ -599,6 +602,7 @@ async fn reopen(world: &Rc<World>, vol: &Rc<Vol>) {
             boot::open(world, vol).await;
         }
         Err(_) if world.any_fault() => {
+            world.unclean.set(true);
             leave(world);
         }
         Err(error) => world.fail(format!("close of volume {}: {error}", vol.index)),

@@ -147,6 +147,8 @@ struct State {
     hung: Vec<Box<dyn FnOnce()>>,
     mtime_ns: u64,
     mtime_stable_ns: u64,
+    /// Number of the newest sync that was called, and of the newest that completed.
+    syncs: (u64, u64),
     misuse: Option<String>,
     calls: u64,
 }
@@ -195,6 +197,7 @@ impl SimDisk {
                 hung: Vec::new(),
                 mtime_ns: 1,
                 mtime_stable_ns: 1,
+                syncs: (0, 0),
                 misuse: None,
                 calls: 0,
             }),
@@ -691,10 +694,11 @@ impl Device for Handle {
         self.executor.shared.note(&[14, self.disk.number]);
         let error = verdict.error;
         // Durable will be what had completed when this was called, and nothing else.
-        let (covered, mtime_ns): (BTreeSet<u64>, u64) = {
-            let state = self.disk.state.borrow();
+        let (covered, mtime_ns, number): (BTreeSet<u64>, u64, u64) = {
+            let mut state = self.disk.state.borrow_mut();
+            state.syncs.0 += 1;
             let covered = state.unsynced.iter().filter(|write| write.completed && !write.dropped).map(|write| write.id);
-            (covered.collect(), state.mtime_ns)
+            (covered.collect(), state.mtime_ns, state.syncs.0)
         };
         let forgets = self.rng().one_in(2);
         let done = Completion::new();
@@ -715,7 +719,10 @@ impl Device for Handle {
                     }
                     if error.is_none() {
                         unsynced.retain(|write| write.dropped || !covered.contains(&write.id));
-                        state.mtime_stable_ns = mtime_ns;
+                        if number > state.syncs.1 {
+                            state.mtime_stable_ns = mtime_ns;
+                            state.syncs.1 = number;
+                        }
                     }
                 }
                 shared.note(&[114, disk.number]);
