@@ -361,7 +361,12 @@ async fn revert(world: &Rc<World>, vol: &Rc<Vol>, at: u64, exact: Option<u64>, f
         }
         Err(error) => {
             world.say(|| format!("volume {}: revert to {target}: {error}", vol.index));
-            vol.oracle.borrow_mut().revert_refused();
+            if world.any_fault() && matches!(error, Error::Gone(_) | Error::Device { .. }) {
+                let now = world.now(vol);
+                vol.oracle.borrow_mut().revert_uncertain(now);
+            } else {
+                vol.oracle.borrow_mut().revert_refused();
+            }
             let held = !force && !leave_first;
             let expected = match error {
                 Error::State(_) => held || !before || handle.info().state == CdpState::Off,
