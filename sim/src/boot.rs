@@ -230,6 +230,7 @@ fn unserved(world: &World, vol: &Vol) -> bool {
         world.say(|| "not served: all disks are put back, the agent starts again".to_owned());
         world.cdp.iter().for_each(|disk| disk.heal());
     }
+    world.unclean.set(true);
     admin::leave(world);
     false
 }
