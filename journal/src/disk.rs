@@ -191,7 +191,8 @@ impl Disk {
                 best = Some(found);
             }
         }
-        let Some(superblock) = best else {
+        // Also when the other copy is ours: the newer one may be the unknown one.
+        let Some(superblock) = best.filter(|_| wrong_version.is_none()) else {
             return Err(match wrong_version {
                 Some((version, flags)) => Error::invalid(
                     "format version",
@@ -220,6 +221,8 @@ impl Disk {
             result.map_err(|e| fail("read clock of", e))?;
             if let Some(found) = format::open_block::<ClockPage>(&page, &ClockPage::MAGIC, 8)
                 && found.disk_id == superblock.disk_id
+                && found.version.get() == format::VERSION
+                && found.flags.get() == 0
                 && clock.is_none_or(|c| c.0 < found.generation.get())
             {
                 clock = Some((found.generation.get(), found.high_water.get()));
@@ -722,6 +725,7 @@ fn parse_table_page(bytes: &[u8], id: Uuid, page: u64) -> Option<(u64, Vec<Table
     let (header, rest) = TablePageHeader::read_from_prefix(bytes).ok()?;
     let whole = header.magic == TablePageHeader::MAGIC
         && header.version.get() == format::VERSION
+        && header.flags.get() == 0
         && header.disk_id == *id.as_bytes()
         && header.page.get() == page
         && header.crc.get() == format::crc(&bytes[12..BLOCK as usize]);

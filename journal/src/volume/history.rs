@@ -51,8 +51,10 @@ impl Volume {
         let Some(attach) = state.attach.clone() else { return };
         if let Some(active) = state.logs.back() {
             let mut active = active.state.borrow_mut();
-            active.closed = true;
-            active.close_reason = reason as u32;
+            // Recovery finds it closed, by a revert perhaps.
+            if !std::mem::replace(&mut active.closed, true) {
+                active.close_reason = reason as u32;
+            }
         }
         if let Some(last) = state.open.back_mut() {
             last.urgent = true;

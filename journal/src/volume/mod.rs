@@ -152,6 +152,8 @@ pub(crate) struct State {
     pub writes_inflight: u32,
     /// Blocks whose content was lost with the CDP disk: they read as errors until overwritten.
     pub lost_blocks: Option<Touched>,
+    /// Overwritten since, and not imaged yet: what the primary holds of them is not their old content.
+    pub stale_blocks: Touched,
     /// The fence does not know yet that some were overwritten.
     pub lost_changed: bool,
     /// Ranges to punch on the primary, of discards whose log was evicted.
@@ -344,7 +346,11 @@ impl Volume {
             settings: state.settings,
             on: state.on,
             created_ns: state.created_ns,
-            lost_blocks: state.lost_blocks.as_ref().map_or_else(Vec::new, ranges),
+            lost_blocks: {
+                let mut lost = state.lost_blocks.clone().unwrap_or_default();
+                lost.union(&state.stale_blocks);
+                ranges(&lost)
+            },
             reason: reason.chars().take(200).collect(),
         }
     }
