@@ -553,13 +553,23 @@ impl Checker<'_> {
                     continue;
                 }
                 let outcome = self.stream(stream, &mut links);
+                let slot = usize::from(kind) - 1;
+                oldest[slot] = oldest[slot].min(seq);
+                outcomes[slot] = Some(outcome);
+            }
+            // Each stream says what was durable of the other, too.
+            let claims = [1, 0].map(|other: usize| outcomes[other].as_ref().map_or(0, |o: &Outcome| o.claim_other));
+            for (slot, kind) in [StreamKind::Writes, StreamKind::Before].into_iter().enumerate() {
+                if gone || (thin && kind == StreamKind::Writes) {
+                    continue;
+                }
+                // A stream without segments ends before frame 0.
+                let outcome = outcomes[slot].get_or_insert_with(Outcome::of_nothing);
+                outcome.settle(&mut self.findings, &mut self.tally, &log[0], kind, claims[slot]);
                 row.unwritten_segments += outcome.unwritten;
                 self.cut += outcome.cut;
                 log_row.frames += outcome.frames;
-                let slot = usize::from(kind) - 1;
                 log_row.tails[slot] = outcome.tail;
-                oldest[slot] = oldest[slot].min(seq);
-                outcomes[slot] = Some(outcome);
             }
             if let Some(known) = known {
                 self.roots(known, log, &outcomes);

@@ -11,7 +11,7 @@ use crate::types::Instant;
 
 /// How far ahead of the instants given out the mark is reserved, nanoseconds. Also the longest wait of the first write
 /// after a crash.
-pub const RESERVE_AHEAD_NS: u64 = 1_000_000_000;
+pub const RESERVE_AHEAD_NS: u64 = 500_000_000;
 
 /// See the module's text. All shards share one behind an `Arc`.
 #[derive(Debug, Default)]

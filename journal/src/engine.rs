@@ -1,15 +1,25 @@
-//! The engine's front door (skeleton: signatures only; the bodies are being written).
-#![allow(unused_variables, clippy::todo, missing_docs)]
-use crate::buf::{IoBuf, Slice};
-use crate::clock::HostClock;
-use crate::error::Result;
-use crate::fence::Fence;
-use crate::host::{Allocation, Device, Host, LocalFuture, StateStore};
-use crate::info::*;
-use crate::types::Instant;
-use std::rc::Rc;
+//! The engine's front door: one shard's CDP disks and volumes, and what a frontend serves.
+
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::rc::{Rc, Weak};
 use std::sync::Arc;
+
+use futures::future::join_all;
 use uuid::Uuid;
+
+use crate::buf::{IoBuf, Slice};
+use crate::clock::{HostClock, RESERVE_AHEAD_NS};
+use crate::disk::Disk;
+use crate::error::{Error, Result};
+use crate::fence::{Fence, FenceState};
+use crate::host::{Device, Host, LocalFuture, StateStore};
+use crate::index::PageCache;
+use crate::info::*;
+use crate::signal::Signal;
+use crate::types::Instant;
+use crate::view::View;
+use crate::volume::{self, Mode, Volume};
 
 /// Bounds and defaults of an engine (one per shard).
 #[derive(Clone, Debug)]
@@ -28,6 +38,8 @@ pub struct EngineConfig {
     pub flush_primary: bool,
     /// Bytes of cached index pages.
     pub index_cache_bytes: u64,
+    /// Bytes of sets, in memory, of the blocks that sealed logs touched; beyond it the oldest logs are asked by their index.
+    pub touched_bytes_max: u64,
     /// Most bytes of scratch of a writable view.
     pub scratch_bytes_max: u64,
     /// Most views of a volume.
@@ -48,6 +60,7 @@ impl Default for EngineConfig {
             overcommit: false,
             flush_primary: false,
             index_cache_bytes: 64 << 20,
+            touched_bytes_max: 64 << 20,
             scratch_bytes_max: 1 << 30,
             views_max: 64,
         }
@@ -65,12 +78,15 @@ pub struct InitOptions {
 
 /// A volume to be served.
 pub struct VolumeSpec {
+    /// Its uuid.
     pub id: Uuid,
+    /// Its name, for people.
     pub name: String,
     /// Path, for people.
     pub path: String,
     /// Bytes the guest sees; 0: the primary's size rounded down to a sector.
     pub size: u64,
+    /// Where its bytes live.
     pub primary: Rc<dyn Device>,
     /// What the state directory says.
     pub fence: Option<Fence>,
@@ -82,6 +98,7 @@ pub struct VolumeSpec {
 /// What `revert` is asked for.
 #[derive(Clone, Copy, Debug)]
 pub struct RevertRequest {
+    /// Back to.
     pub target: Instant,
     /// Disconnect clients and hold the export until `release`.
     pub force: bool,
@@ -93,8 +110,28 @@ pub struct RevertRequest {
     pub group: Option<(Uuid, u32)>,
 }
 
+/// A wall clock that moves by more than this against the boot clock has stepped.
+const CLOCK_STEP_NS: u64 = 3600 * 1_000_000_000;
+/// A lead of the clock up to this is waited for at start.
+const LEAD_WAIT_MAX_NS: u64 = 4 * RESERVE_AHEAD_NS;
+
 /// One shard's CDP disks and volumes.
-pub struct Engine {}
+pub struct Engine {
+    host: Rc<dyn Host>,
+    clock: Arc<HostClock>,
+    store: Rc<dyn StateStore>,
+    config: EngineConfig,
+    events: Box<dyn Fn(Event)>,
+    disks: RefCell<Vec<Rc<Disk>>>,
+    volumes: RefCell<BTreeMap<Uuid, Rc<Volume>>>,
+    cache: Rc<RefCell<PageCache>>,
+    raising: Cell<bool>,
+    raised: Signal,
+    clock_ready: Cell<bool>,
+    /// Wall and boot clock when the engine began: age runs on the boot clock from there.
+    began: (u64, u64),
+    step_told: Cell<bool>,
+}
 
 impl Engine {
     /// `events` is called on the engine's thread for each state change and must not block.
@@ -105,48 +142,314 @@ impl Engine {
         config: EngineConfig,
         events: Box<dyn Fn(Event)>,
     ) -> Rc<Engine> {
-        todo!()
+        let began = (host.wall_ns(), host.boot_ns());
+        Rc::new(Engine {
+            cache: Rc::new(RefCell::new(PageCache::new(config.index_cache_bytes as usize))),
+            host,
+            clock,
+            store,
+            config,
+            events,
+            disks: RefCell::default(),
+            volumes: RefCell::default(),
+            raising: Cell::new(false),
+            raised: Signal::default(),
+            clock_ready: Cell::new(false),
+            began,
+            step_told: Cell::new(false),
+        })
     }
-    /// Writes an empty superblock and segment table. Needs no engine.
-    pub async fn init_disk(device: Rc<dyn Device>, options: InitOptions, id: Uuid) -> Result<()> {
-        todo!()
+
+    /// Writes an empty superblock, clock and segment table. Needs no engine.
+    pub async fn init_disk(device: Rc<dyn Device>, options: InitOptions, id: Uuid, created_ns: u64) -> Result<()> {
+        Disk::init(&device, options, id, created_ns).await
     }
+
     /// Opens a CDP disk; `path` is for people. The clock is raised past the disk's high-water mark.
     pub async fn add_disk(self: &Rc<Self>, device: Rc<dyn Device>, path: String) -> Result<DiskInfo> {
-        todo!()
+        let number = self.disks.borrow().len() as u32;
+        let host = Rc::clone(&self.host);
+        let disk = Disk::open(device, path, host, self.config.stall_max_ns, Rc::clone(&self.cache), number).await?;
+        // A disk that failed and came back is opened anew; the failed one is forgotten.
+        if self.disks.borrow().iter().any(|d| d.id == disk.id && d.failure().is_none()) {
+            return Err(Error::Exists { what: "CDP disk", name: disk.id.to_string() });
+        }
+        self.clock.past(disk.clock_high_water());
+        let info = disk.info();
+        self.host.spawn(Box::pin(feed_starving(Rc::downgrade(self), Rc::downgrade(&disk))));
+        let mut disks = self.disks.borrow_mut();
+        disks.retain(|d| d.id != disk.id);
+        disks.push(disk);
+        Ok(info)
     }
+
+    /// What `disk list` shows.
     pub fn disks(&self) -> Vec<DiskInfo> {
-        todo!()
+        self.disks.borrow().iter().map(|d| d.info()).collect()
     }
-    /// Recovers a volume (whatever its last stop was) and serves it. With a state that forbids serving (`NeedsJournal`…) it answers Ok and the volume's
-    /// `health` says so; its I/O is refused.
+
+    pub(crate) fn disk_list(&self) -> Vec<Rc<Disk>> {
+        self.disks.borrow().clone()
+    }
+
+    /// A healthy disk with the most room; `bytes`: that many must be unreserved (unless overcommitted).
+    pub(crate) fn pick_disk(&self, bytes: Option<u64>) -> Option<Rc<Disk>> {
+        let room = |d: &Rc<Disk>| (d.geometry.segments * d.geometry.segment_size).saturating_sub(d.reserved_bytes());
+        let disks = self.disks.borrow();
+        let fits =
+            |d: &&Rc<Disk>| d.failure().is_none() && bytes.is_none_or(|b| self.config.overcommit || room(d) >= b);
+        disks.iter().filter(fits).max_by_key(|d| room(d)).cloned()
+    }
+
+    /// Recovers a volume (whatever its last stop was) and serves it. In a state that forbids serving (`NeedsJournal` and the like) it answers Ok, the
+    /// volume's `health` says so, and its I/O is refused.
     pub async fn open_volume(self: &Rc<Self>, spec: VolumeSpec) -> Result<Rc<Volume>> {
-        todo!()
+        if self.volumes.borrow().contains_key(&spec.id) {
+            return Err(Error::Exists { what: "volume", name: spec.id.to_string() });
+        }
+        let id = spec.id;
+        let volume = volume::open(self, spec).await?;
+        self.volumes.borrow_mut().insert(id, Rc::clone(&volume));
+        Ok(volume)
     }
+
     /// Stops one volume: drains, records the clean state, forgets it. Its history stays on the CDP disk.
     pub async fn close_volume(self: &Rc<Self>, id: Uuid) -> Result<()> {
-        todo!()
+        let volume = self.volumes.borrow_mut().remove(&id);
+        let volume = volume.ok_or_else(|| Error::NotFound { what: "volume", name: id.to_string() })?;
+        volume.close().await
     }
+
+    /// A volume by id.
     pub fn volume(&self, id: Uuid) -> Option<Rc<Volume>> {
-        todo!()
+        self.volumes.borrow().get(&id).cloned()
     }
+
+    /// All volumes.
     pub fn volumes(&self) -> Vec<Rc<Volume>> {
-        todo!()
+        self.volumes.borrow().values().cloned().collect()
     }
+
+    /// A view of any volume by id.
     pub fn view(&self, id: Uuid) -> Option<Rc<View>> {
-        todo!()
+        self.volumes.borrow().values().find_map(|v| v.state.borrow().views.get(&id).cloned())
     }
+
     /// Drains everything and records the clean state.
     pub async fn stop(self: &Rc<Self>) -> Result<()> {
-        todo!()
+        let ids: Vec<_> = self.volumes.borrow().keys().copied().collect();
+        let mut result = Ok(());
+        for ended in join_all(ids.into_iter().map(|id| self.close_volume(id))).await {
+            result = result.and(ended);
+        }
+        result
+    }
+
+    pub(crate) fn host(&self) -> &Rc<dyn Host> {
+        &self.host
+    }
+
+    pub(crate) fn config(&self) -> &EngineConfig {
+        &self.config
+    }
+
+    pub(crate) fn store(&self) -> &Rc<dyn StateStore> {
+        &self.store
+    }
+
+    pub(crate) fn clock(&self) -> &HostClock {
+        &self.clock
+    }
+
+    pub(crate) fn emit(&self, event: Event) {
+        (self.events)(event);
+    }
+
+    // -- the clock -----------------------------------------------------------------------------------------------------
+
+    /// A new instant at once, or `None` when the mark must be raised first.
+    pub(crate) fn try_tick(self: &Rc<Self>) -> Option<Instant> {
+        if !self.clock_ready.get() {
+            return None;
+        }
+        let instant = self.clock.tick(self.host.wall_ns());
+        // Raised ahead of need, so that the guest seldom waits for it.
+        if instant.is_some_and(|i| i.0 + RESERVE_AHEAD_NS / 2 >= self.clock.high_water().0) && !self.raising.get() {
+            let engine = Rc::clone(self);
+            self.host.spawn(Box::pin(async move { engine.raise_clock().await }));
+        }
+        instant
+    }
+
+    /// A new instant. Volumes of other shards get theirs from the same clock.
+    pub async fn tick(self: &Rc<Self>) -> Result<Instant> {
+        loop {
+            if let Some(instant) = self.try_tick() {
+                return Ok(instant);
+            }
+            self.raise_clock().await;
+        }
+    }
+
+    /// An instant after every write acked so far.
+    pub(crate) fn clock_now(self: &Rc<Self>) -> Instant {
+        self.try_tick().unwrap_or_else(|| self.clock.previous())
+    }
+
+    /// Makes a higher mark durable on each healthy CDP disk and in the state directory. Callers that come while one runs wait for it.
+    pub(crate) async fn raise_clock(self: &Rc<Self>) {
+        if self.raising.replace(true) {
+            self.raised.until(|| (!self.raising.get()).then_some(())).await;
+            return;
+        }
+        if !self.clock_ready.get() {
+            // After a crash the mark lies a little ahead of the wall clock: a short lead is waited for, so that instants agree with everybody's clocks.
+            let lead = self.clock.lead_ns(self.host.wall_ns());
+            if lead > 0 && lead <= LEAD_WAIT_MAX_NS {
+                self.host.sleep(lead).await;
+            } else if lead > LEAD_WAIT_MAX_NS {
+                self.emit(Event {
+                    time_ns: self.host.wall_ns(),
+                    volume: None,
+                    disk: None,
+                    kind: EventKind::ClockLead,
+                    message: format!("instants run {} s ahead of the wall clock", lead / 1_000_000_000),
+                });
+            }
+            self.clock_ready.set(true);
+        }
+        let now = self.host.wall_ns().max(self.clock.previous().0);
+        let mark = Instant(now + RESERVE_AHEAD_NS);
+        let disks = self.disk_list();
+        // A disk that fails here is latched, and leaves by its own way.
+        join_all(disks.iter().filter(|d| d.failure().is_none()).map(|d| d.put_clock(mark))).await;
+        let mut pause = 10_000_000;
+        while let Err(error) = self.store.put_clock(mark).await {
+            tracing::error!(%error, "clock: the state directory does not take the high-water mark");
+            self.host.sleep(pause).await;
+            pause = (pause * 2).min(1_000_000_000);
+        }
+        self.clock.raised(mark);
+        self.raising.set(false);
+        self.raised.notify();
+    }
+
+    /// The wall clock for ages: it runs on the boot clock, so a step of the wall clock ages nothing.
+    pub(crate) fn age_now_ns(&self) -> u64 {
+        self.began.0 + self.host.boot_ns().saturating_sub(self.began.1)
+    }
+
+    /// The same, or `None` while the wall clock has stepped: eviction by age is paused then.
+    pub(crate) fn age_for_eviction_ns(&self) -> Option<u64> {
+        let age = self.age_now_ns();
+        let stepped = self.host.wall_ns().abs_diff(age) > CLOCK_STEP_NS;
+        if stepped && !self.step_told.get() {
+            self.emit(Event {
+                time_ns: self.host.wall_ns(),
+                volume: None,
+                disk: None,
+                kind: EventKind::ClockStep,
+                message: "the wall clock stepped: eviction by age is paused".into(),
+            });
+        }
+        self.step_told.set(stepped);
+        (!stepped).then_some(age)
+    }
+}
+
+/// With `overcommit` the pool may run empty: then the volume furthest over its fair share loses its oldest log.
+async fn feed_starving(engine: Weak<Engine>, disk: Weak<Disk>) {
+    loop {
+        let Some(starving) = disk.upgrade() else { return };
+        if starving.until_starving().await.is_err() {
+            return;
+        }
+        let Some(engine) = engine.upgrade() else { return };
+        let share = |v: &Rc<Volume>| v.share_of(&starving);
+        let volumes = engine.volumes();
+        let worst = volumes
+            .iter()
+            .filter(|v| v.can_lose_oldest(&starving))
+            .max_by(|a, b| share(a).partial_cmp(&share(b)).unwrap_or(std::cmp::Ordering::Equal));
+        if let Some(volume) = worst {
+            volume.lose_oldest();
+        }
+        engine.host.sleep(20_000_000).await;
+    }
+}
+
+impl Volume {
+    /// Drains, records the clean state, stops. With a primary that fails the fence stays dirty, and the next start redoes.
+    pub(crate) async fn close(self: &Rc<Self>) -> Result<()> {
+        let _lock = self.lock_admin().await;
+        self.disconnect_all();
+        let (mode, disk) = {
+            let mut state = self.state.borrow_mut();
+            let mode = state.mode;
+            if mode == Mode::Journal {
+                state.mode = Mode::Switching;
+            }
+            (mode, state.attach.as_ref().map(|a| Rc::clone(&a.disk)))
+        };
+        let mut result = Ok(());
+        if let (Mode::Journal, Some(disk)) = (mode, disk) {
+            result = self.close_journal(&disk).await;
+        } else if mode == Mode::Direct {
+            self.changed.until(|| (self.state.borrow().direct_inflight == 0).then_some(())).await;
+            result = self.primary.sync().await.map_err(|e| Error::device("sync", self.path(), &e));
+        }
+        let views: Vec<_> = std::mem::take(&mut self.state.borrow_mut().views).into_values().collect();
+        for view in views {
+            view.lose("the agent stopped");
+        }
+        {
+            let mut state = self.state.borrow_mut();
+            state.mode = Mode::Closed;
+            state.attach = None;
+        }
+        self.kick.notify();
+        self.work.notify();
+        self.changed.notify();
+        self.changed
+            .until(|| {
+                let state = self.state.borrow();
+                (!state.appender_running && !state.destager_running).then_some(())
+            })
+            .await;
+        result
+    }
+
+    async fn close_journal(self: &Rc<Self>, disk: &Rc<Disk>) -> Result<()> {
+        // A pending revert goes on after the next start; everything else goes to the primary.
+        let upto = self.state.borrow().instant_last;
+        self.drain_for_stop().await?;
+        self.sync_journal(disk, upto).await?;
+        let log = self.state.borrow().logs.back().cloned();
+        if let Some(log) = log {
+            let ticket = {
+                let mut state = self.state.borrow_mut();
+                let frame = self.open_frame(&mut state, &log, 0, true);
+                Rc::clone(&frame.ticket)
+            };
+            self.kick.notify();
+            ticket.wait().await?;
+            disk.sync().await?;
+        }
+        self.primary.sync().await.map_err(|e| Error::device("sync", self.path(), &e))?;
+        let pending = self.state.borrow().logs.iter().any(|l| l.state.borrow().revert.is_some());
+        let fence = if pending { FenceState::Dirty } else { FenceState::Clean };
+        self.put_fence(fence, disk.id, "").await
     }
 }
 
 /// Block status of a piece, for `base:allocation`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BlockStatus {
+    /// Bytes.
     pub len: u64,
+    /// Occupies nothing.
     pub hole: bool,
+    /// Reads as zeroes.
     pub zero: bool,
 }
 
@@ -155,15 +458,20 @@ pub struct BlockStatus {
 pub trait Export {
     /// Bytes.
     fn size(&self) -> u64;
+    /// Writes are refused.
     fn read_only(&self) -> bool;
     /// Reads `len` bytes: parts in order, that together are exactly `len` bytes (so that overlay hits need no copy).
     fn read(&self, offset: u64, len: u32) -> LocalFuture<'static, Result<Vec<Slice>>>;
     /// Writes `len` bytes found in `data` from byte `offset % 4096` on: the frontend receives the payload into a buffer with the same alignment as on
     /// disk, so that the engine need not copy (`data.len() >= offset % 4096 + len`, rounded up to 4096). See [`payload_buf`].
     fn write(&self, offset: u64, len: u32, data: IoBuf, fua: bool) -> LocalFuture<'static, Result<()>>;
+    /// Makes the range read as zeroes; `no_hole` keeps its room on the primary.
     fn write_zeroes(&self, offset: u64, len: u32, no_hole: bool, fua: bool) -> LocalFuture<'static, Result<()>>;
+    /// A hint that the content is not needed any more.
     fn trim(&self, offset: u64, len: u32) -> LocalFuture<'static, Result<()>>;
+    /// Every write acked before the call, on any connection, is durable when it ends.
     fn flush(&self) -> LocalFuture<'static, Result<()>>;
+    /// Allocation of a range, in order; the answer may be shorter than the question.
     fn status(&self, offset: u64, len: u64) -> LocalFuture<'static, Result<Vec<BlockStatus>>>;
     /// A client opens the export. Refused with [`crate::Error::State`] while the export is held (after a forced revert) or not served.
     /// `on_disconnect` is called (once, on the shard's thread) when the engine wants the client gone: forced revert, view closed or lost, volume removed.
@@ -171,101 +479,29 @@ pub trait Export {
 }
 
 /// A client's hold on an export; dropping it says that the client is gone.
-pub struct ClientGuard {}
+pub struct ClientGuard(Option<Box<dyn FnOnce()>>);
+
+impl ClientGuard {
+    pub(crate) fn new(leave: impl FnOnce() + 'static) -> Self {
+        Self(Some(Box::new(leave)))
+    }
+
+    /// A guard that tells nobody, for exports that do not count their clients.
+    pub fn none() -> Self {
+        Self(None)
+    }
+}
+
+impl Drop for ClientGuard {
+    fn drop(&mut self) {
+        if let Some(leave) = self.0.take() {
+            leave();
+        }
+    }
+}
 
 /// A buffer for a write of `len` bytes at `offset`: whole 4 KiB blocks; the payload belongs at byte `offset % 4096`.
 pub fn payload_buf(offset: u64, len: u32) -> IoBuf {
     let head = (offset % 4096) as usize;
     IoBuf::for_overwrite((head + len as usize).next_multiple_of(4096))
-}
-
-/// A volume: serves as [`Export`] and takes the admin's calls. Make the export with `Rc<Volume>` (the trait is implemented for it).
-pub struct Volume {}
-
-impl Volume {
-    pub fn id(&self) -> Uuid {
-        todo!()
-    }
-    pub fn name(&self) -> String {
-        todo!()
-    }
-    pub fn export(self: &Rc<Self>) -> Rc<dyn Export> {
-        todo!()
-    }
-    pub fn info(self: &Rc<Self>) -> VolumeInfo {
-        todo!()
-    }
-    pub fn stats(&self) -> VolumeStats {
-        todo!()
-    }
-    /// Creates the settings in state `off` where there are none.
-    pub async fn edit(self: &Rc<Self>, settings: Settings) -> Result<()> {
-        todo!()
-    }
-    pub async fn enable(self: &Rc<Self>) -> Result<()> {
-        todo!()
-    }
-    pub async fn disable(self: &Rc<Self>) -> Result<()> {
-        todo!()
-    }
-    /// Appends a marker for `instant` (taken from the host's clock by the caller, so that several volumes can share it). An empty name makes an automatic one.
-    pub async fn mark(self: &Rc<Self>, name: &str, kind: MarkerKind, instant: Instant) -> Result<Marker> {
-        todo!()
-    }
-    /// Finds a marker.
-    pub fn marker(&self, name: &str) -> Option<Marker> {
-        todo!()
-    }
-    /// Idempotent per instant and kind: the same view is answered again.
-    pub async fn open_view(self: &Rc<Self>, time: Instant, snapshot_name: &str, writable: bool) -> Result<Rc<View>> {
-        todo!()
-    }
-    /// As it was opened before a restart, under its old id.
-    pub async fn reopen_view(self: &Rc<Self>, id: Uuid, time: Instant, snapshot_name: &str) -> Result<Rc<View>> {
-        todo!()
-    }
-    pub fn views(&self) -> Vec<ViewInfo> {
-        todo!()
-    }
-    pub async fn close_view(self: &Rc<Self>, id: Uuid) -> Result<()> {
-        todo!()
-    }
-    pub async fn revert(self: &Rc<Self>, request: RevertRequest) -> Result<RevertReport> {
-        todo!()
-    }
-    /// Ends when no revert is pending.
-    pub async fn revert_done(self: &Rc<Self>) -> Result<()> {
-        todo!()
-    }
-    /// Lets clients in again after a forced revert.
-    pub async fn release(self: &Rc<Self>) -> Result<()> {
-        todo!()
-    }
-    /// `None`: all history and the settings; otherwise exactly that log.
-    pub async fn clean(self: &Rc<Self>, seq: Option<u64>) -> Result<()> {
-        todo!()
-    }
-    /// Offers the primary's grown size (or `size` bytes of it) to the guest. Shrinking is refused.
-    pub async fn resize(self: &Rc<Self>, size: Option<u64>) -> Result<u64> {
-        todo!()
-    }
-    /// Write density between two instants in `buckets` equal pieces.
-    pub async fn timeline(self: &Rc<Self>, from: Instant, to: Instant, buckets: u32) -> Result<Vec<TimelineBucket>> {
-        todo!()
-    }
-}
-
-/// A view: serves as [`Export`].
-pub struct View {}
-
-impl View {
-    pub fn id(&self) -> Uuid {
-        todo!()
-    }
-    pub fn info(&self) -> ViewInfo {
-        todo!()
-    }
-    pub fn export(self: &Rc<Self>) -> Rc<dyn Export> {
-        todo!()
-    }
 }

@@ -5,6 +5,8 @@
 
 use uuid::Uuid;
 
+use crate::info::Settings;
+
 /// Where a volume's journal lives and what the primary may rely on.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Fence {
@@ -22,6 +24,16 @@ pub struct Fence {
     pub primary_mtime_ns: u64,
     /// Log seqs below this were given out and are never used again, not even after clean.
     pub next_seq: u64,
+    /// CDP settings, so that protection comes back on another CDP disk after a restart; `None`: the volume has no CDP.
+    pub settings: Option<Settings>,
+    /// The user's switch.
+    pub on: bool,
+    /// When CDP was created, wall clock, nanoseconds.
+    pub created_ns: u64,
+    /// Blocks (first, how many) whose content was lost with a CDP disk while a revert was pending: they read as errors until overwritten.
+    pub lost_blocks: Vec<(u64, u64)>,
+    /// Why the state is `Detaching` or `Detached` (for people; at most 255 bytes).
+    pub reason: String,
 }
 
 /// State of a [`Fence`].

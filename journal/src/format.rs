@@ -257,8 +257,10 @@ pub struct FrameHeader {
     pub watermark: U64, //  64
     /// Frames of this log and kind with a number below this were known to be durable.
     pub durable_frames: U64, //  72
+    /// The same of the log's other kind: so that a missing tail of one stream is convicted by the other.
+    pub durable_frames_other: U64, //  80
     /// Zero.
-    pub reserved: [u8; 16], //  80
+    pub reserved: [u8; 8], //  88
 }
 const _: () = assert!(size_of::<FrameHeader>() == 96);
 impl FrameHeader {
@@ -450,7 +452,7 @@ pub struct ControlLog {
     pub io_last: U64, //  32
     /// [`log_flags`]
     pub flags: U32, //  40
-    /// Why it was closed (for `info`): 0 rotation, 1 enable/disable, 2 revert, 3 restart, 4 moved, 5 cleaned.
+    /// Why it was closed (for `info`): 0 rotation, 1 enable/disable, 2 revert, 3 restart, 5 cleaned.
     pub close_reason: U32, //  44
     /// Id of its CDP disk.
     pub disk_id: [u8; 16], //  48

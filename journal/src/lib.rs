@@ -7,13 +7,22 @@
 pub mod buf;
 pub mod check;
 pub mod clock;
+mod disk;
 mod engine;
 mod error;
 mod fence;
 pub mod format;
+mod frame;
 pub mod host;
+pub mod index;
 pub mod info;
+mod log;
+pub mod mutation;
+mod overlay;
+mod signal;
 mod types;
+mod view;
+mod volume;
 
 pub use buf::{IoBuf, Slice};
 pub use engine::*;
@@ -21,3 +30,5 @@ pub use error::{Error, Result};
 pub use fence::{Fence, FenceState};
 pub use host::{Allocation, Device, Host, Identity, LocalFuture, StateStore};
 pub use types::{BLOCK, Instant, SECTOR, SECTORS_PER_BLOCK};
+pub use view::View;
+pub use volume::Volume;

@@ -1,0 +1,22 @@
+# The commands of everyday: each does all that it needs, also on a fresh machine.
+
+.PHONY: demo test soak bench build
+
+build:            ## release binaries in target/release
+	cargo build --locked --release
+
+demo:             ## protect a volume, damage it, look back, take it back (a minute after the build)
+	scripts/demo.sh
+
+test:             ## everything that must hold before a change lands
+	scripts/test.sh
+
+SOAK ?= 5
+soak:             ## the random tests, SOAK times as long, and all seeds of the acceptance script
+	scripts/setup.sh
+	cargo build --locked --release --workspace
+	target/release/cdp-sim --seed $$(date +%s) --seconds $$((60 * $(SOAK))) --threads 2
+	CDP_SOAK=$(SOAK) CDP_BIN=$(CURDIR)/target/release cargo test --locked --release -p cdp-tests --no-fail-fast -- --nocapture
+
+bench:            ## a first figure: protected random writes beside qemu-nbd on the same disk
+	scripts/bench-first.sh

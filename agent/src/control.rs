@@ -1,0 +1,1099 @@
+//! What is served where: the registry of shards, CDP disks, volumes and views, and the calls that change it.
+//!
+//! The engine of a shard lives on the shard's thread; this side knows names, ids and places, and sends work there. Invariants:
+//! * `registry` is locked for moments only, never across an `await`; a change of what is registered holds `changing` from its
+//!   checks to its record in the state directory, so two changes never cross.
+//! * What a change made is recorded durably before the caller is told.
+
+use std::cell::RefCell;
+use std::collections::{BTreeMap, HashMap};
+use std::future::Future;
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use cdp_journal::clock::HostClock;
+use cdp_journal::info::{DiskInfo, Health, RevertReport, ViewInfo, VolumeInfo, VolumeStats};
+use cdp_journal::{
+    Device, Engine, EngineConfig, Error, Export, InitOptions, Instant, Result, RevertRequest, View, Volume, VolumeSpec,
+};
+use cdp_proto::v1::EventKind;
+use futures::future::{BoxFuture, FutureExt as _, join_all};
+use parking_lot::RwLock;
+use uuid::Uuid;
+
+use crate::config::Config;
+use crate::device::{Disk, DiskFile, OpenError};
+use crate::events::{EventHub, wall_ns};
+use crate::frontend::nbd::{ExportDirectory, ExportEntry, ExportInfo, ExportSource};
+use crate::shard::ShardHandle;
+use crate::state::{DiskRecord, Saved, ShardStore, StateDir, ViewRecord, VolumeRecord};
+
+mod signature;
+
+/// A shard with its engine.
+pub type Shard = ShardHandle<Local>;
+
+/// What lives on a shard's thread.
+#[derive(Clone)]
+pub struct Local {
+    /// The engine.
+    pub engine: Rc<Engine>,
+    /// The primaries, kept so that a volume can be opened anew without losing their locks.
+    primaries: Rc<RefCell<HashMap<Uuid, Rc<dyn Device>>>>,
+}
+
+impl ExportSource for Local {
+    fn export(&self, key: Uuid) -> Option<Rc<dyn Export>> {
+        self.engine.export(key)
+    }
+}
+
+/// A volume that a request means.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Resolved {
+    /// Its uuid.
+    pub uuid: Uuid,
+    /// Its name.
+    pub name: String,
+}
+
+/// A volume as the registry has it; `info` is absent when it could not be opened.
+pub struct VolumeStatus {
+    /// The record.
+    pub record: VolumeRecord,
+    /// What the engine says, or why there is no engine to ask.
+    pub info: std::result::Result<VolumeInfo, String>,
+}
+
+/// A CDP disk as the registry has it.
+pub struct DiskStatus {
+    /// What the engine says; for a disk that could not be opened, its path and the reason.
+    pub info: DiskInfo,
+    /// Past the page cache.
+    pub direct: bool,
+}
+
+/// What the metrics take from a shard, in one message.
+pub struct ShardStats {
+    /// By volume.
+    pub volumes: Vec<(VolumeInfo, VolumeStats, usize)>,
+    /// By CDP disk.
+    pub disks: Vec<DiskInfo>,
+}
+
+/// A volume to be added.
+#[derive(Clone, Debug)]
+pub struct NewVolume {
+    /// Its name.
+    pub name: String,
+    /// Path of the primary.
+    pub path: PathBuf,
+    /// Its uuid; `None`: a new one.
+    pub uuid: Option<Uuid>,
+    /// Bytes that the guest sees; 0: all of it.
+    pub size: u64,
+    /// Make the file, sparse, where there is none.
+    pub create: bool,
+}
+
+/// A revert of one or several volumes.
+#[derive(Clone, Copy, Debug)]
+pub struct Rewind {
+    /// Disconnect clients and hold the export.
+    pub force: bool,
+    /// Let clients in at once.
+    pub release: bool,
+    /// Change nothing.
+    pub dry_run: bool,
+}
+
+/// See the module's text.
+pub struct Control {
+    shards: Vec<Arc<Shard>>,
+    state: Arc<StateDir>,
+    clock: Arc<HostClock>,
+    events: Arc<EventHub>,
+    engine_config: EngineConfig,
+    registry: RwLock<Registry>,
+    changing: tokio::sync::Mutex<()>,
+}
+
+#[derive(Default)]
+struct Registry {
+    volumes: BTreeMap<Uuid, VolumeSlot>,
+    disks: Vec<DiskSlot>,
+    views: BTreeMap<Uuid, ViewSlot>,
+}
+
+struct VolumeSlot {
+    record: VolumeRecord,
+    shard: usize,
+    identity: Option<FileId>,
+    /// Why it could not be opened.
+    failed: Option<String>,
+}
+
+struct DiskSlot {
+    path: PathBuf,
+    /// It stands in the configuration, so it is not recorded.
+    configured: bool,
+    shard: usize,
+    identity: Option<FileId>,
+    id: Option<Uuid>,
+    direct: bool,
+    /// Why it could not be opened.
+    failed: Option<String>,
+}
+
+struct ViewSlot {
+    record: ViewRecord,
+    shard: usize,
+}
+
+/// What tells a file or device from another: kind, device, inode.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct FileId(bool, u64, u64);
+
+impl FileId {
+    fn of(path: &Path) -> Option<Self> {
+        let found = std::fs::metadata(path).ok()?;
+        let block = found.file_type().is_block_device();
+        Some(if block { Self(true, found.rdev(), 0) } else { Self(false, found.dev(), found.ino()) })
+    }
+}
+
+impl Control {
+    /// Starts the shards, opens the CDP disks, then the volumes by priority, then the views that were open.
+    ///
+    /// # Errors
+    /// When the agent must not run: a shard that cannot start, a CDP disk that another process uses, a state directory that
+    /// cannot be written. A disk or volume that is missing is registered as such, and the agent runs.
+    pub async fn start(
+        config: &Config,
+        state: Arc<StateDir>,
+        saved: Saved,
+        events: Arc<EventHub>,
+    ) -> anyhow::Result<Arc<Self>> {
+        let clock = Arc::new(HostClock::new(saved.high_water));
+        let mut shards = Vec::new();
+        for number in 0..config.shards {
+            let (clock, state, events, engine_config) =
+                (Arc::clone(&clock), Arc::clone(&state), Arc::clone(&events), config.engine.clone());
+            let shard = Shard::start(&format!("cdp-shard-{number}"), move |ring| {
+                let store = Rc::new(ShardStore(state));
+                let publish = Box::new(move |event| events.publish_engine(event));
+                let engine = Engine::new(Rc::new(ring), clock, store, engine_config, publish);
+                Local { engine, primaries: Rc::default() }
+            });
+            shards.push(Arc::new(shard.with_context(|| format!("start shard {number}"))?));
+        }
+        let control = Arc::new(Self {
+            shards,
+            state,
+            clock,
+            events,
+            engine_config: config.engine.clone(),
+            registry: RwLock::default(),
+            changing: tokio::sync::Mutex::new(()),
+        });
+        control.open_disks(config, &saved.disks).await?;
+        control.open_volumes(config, &saved).await?;
+        control.reopen_views(saved.views).await?;
+        Ok(control)
+    }
+
+    /// Events of this agent.
+    pub fn events(&self) -> &Arc<EventHub> {
+        &self.events
+    }
+
+    /// The state directory.
+    pub fn state(&self) -> &Arc<StateDir> {
+        &self.state
+    }
+
+    /// The shards.
+    pub fn shards(&self) -> &[Arc<Shard>] {
+        &self.shards
+    }
+
+    /// Bounds and defaults of the engines.
+    pub fn engine_config(&self) -> &EngineConfig {
+        &self.engine_config
+    }
+
+    /// How far the clock of instants runs ahead of the wall clock, nanoseconds.
+    pub fn clock_lead_ns(&self) -> u64 {
+        self.clock.lead_ns(wall_ns())
+    }
+
+    /// A new instant, after everything that was acked so far.
+    pub async fn instant(&self) -> Result<Instant> {
+        let ticked = self.shards[0].call(|local, _| async move { local.engine.tick().await });
+        ticked.await.unwrap_or_else(|_| Err(stopping()))
+    }
+
+    // ---- volumes ----
+
+    /// The volume of this uuid (in any case) or name.
+    pub fn resolve(&self, volume: &str) -> Result<Resolved> {
+        let registry = self.registry.read();
+        let slot = match Uuid::parse_str(volume) {
+            Ok(uuid) => registry.volumes.get(&uuid),
+            Err(_) => registry.volumes.values().find(|slot| slot.record.name == volume),
+        };
+        let slot = slot.ok_or_else(|| Error::NotFound { what: "volume", name: volume.to_owned() })?;
+        Ok(Resolved { uuid: slot.record.uuid, name: slot.record.name.clone() })
+    }
+
+    /// The volume of this uuid.
+    pub fn resolved(&self, uuid: Uuid) -> Option<Resolved> {
+        let registry = self.registry.read();
+        registry.volumes.get(&uuid).map(|slot| Resolved { uuid, name: slot.record.name.clone() })
+    }
+
+    /// Runs work on a volume's shard. Dropping the future does not stop the work.
+    pub async fn on_volume<T, F, Fut>(&self, volume: Uuid, work: F) -> Result<T>
+    where
+        F: FnOnce(Rc<Volume>) -> Fut + Send + 'static,
+        Fut: Future<Output = Result<T>> + 'static,
+        T: Send + 'static,
+    {
+        let shard = self.shard_of(volume)?;
+        let done = shard.call(move |local, _| async move {
+            match local.engine.volume(volume) {
+                Some(volume) => work(volume).await,
+                None => Err(Error::Gone(format!("volume {volume} was removed meanwhile"))),
+            }
+        });
+        done.await.unwrap_or_else(|_| Err(stopping()))
+    }
+
+    fn shard_of(&self, volume: Uuid) -> Result<Arc<Shard>> {
+        let registry = self.registry.read();
+        let slot = registry.volumes.get(&volume);
+        let slot = slot.ok_or_else(|| Error::NotFound { what: "volume", name: volume.to_string() })?;
+        match &slot.failed {
+            Some(why) => Err(Error::State(format!(
+                "volume {:?} is not served: {why}; mend that and restart the agent",
+                slot.record.name
+            ))),
+            None => Ok(Arc::clone(&self.shards[slot.shard])),
+        }
+    }
+
+    /// All about a volume.
+    pub async fn info(&self, volume: Uuid) -> Result<VolumeInfo> {
+        self.on_volume(volume, |volume| async move { Ok(volume.info()) }).await
+    }
+
+    /// A volume as the registry has it, served or not.
+    pub async fn volume(&self, volume: Uuid) -> Result<VolumeStatus> {
+        let (record, failed) = {
+            let registry = self.registry.read();
+            let slot = registry.volumes.get(&volume);
+            let slot = slot.ok_or_else(|| Error::NotFound { what: "volume", name: volume.to_string() })?;
+            (slot.record.clone(), slot.failed.clone())
+        };
+        let info = match failed {
+            Some(why) => Err(why),
+            None => Ok(self.info(volume).await?),
+        };
+        Ok(VolumeStatus { record, info })
+    }
+
+    /// All volumes, by name.
+    pub async fn volumes(&self) -> Vec<VolumeStatus> {
+        let mut uuids: Vec<(String, Uuid)> =
+            self.registry.read().volumes.values().map(|slot| (slot.record.name.clone(), slot.record.uuid)).collect();
+        uuids.sort();
+        // One that is removed meanwhile is left out.
+        join_all(uuids.iter().map(|(_, uuid)| self.volume(*uuid))).await.into_iter().flatten().collect()
+    }
+
+    /// Takes a device or file into service. Answers the volume that is there when it is the same one.
+    pub async fn add_volume(&self, new: NewVolume) -> Result<Uuid> {
+        let _changing = self.changing.lock().await;
+        if let Some(same) = self.same_volume(&new) {
+            return Ok(same);
+        }
+        self.check_new_volume(&new)?;
+        if new.create {
+            create_sparse(&new.path, new.size).await?;
+        }
+        self.check_identity(&new.path, "path")?;
+        let mut record = VolumeRecord {
+            uuid: new.uuid.unwrap_or_else(Uuid::new_v4),
+            name: new.name,
+            path: new.path,
+            size: new.size,
+            configured: false,
+        };
+        self.events.name_volume(record.uuid, &record.name);
+        let (shard, info) = self.open_volume(&record).await?;
+        record.size = info.size;
+        let uuid = record.uuid;
+        let message = format!("volume {:?} added: {}", record.name, record.path.display());
+        let slot = VolumeSlot { identity: FileId::of(&record.path), record, shard, failed: None };
+        self.registry.write().volumes.insert(uuid, slot);
+        if let Err(error) = self.record_volumes().await {
+            self.registry.write().volumes.remove(&uuid);
+            self.close_on_shard(shard, uuid).await?;
+            return Err(error);
+        }
+        self.events.publish_now(EventKind::VolumeAdded, Some(uuid), None, message);
+        Ok(uuid)
+    }
+
+    fn same_volume(&self, new: &NewVolume) -> Option<Uuid> {
+        let registry = self.registry.read();
+        let slot = registry.volumes.values().find(|slot| slot.record.name == new.name)?;
+        let same = slot.record.path == new.path
+            && new.uuid.is_none_or(|uuid| uuid == slot.record.uuid)
+            && (new.size == 0 || new.size == slot.record.size);
+        same.then_some(slot.record.uuid)
+    }
+
+    fn check_new_volume(&self, new: &NewVolume) -> Result<()> {
+        let registry = self.registry.read();
+        if registry.volumes.values().any(|slot| slot.record.name == new.name) {
+            return Err(Error::Exists { what: "volume", name: new.name.clone() });
+        }
+        match new.uuid {
+            Some(uuid) if registry.volumes.contains_key(&uuid) => {
+                Err(Error::Exists { what: "volume", name: uuid.to_string() })
+            }
+            Some(uuid) if registry.views.contains_key(&uuid) => {
+                Err(Error::Exists { what: "view", name: uuid.to_string() })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Refuses a device or file that is in use here already, under whatever path.
+    fn check_identity(&self, path: &Path, field: &'static str) -> Result<()> {
+        let Some(identity) = FileId::of(path) else { return Ok(()) };
+        let registry = self.registry.read();
+        if let Some(disk) = registry.disks.iter().find(|disk| disk.identity == Some(identity)) {
+            let bound = format!("it is the CDP disk {}", disk.path.display());
+            return Err(Error::invalid(field, path.display(), bound));
+        }
+        if let Some(slot) = registry.volumes.values().find(|slot| slot.identity == Some(identity)) {
+            let name = format!("{} (primary of volume {:?})", path.display(), slot.record.name);
+            return Err(Error::Exists { what: "primary", name });
+        }
+        Ok(())
+    }
+
+    /// Stops serving a volume.
+    pub async fn remove_volume(&self, volume: Uuid, force: bool, clean: bool) -> Result<VolumeStatus> {
+        let _changing = self.changing.lock().await;
+        let status = self.volume(volume).await?;
+        if status.record.configured {
+            return Err(Error::State(format!(
+                "volume {:?} is part of the configuration file: take it out there and restart the agent",
+                status.record.name
+            )));
+        }
+        if let Ok(info) = &status.info {
+            let views = self.on_volume(volume, |volume| async move { Ok(volume.views()) }).await?;
+            if !force && info.clients > 0 {
+                let text = format!("volume {:?} is open by {} clients: disconnect them or use force", info.name, info.clients);
+                return Err(Error::State(text));
+            }
+            if !force && !views.is_empty() {
+                let text = format!("volume {:?} has {} open views: close them or use force", info.name, views.len());
+                return Err(Error::State(text));
+            }
+            for view in views {
+                self.close_view_locked(view.id).await?;
+            }
+            if clean && info.settings.is_some() {
+                self.on_volume(volume, |volume| async move { volume.clean(None).await }).await?;
+            }
+            let shard = self.registry.read().volumes.get(&volume).map_or(0, |slot| slot.shard);
+            self.close_on_shard(shard, volume).await?;
+        } else if clean {
+            return Err(Error::State("history can be cleaned only while the volume is served".to_owned()));
+        }
+        let slot = self.registry.write().volumes.remove(&volume);
+        if let Err(error) = self.record_volumes().await {
+            // It is not served any more; the record still says so until it can be written.
+            self.registry.write().volumes.extend(slot.map(|slot| {
+                (volume, VolumeSlot { failed: Some("it was removed, but the record could not be written".to_owned()), ..slot })
+            }));
+            return Err(error);
+        }
+        let message = format!("volume {:?} removed", status.record.name);
+        self.events.publish_now(EventKind::VolumeRemoved, Some(volume), None, message);
+        Ok(status)
+    }
+
+    /// Offers the primary's grown size to the guest.
+    pub async fn resize_volume(&self, volume: Uuid, size: Option<u64>) -> Result<(u64, VolumeInfo)> {
+        let _changing = self.changing.lock().await;
+        let (old, info) = self
+            .on_volume(volume, move |volume| async move {
+                let old = volume.info().size;
+                volume.resize(size).await?;
+                Ok((old, volume.info()))
+            })
+            .await?;
+        if let Some(slot) = self.registry.write().volumes.get_mut(&volume) {
+            slot.record.size = info.size;
+        }
+        self.record_volumes().await?;
+        Ok((old, info))
+    }
+
+    /// The admin's decision to go on with the primary as it is: opens the volume anew.
+    pub async fn override_volume(&self, volume: Uuid, health: Health) -> Result<VolumeStatus> {
+        let _changing = self.changing.lock().await;
+        let (record, shard) = {
+            let registry = self.registry.read();
+            let slot = registry.volumes.get(&volume);
+            let slot = slot.ok_or_else(|| Error::NotFound { what: "volume", name: volume.to_string() })?;
+            (slot.record.clone(), slot.shard)
+        };
+        let info = self.info(volume).await?;
+        if info.health != health {
+            return Err(Error::State(format!("volume {:?} is in state {:?}, not in {health:?}", info.name, info.health)));
+        }
+        let fence = self.state.fence(volume).map_err(|error| Error::State(error.to_string()))?;
+        let reopened = self.shards[shard].call(move |local, _| async move {
+            let primary = local.primaries.borrow().get(&volume).cloned();
+            let primary = primary.ok_or_else(|| Error::Gone(format!("volume {volume} is being removed")))?;
+            local.engine.close_volume(volume).await?;
+            let spec = VolumeSpec {
+                id: volume,
+                name: record.name,
+                path: record.path.display().to_string(),
+                size: record.size,
+                primary,
+                fence,
+                override_journal: true,
+            };
+            local.engine.open_volume(spec).await.map(drop)
+        });
+        match reopened.await.unwrap_or_else(|_| Err(stopping())) {
+            Ok(()) => self.volume(volume).await,
+            Err(error) => {
+                if let Some(slot) = self.registry.write().volumes.get_mut(&volume) {
+                    slot.failed = Some(error.to_string());
+                }
+                Err(error)
+            }
+        }
+    }
+
+    async fn record_volumes(&self) -> Result<()> {
+        let records: Vec<_> = self.registry.read().volumes.values().map(|slot| slot.record.clone()).collect();
+        self.recorded("volumes", self.state.put_volumes(&records).await)
+    }
+
+    fn recorded(&self, what: &str, result: std::io::Result<()>) -> Result<()> {
+        let place = || self.state.path().join(what).display().to_string();
+        result.map_err(|error| Error::device("write", place(), &error))
+    }
+
+    async fn open_volume(&self, record: &VolumeRecord) -> Result<(usize, VolumeInfo)> {
+        let fence = self.state.fence(record.uuid).map_err(|error| Error::State(error.to_string()))?;
+        let shard = self.place(fence.as_ref().map(|fence| fence.disk)).await;
+        let file = open_file(&record.path).await?;
+        let record = record.clone();
+        let opened = self.shards[shard].call(move |local, ring| async move {
+            let primary: Rc<dyn Device> = Rc::new(Disk::new(&ring, file));
+            let spec = VolumeSpec {
+                id: record.uuid,
+                name: record.name,
+                path: record.path.display().to_string(),
+                size: record.size,
+                primary: Rc::clone(&primary),
+                fence,
+                override_journal: false,
+            };
+            let volume = local.engine.open_volume(spec).await?;
+            local.primaries.borrow_mut().insert(record.uuid, primary);
+            Ok(volume.info())
+        });
+        opened.await.unwrap_or_else(|_| Err(stopping())).map(|info| (shard, info))
+    }
+
+    async fn close_on_shard(&self, shard: usize, volume: Uuid) -> Result<()> {
+        let closed = self.shards[shard].call(move |local, _| async move {
+            local.engine.close_volume(volume).await?;
+            local.primaries.borrow_mut().remove(&volume);
+            Ok(())
+        });
+        closed.await.unwrap_or_else(|_| Err(stopping()))
+    }
+
+    /// The shard for a volume: that of the disk with its journal, else that of the disk with most room, else the first.
+    async fn place(&self, journal: Option<Uuid>) -> usize {
+        if let Some(disk) = journal {
+            let registry = self.registry.read();
+            if let Some(slot) = registry.disks.iter().find(|slot| slot.id == Some(disk)) {
+                return slot.shard;
+            }
+        }
+        let mut best = (0, 0);
+        for (number, shard) in self.shards.iter().enumerate() {
+            let disks = shard.call(|local, _| async move { local.engine.disks() }).await.unwrap_or_default();
+            let unpromised = disks
+                .iter()
+                .filter(|disk| disk.online)
+                .map(|disk| (disk.segments * disk.segment_size).saturating_sub(disk.reserved_bytes))
+                .max();
+            if let Some(bytes) = unpromised.filter(|bytes| *bytes > best.1) {
+                best = (number, bytes);
+            }
+        }
+        best.0
+    }
+
+    async fn open_volumes(&self, config: &Config, saved: &Saved) -> anyhow::Result<()> {
+        let mut records = Vec::new();
+        for volume in &config.volumes {
+            let known = saved.volumes.iter().find(|record| match volume.uuid {
+                Some(uuid) => record.uuid == uuid,
+                None => record.name == volume.name,
+            });
+            let recorded_size = known.filter(|known| known.path == volume.path).map_or(0, |known| known.size);
+            records.push(VolumeRecord {
+                uuid: volume.uuid.or(known.map(|known| known.uuid)).unwrap_or_else(Uuid::new_v4),
+                name: volume.name.clone(),
+                path: volume.path.clone(),
+                size: if volume.size == 0 { recorded_size } else { volume.size },
+                configured: true,
+            });
+        }
+        for record in &saved.volumes {
+            if records.iter().any(|other| other.uuid == record.uuid) {
+                continue;
+            }
+            if record.configured {
+                tracing::warn!(volume = record.name, uuid = %record.uuid, "it left the configuration and is not served");
+                continue;
+            }
+            if let Some(other) = records.iter().find(|other| other.name == record.name) {
+                anyhow::bail!(
+                    "volume {:?} was added with uuid {}, and the configuration has another one of that name (uuid {})",
+                    record.name,
+                    record.uuid,
+                    other.uuid
+                );
+            }
+            records.push(record.clone());
+        }
+        // High priority first; the sort keeps the order of equals.
+        records.sort_by_key(|record| {
+            let settings = saved.fences.get(&record.uuid).and_then(|fence| fence.settings);
+            std::cmp::Reverse(settings.map(|settings| settings.priority).unwrap_or_default())
+        });
+        for mut record in records {
+            self.events.name_volume(record.uuid, &record.name);
+            let opened = match self.check_identity(&record.path, "path") {
+                Ok(()) => self.open_volume(&record).await,
+                Err(error) => Err(error),
+            };
+            let (shard, failed) = match opened {
+                Ok((shard, info)) => {
+                    record.size = info.size;
+                    (shard, None)
+                }
+                Err(error) => {
+                    let message = format!("volume {:?} cannot be served: {error}", record.name);
+                    self.events.publish_now(EventKind::PrimaryFailing, Some(record.uuid), None, message);
+                    (0, Some(error.to_string()))
+                }
+            };
+            let identity = FileId::of(&record.path);
+            self.registry.write().volumes.insert(record.uuid, VolumeSlot { record, shard, identity, failed });
+        }
+        self.record_volumes().await.context("record the volumes")
+    }
+
+    // ---- CDP disks ----
+
+    /// Makes a CDP disk of a device or file and takes it into use.
+    pub async fn init_disk(&self, path: PathBuf, size: u64, options: InitOptions) -> Result<DiskStatus> {
+        let _changing = self.changing.lock().await;
+        if self.registry.read().disks.iter().any(|disk| disk.path == path && disk.failed.is_none()) {
+            return Err(Error::Exists { what: "CDP disk", name: path.display().to_string() });
+        }
+        self.check_identity(&path, "path")?;
+        prepare_disk_file(&path, size, options.force).await?;
+        let file = open_file(&path).await?;
+        let shard = self.shard_for_disk();
+        let direct = file.io_mode() == "direct";
+        let (shown, id) = (path.display().to_string(), Uuid::new_v4());
+        let label = shown.clone();
+        let opened = self.shards[shard].call(move |local, ring| async move {
+            let device: Rc<dyn Device> = Rc::new(Disk::new(&ring, file));
+            Engine::init_disk(Rc::clone(&device), options, id, wall_ns()).await?;
+            local.engine.add_disk(device, label).await
+        });
+        let info = opened.await.unwrap_or_else(|_| Err(stopping()))?;
+        let identity = FileId::of(&path);
+        let slot = DiskSlot { path, configured: false, shard, identity, id: Some(info.id), direct, failed: None };
+        {
+            let mut registry = self.registry.write();
+            registry.disks.retain(|disk| disk.path != slot.path);
+            registry.disks.push(slot);
+        }
+        self.record_disks().await?;
+        let message = format!("CDP disk {shown} taken into use: {} segments of {} bytes", info.segments, info.segment_size);
+        self.events.publish_now(EventKind::DiskAdded, None, Some(shown), message);
+        Ok(DiskStatus { info, direct })
+    }
+
+    /// The CDP disks, by path.
+    pub async fn disks(&self) -> Vec<DiskStatus> {
+        let mut infos = Vec::new();
+        for shard in &self.shards {
+            infos.extend(shard.call(|local, _| async move { local.engine.disks() }).await.unwrap_or_default());
+        }
+        let registry = self.registry.read();
+        let mut disks: Vec<DiskStatus> = registry
+            .disks
+            .iter()
+            .map(|slot| match infos.iter().find(|info| Some(info.id) == slot.id) {
+                Some(info) => DiskStatus { info: info.clone(), direct: slot.direct },
+                None => DiskStatus { info: absent_disk(slot), direct: false },
+            })
+            .collect();
+        disks.sort_by(|a, b| a.info.path.cmp(&b.info.path));
+        disks
+    }
+
+    async fn record_disks(&self) -> Result<()> {
+        let added = |slot: &&DiskSlot| !slot.configured;
+        let records: Vec<_> = {
+            let registry = self.registry.read();
+            registry.disks.iter().filter(added).map(|slot| DiskRecord { path: slot.path.clone() }).collect()
+        };
+        self.recorded("disks", self.state.put_disks(&records).await)
+    }
+
+    /// The shard with the fewest disks.
+    fn shard_for_disk(&self) -> usize {
+        let registry = self.registry.read();
+        let count = |shard: &usize| registry.disks.iter().filter(|disk| disk.shard == *shard).count();
+        (0..self.shards.len()).min_by_key(count).unwrap_or(0)
+    }
+
+    async fn open_disks(&self, config: &Config, added: &[DiskRecord]) -> anyhow::Result<()> {
+        let mut paths: Vec<(PathBuf, bool)> = config.disks.iter().map(|path| (path.clone(), true)).collect();
+        let added = added.iter().map(|record| record.path.clone()).filter(|path| !config.disks.contains(path));
+        paths.extend(added.map(|path| (path, false)));
+        for (path, configured) in paths {
+            let shard = self.shard_for_disk();
+            let identity = FileId::of(&path);
+            if identity.is_some() && self.registry.read().disks.iter().any(|disk| disk.identity == identity) {
+                anyhow::bail!("CDP disk {}: it is given twice, under another path", path.display());
+            }
+            let opened = match open_disk_file(&path).await {
+                Ok(file) => {
+                    let (label, direct) = (path.display().to_string(), file.io_mode() == "direct");
+                    let added = self.shards[shard].call(move |local, ring| async move {
+                        local.engine.add_disk(Rc::new(Disk::new(&ring, file)), label).await
+                    });
+                    added.await.unwrap_or_else(|_| Err(stopping())).map(|info| (info.id, direct))
+                }
+                // Its journal may have a writer already: two of them would destroy it.
+                Err(error @ OpenError::Busy { .. }) => return Err(error).context("open the CDP disk"),
+                Err(error) => Err(open_error(error)),
+            };
+            let (id, direct, failed) = match opened {
+                Ok((id, direct)) => (Some(id), direct, None),
+                Err(error) => {
+                    let (shown, message) = (path.display().to_string(), format!("the CDP disk cannot be used: {error}"));
+                    self.events.publish_now(EventKind::Damage, None, Some(shown), message);
+                    (None, false, Some(error.to_string()))
+                }
+            };
+            self.registry.write().disks.push(DiskSlot { path, configured, shard, identity, id, direct, failed });
+        }
+        Ok(())
+    }
+
+    // ---- views ----
+
+    /// Opens a view, or answers the one that is open.
+    pub async fn open_view(&self, volume: Uuid, time: Instant, name: String, writable: bool) -> Result<(ViewInfo, u64)> {
+        let _changing = self.changing.lock().await;
+        let (info, size) = self
+            .on_volume(volume, move |volume| async move {
+                let view = volume.open_view(time, &name, writable).await?;
+                Ok(info_and_size(&view))
+            })
+            .await?;
+        let known = {
+            let mut registry = self.registry.write();
+            let shard = registry.volumes.get(&volume).map_or(0, |slot| slot.shard);
+            registry.views.insert(info.id, ViewSlot { record: view_record(&info), shard }).is_some()
+        };
+        if !known && let Err(error) = self.record_views().await {
+            let id = info.id;
+            self.registry.write().views.remove(&id);
+            self.on_volume(volume, move |volume| async move { volume.close_view(id).await }).await?;
+            return Err(error);
+        }
+        Ok((info, size))
+    }
+
+    /// Closes a view by its id.
+    pub async fn close_view(&self, id: Uuid) -> Result<(ViewInfo, u64)> {
+        let _changing = self.changing.lock().await;
+        self.close_view_locked(id).await
+    }
+
+    async fn close_view_locked(&self, id: Uuid) -> Result<(ViewInfo, u64)> {
+        let volume = self.registry.read().views.get(&id).map(|slot| slot.record.volume);
+        let volume = volume.ok_or_else(|| Error::NotFound { what: "view", name: id.to_string() })?;
+        let shard = self.shard_of(volume)?;
+        let closed = shard.call(move |local, _| async move {
+            let view = local.engine.view(id).ok_or_else(|| Error::NotFound { what: "view", name: id.to_string() })?;
+            let (info, size) = info_and_size(&view);
+            drop(view);
+            let volume = local.engine.volume(volume).ok_or_else(stopping)?;
+            volume.close_view(id).await?;
+            Ok((info, size))
+        });
+        let closed = closed.await.unwrap_or_else(|_| Err(stopping()));
+        if matches!(closed, Ok(_) | Err(Error::NotFound { .. })) {
+            self.registry.write().views.remove(&id);
+            self.record_views().await?;
+        }
+        closed
+    }
+
+    /// Open views with their sizes, by time of opening.
+    pub async fn views(&self, of: Option<Uuid>) -> Vec<(ViewInfo, u64)> {
+        let places: Vec<(Uuid, usize)> = {
+            let registry = self.registry.read();
+            let wanted = registry.views.iter().filter(|(_, slot)| of.is_none_or(|volume| slot.record.volume == volume));
+            wanted.map(|(id, slot)| (*id, slot.shard)).collect()
+        };
+        let asked = places.into_iter().map(|(id, shard)| {
+            self.shards[shard].call(move |local, _| async move { local.engine.view(id).map(|view| info_and_size(&view)) })
+        });
+        let mut views: Vec<_> = join_all(asked).await.into_iter().flatten().flatten().collect();
+        views.sort_by_key(|(info, _)| (info.opened_ns, info.id));
+        views
+    }
+
+    async fn record_views(&self) -> Result<()> {
+        let records: Vec<_> = self.registry.read().views.values().map(|slot| slot.record.clone()).collect();
+        self.recorded("views", self.state.put_views(&records).await)
+    }
+
+    async fn reopen_views(&self, records: Vec<ViewRecord>) -> anyhow::Result<()> {
+        for record in records {
+            let (id, volume, time) = (record.id, record.volume, Instant(record.time_ns));
+            let lost = |why: String| {
+                let message = format!("view {id} at {time} did not come back after the restart: {why}");
+                self.events.publish_now(EventKind::ViewLost, Some(volume), None, message);
+            };
+            if record.writable {
+                lost("it was writable, and its scratch ended with the agent".to_owned());
+                continue;
+            }
+            let name = record.snapshot_name.clone();
+            let reopened = self
+                .on_volume(volume, move |volume| async move { volume.reopen_view(id, time, &name).await.map(drop) })
+                .await;
+            match reopened {
+                Ok(()) => {}
+                // Its volume is not served now; it may be after the next start.
+                Err(Error::State(why)) => tracing::warn!(view = %id, %volume, why, "the view waits for its volume"),
+                Err(error) => {
+                    lost(error.to_string());
+                    continue;
+                }
+            }
+            let shard = self.registry.read().volumes.get(&volume).map_or(0, |slot| slot.shard);
+            self.registry.write().views.insert(id, ViewSlot { record, shard });
+        }
+        self.record_views().await.context("record the views")
+    }
+
+    // ---- several volumes at once ----
+
+    /// Takes volumes back, together or not at all. Answers in the order given.
+    pub async fn revert(&self, targets: Vec<(Uuid, Instant)>, how: Rewind) -> Vec<Result<RevertReport>> {
+        let request = |target: Instant, dry_run: bool, group| RevertRequest {
+            target,
+            force: how.force,
+            release: how.release,
+            dry_run,
+            group,
+        };
+        let run = |volume: Uuid, request: RevertRequest| {
+            self.on_volume(volume, move |volume| async move { volume.revert(request).await })
+        };
+        if how.dry_run || targets.len() == 1 {
+            return join_all(targets.iter().map(|(volume, at)| run(*volume, request(*at, how.dry_run, None)))).await;
+        }
+        // What can be refused is refused before anything changes.
+        let checks = join_all(targets.iter().map(|(volume, at)| run(*volume, request(*at, true, None)))).await;
+        if checks.iter().any(Result::is_err) {
+            let aborted = || Err(Error::Gone("not done: another volume of the group was refused".to_owned()));
+            return checks.into_iter().map(|check| check.and_then(|_| aborted())).collect();
+        }
+        let group = Some((Uuid::new_v4(), u32::try_from(targets.len()).unwrap_or(u32::MAX)));
+        let done = join_all(targets.iter().map(|(volume, at)| run(*volume, request(*at, false, group)))).await;
+        if done.iter().all(Result::is_ok) {
+            return done;
+        }
+        let mut answers = Vec::new();
+        for (result, (volume, _)) in done.into_iter().zip(&targets) {
+            let Ok(report) = result else {
+                answers.push(result);
+                continue;
+            };
+            let undone = run(*volume, request(report.instant.before(), false, None)).await;
+            answers.push(Err(match undone {
+                Ok(_) => Error::Gone("taken back again: another volume of the group failed".to_owned()),
+                Err(error) => Error::State(format!(
+                    "another volume of the group failed, and taking this one back again failed too: {error}; \
+                     it stands at {}, and reverting it to {} undoes that",
+                    report.target,
+                    report.instant.before()
+                )),
+            }));
+        }
+        answers
+    }
+
+    // ---- metrics, health, end ----
+
+    /// Counters of all shards.
+    pub async fn stats(&self) -> Vec<ShardStats> {
+        let asked = self.shards.iter().map(|shard| {
+            shard.call(|local, _| async move {
+                let volumes = local.engine.volumes();
+                let volumes = volumes.iter().map(|volume| (volume.info(), volume.stats(), volume.views().len())).collect();
+                ShardStats { volumes, disks: local.engine.disks() }
+            })
+        });
+        join_all(asked).await.into_iter().flatten().collect()
+    }
+
+    /// Heartbeats of the shards.
+    pub fn heartbeats(&self) -> Vec<u64> {
+        self.shards.iter().map(|shard| shard.heartbeat()).collect()
+    }
+
+    /// Ends everything in order: clients are drained, engines record their clean state, threads end.
+    ///
+    /// # Errors
+    /// The first of what failed; the rest is stopped all the same.
+    pub async fn stop(&self, grace: Duration) -> anyhow::Result<()> {
+        let drained = join_all(self.shards.iter().map(|shard| shard.drain(grace))).await;
+        let cut: usize = drained.into_iter().flatten().sum();
+        if cut > 0 {
+            tracing::warn!(clients = cut, "clients did not take their answers in time and were cut off");
+        }
+        let stopped = join_all(self.shards.iter().map(|shard| async move {
+            let stopped = shard.call(|local, _| async move { local.engine.stop().await });
+            stopped.await.context("the shard ended early")?.with_context(|| format!("stop {}", shard.name()))
+        }));
+        let stopped = stopped.await;
+        for shard in &self.shards {
+            shard.stop().await.with_context(|| format!("end {}", shard.name()))?;
+        }
+        stopped.into_iter().collect()
+    }
+}
+
+impl ExportDirectory<Local> for Control {
+    fn list(&self) -> BoxFuture<'_, Vec<ExportEntry>> {
+        let registry = self.registry.read();
+        let served = registry.volumes.values().filter(|slot| slot.failed.is_none());
+        let mut entries: Vec<ExportEntry> = served
+            .map(|slot| ExportEntry { name: slot.record.name.clone(), description: format!("volume {}", slot.record.uuid) })
+            .collect();
+        entries.sort_by(|a, b| a.name.cmp(&b.name));
+        entries.extend(registry.views.iter().map(|(id, slot)| {
+            let volume = registry.volumes.get(&slot.record.volume).map_or("?", |volume| &volume.record.name);
+            ExportEntry { name: id.to_string(), description: format!("view of {volume} at {}", slot.record.time_ns) }
+        }));
+        async move { entries }.boxed()
+    }
+
+    fn find<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Option<ExportInfo<Local>>> {
+        let found = {
+            let registry = self.registry.read();
+            let volume = |slot: &VolumeSlot| (slot.record.name.clone(), slot.record.uuid, slot.shard, "volume".to_owned());
+            let mut served = registry.volumes.values().filter(|slot| slot.failed.is_none());
+            match (name, Uuid::parse_str(name)) {
+                // The default export is the only volume, where there is just one.
+                ("", _) => served.next().filter(|_| registry.volumes.len() == 1).map(volume),
+                (_, Ok(id)) => served.find(|slot| slot.record.uuid == id).map(volume).or_else(|| {
+                    let view = registry.views.get(&id)?;
+                    Some((id.to_string(), id, view.shard, format!("view at {}", view.record.time_ns)))
+                }),
+                (name, Err(_)) => served.find(|slot| slot.record.name == name).map(volume),
+            }
+        };
+        async move {
+            let (name, key, shard, description) = found?;
+            let shard = Arc::clone(&self.shards[shard]);
+            let asked = shard.call(move |local, _| async move {
+                local.export(key).map(|export| (export.size(), export.read_only()))
+            });
+            let (size, read_only) = asked.await.ok().flatten()?;
+            Some(ExportInfo { name, description, size, read_only, shard, key })
+        }
+        .boxed()
+    }
+}
+
+fn stopping() -> Error {
+    Error::Gone("the agent is stopping".to_owned())
+}
+
+fn info_and_size(view: &Rc<View>) -> (ViewInfo, u64) {
+    (view.info(), view.export().size())
+}
+
+fn view_record(info: &ViewInfo) -> ViewRecord {
+    ViewRecord {
+        id: info.id,
+        volume: info.volume,
+        time_ns: info.time.0,
+        snapshot_name: info.snapshot_name.clone(),
+        writable: info.writable,
+    }
+}
+
+fn absent_disk(slot: &DiskSlot) -> DiskInfo {
+    DiskInfo {
+        id: slot.id.unwrap_or_default(),
+        path: slot.path.display().to_string(),
+        size: 0,
+        segment_size: 0,
+        segments: 0,
+        segments_free: 0,
+        reserved_bytes: 0,
+        online: false,
+        error: slot.failed.clone().unwrap_or_else(|| "its shard has stopped".to_owned()),
+        errors: 0,
+    }
+}
+
+async fn open_disk_file(path: &Path) -> std::result::Result<DiskFile, OpenError> {
+    let path = path.to_owned();
+    let opened = tokio::task::spawn_blocking(move || DiskFile::open(&path)).await;
+    opened.expect("opening a disk does not panic, and the runtime does not end before its work")
+}
+
+async fn open_file(path: &Path) -> Result<DiskFile> {
+    open_disk_file(path).await.map_err(open_error)
+}
+
+fn open_error(error: OpenError) -> Error {
+    match error {
+        OpenError::Io { path, source, .. } if source.kind() == std::io::ErrorKind::NotFound => {
+            Error::NotFound { what: "device or file", name: path.display().to_string() }
+        }
+        OpenError::Io { path, op, source } => Error::device(op, path.display().to_string(), &source),
+        OpenError::Unsuitable { path, what } => {
+            Error::invalid("path", path.display(), format!("it is {what}; a block device or a regular file is needed"))
+        }
+        other => Error::State(other.to_string()),
+    }
+}
+
+/// Makes a sparse file where there is nothing; what is there stays as it is.
+async fn create_sparse(path: &Path, size: u64) -> Result<()> {
+    let path = path.to_owned();
+    blocking(move || {
+        let made = std::fs::OpenOptions::new().write(true).create_new(true).open(&path);
+        let file = match made {
+            Ok(file) => file,
+            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => return Ok(()),
+            Err(error) => return Err(Error::device("create", path.display().to_string(), &error)),
+        };
+        let finish = || file.set_len(size).and_then(|()| file.sync_all()).and_then(|()| sync_parent(&path));
+        finish().map_err(|error| {
+            let _ = std::fs::remove_file(&path); // the error that counts is the other one
+            Error::device("create", path.display().to_string(), &error)
+        })
+    })
+    .await
+}
+
+/// Makes a CDP disk's file with all its room taken, or looks whether what is there may be overwritten.
+async fn prepare_disk_file(path: &Path, size: u64, force: bool) -> Result<()> {
+    let path = path.to_owned();
+    blocking(move || {
+        let shown = path.display().to_string();
+        match std::fs::metadata(&path) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                if size == 0 {
+                    return Err(Error::invalid("size", 0, format!("there is no {shown} yet: a file is made with the size given")));
+                }
+                preallocate(&path, size)
+            }
+            Err(error) => Err(Error::device("look at", shown, &error)),
+            Ok(found) => {
+                let is = signature::size(&path).map_err(|error| Error::device("ask for the size of", shown.clone(), &error))?;
+                if size != 0 && size != is {
+                    return Err(Error::invalid("size", size, format!("{shown} is there and has {is} bytes")));
+                }
+                let content = signature::find(&path).map_err(|error| Error::device("read", shown.clone(), &error))?;
+                if let Some(content) = content.filter(|_| !force) {
+                    return Err(Error::State(format!("{shown} holds {content}: use force to overwrite it")));
+                }
+                if found.is_file() { reserve(&path, is) } else { Ok(()) }
+            }
+        }
+    })
+    .await
+}
+
+fn preallocate(path: &Path, size: u64) -> Result<()> {
+    let failed = |error: &std::io::Error| Error::device("create", path.display().to_string(), error);
+    let file = std::fs::OpenOptions::new().write(true).create_new(true).open(path).map_err(|error| failed(&error))?;
+    drop(file);
+    let made = reserve(path, size).and_then(|()| sync_parent(path).map_err(|error| failed(&error)));
+    if made.is_err() {
+        let _ = std::fs::remove_file(path); // the error that counts is the other one
+    }
+    made
+}
+
+/// Takes a file's room now, so that a full file system cannot stop the journal later.
+fn reserve(path: &Path, size: u64) -> Result<()> {
+    let failed = |error: std::io::Error| match error.raw_os_error() {
+        Some(libc::ENOSPC) => Error::NoSpace { what: "file of the CDP disk", needed: size, free: 0 },
+        _ => Error::device("take the room of", path.display().to_string(), &error),
+    };
+    let length = i64::try_from(size).map_err(|_| Error::invalid("size", size, "at most 2^63 - 1 bytes"))?;
+    let file = std::fs::OpenOptions::new().write(true).open(path).map_err(failed)?;
+    match nix::fcntl::fallocate(&file, nix::fcntl::FallocateFlags::empty(), 0, length) {
+        Ok(()) => {}
+        Err(nix::errno::Errno::EOPNOTSUPP) => {
+            tracing::warn!(path = %path.display(), "its file system cannot reserve room: a full one will stop the journal");
+            if file.metadata().map_err(failed)?.len() < size {
+                file.set_len(size).map_err(failed)?;
+            }
+        }
+        Err(error) => return Err(failed(error.into())),
+    }
+    file.sync_all().map_err(failed)
+}
+
+fn sync_parent(path: &Path) -> std::io::Result<()> {
+    std::fs::File::open(path.parent().unwrap_or(Path::new("/")))?.sync_all()
+}
+
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    tokio::task::spawn_blocking(work).await.unwrap_or_else(|_| Err(stopping()))
+}

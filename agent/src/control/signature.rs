@@ -1,0 +1,62 @@
+//! What a disk holds before it becomes a CDP disk, so that nobody's data is overwritten by a slip of the finger.
+
+use std::fs::File;
+use std::io::{self, Seek as _, SeekFrom};
+use std::os::unix::fs::FileExt as _;
+use std::path::Path;
+
+/// Where each kind of content shows itself.
+const SIGNATURES: &[(u64, &[u8], &str)] = &[
+    (0, b"XFSB", "an XFS file system"),
+    (1080, b"\x53\xef", "an ext2, ext3 or ext4 file system"),
+    (65600, b"_BHRfS_M", "a btrfs file system"),
+    (3, b"NTFS    ", "an NTFS file system"),
+    (0, b"LUKS\xba\xbe", "a LUKS volume"),
+    (512, b"LABELONE", "an LVM physical volume"),
+    (0, b"QFI\xfb", "a qcow2 image"),
+    (4096, b"\xfc\x4e\x2b\xa9", "a member of an md array"),
+    (4086, b"SWAPSPACE2", "swap space"),
+    (512, b"EFI PART", "a GPT partition table"),
+    (4096, b"EFI PART", "a GPT partition table"),
+    (510, b"\x55\xaa", "a partition table or a FAT file system"),
+];
+
+/// Names what is there; `None`: nothing known. CDP superblocks are the engine's to know.
+pub fn find(path: &Path) -> io::Result<Option<&'static str>> {
+    let file = File::open(path)?;
+    for (offset, magic, name) in SIGNATURES {
+        let mut found = vec![0; magic.len()];
+        match file.read_exact_at(&mut found, *offset) {
+            Ok(()) if found == *magic => return Ok(Some(name)),
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(None)
+}
+
+/// Bytes of a file or block device.
+pub fn size(path: &Path) -> io::Result<u64> {
+    File::open(path)?.seek(SeekFrom::End(0))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_signature_is_found_where_it_stands_and_nothing_in_zeroes() {
+        let temp = tempfile::tempdir().expect("temporary directory");
+        let path = temp.path().join("disk");
+        for (offset, magic, name) in SIGNATURES {
+            let file = File::create(&path).expect("create");
+            file.set_len(1 << 20).expect("grow");
+            assert_eq!(find(&path).expect("readable"), None);
+            file.write_all_at(magic, *offset).expect("write");
+            assert_eq!(find(&path).expect("readable"), Some(*name));
+        }
+        File::create(&path).expect("an empty file");
+        assert_eq!((find(&path).expect("readable"), size(&path).expect("readable")), (None, 0));
+    }
+}

@@ -1,0 +1,280 @@
+//! The NBD server: https://github.com/NetworkBlockDevice/nbd/blob/master/doc/proto.md
+//!
+//! A connection is accepted and negotiated on tokio ([`handshake`]), where a slow or hostile client costs nothing but its
+//! seat; then its socket moves to the shard of the export and is served there, on the ring ([`transmission`]). A TLS connection
+//! stays on tokio as a pump between the TLS stream and a socket pair, whose other end moves.
+//!
+//! Bounds: connections in total ([`NbdConfig::connections_max`]), time of a handshake, bytes of an option, requests and bytes
+//! in flight per connection, bytes of a request.
+
+mod handshake;
+pub mod tls;
+pub(crate) mod transmission;
+pub mod wire;
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use futures::future::BoxFuture;
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, setsockopt, socketpair, sockopt};
+use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+use tokio::task::JoinSet;
+use tokio_rustls::TlsAcceptor;
+use uuid::Uuid;
+
+use crate::shard::ShardHandle;
+
+pub use transmission::{ClientStats, ExportSource, NbdSession};
+
+/// Longest read or write, announced as the maximum block size.
+pub const PAYLOAD_MAX: u32 = 32 << 20;
+/// Smallest unit of offsets and lengths, announced as the minimum block size.
+pub const BLOCK_MIN: u32 = 512;
+/// The unit that costs least, announced as the preferred block size.
+pub const BLOCK_PREFERRED: u32 = 4096;
+
+/// How long to wait when the process is out of descriptors or memory, before accepting again.
+const ACCEPT_RETRY: Duration = Duration::from_millis(100);
+/// A TCP peer that does not acknowledge for so long is gone, milliseconds.
+const TCP_USER_TIMEOUT_MS: u32 = 30_000;
+
+/// Bounds of the server.
+#[derive(Clone, Debug)]
+pub struct NbdConfig {
+    /// Most connections at a time, over all listeners.
+    pub connections_max: usize,
+    /// A handshake that takes longer is dropped.
+    pub handshake_timeout: Duration,
+    /// Most requests in flight on a connection.
+    pub inflight_requests_max: u32,
+    /// Most bytes of payload in flight on a connection. One request is always let in.
+    pub inflight_bytes_max: u64,
+}
+
+impl Default for NbdConfig {
+    fn default() -> Self {
+        Self {
+            connections_max: 256,
+            handshake_timeout: Duration::from_secs(10),
+            inflight_requests_max: 128,
+            inflight_bytes_max: 64 << 20,
+        }
+    }
+}
+
+/// An export in a list.
+#[derive(Clone, Debug)]
+pub struct ExportEntry {
+    /// The name to ask for it by.
+    pub name: String,
+    /// Words for people; may be empty.
+    pub description: String,
+}
+
+/// An export and where it is served.
+pub struct ExportInfo<S> {
+    /// Canonical name.
+    pub name: String,
+    /// Words for people; may be empty.
+    pub description: String,
+    /// Bytes.
+    pub size: u64,
+    /// Writes are refused.
+    pub read_only: bool,
+    /// The shard that serves it.
+    pub shard: Arc<ShardHandle<S>>,
+    /// What the shard knows it by: the volume's or view's id.
+    pub key: Uuid,
+}
+
+/// What there is to serve. The control plane's side of the frontend.
+pub trait ExportDirectory<S>: Send + Sync + 'static {
+    /// All exports that clients may see.
+    fn list(&self) -> BoxFuture<'_, Vec<ExportEntry>>;
+    /// The export that a client means by `name` (empty: the default one, if there is one).
+    fn find<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Option<ExportInfo<S>>>;
+}
+
+/// Where clients come from.
+pub enum Listener {
+    /// A unix socket. Who may use it is a matter of the socket file's permissions.
+    Unix(UnixListener),
+    /// TCP. Without `tls` everybody who reaches the port may read and write: only for an admin's explicit `insecure = true`.
+    Tcp {
+        /// The socket.
+        listener: TcpListener,
+        /// What encrypts the connections and asks clients for certificates ([`tls::acceptor`]).
+        tls: Option<TlsAcceptor>,
+    },
+}
+
+/// One of the server's seats; given back when it is dropped, wherever the connection ends.
+#[derive(Debug)]
+pub(crate) struct Seat {
+    taken: Arc<AtomicUsize>,
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        self.taken.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+/// The server. Cheap to share; its listeners share one bound of connections.
+pub struct NbdServer<S> {
+    config: NbdConfig,
+    directory: Arc<dyn ExportDirectory<S>>,
+    taken: Arc<AtomicUsize>,
+}
+
+impl<S: ExportSource + Clone + 'static> NbdServer<S> {
+    /// A server of what `directory` knows.
+    pub fn new(config: NbdConfig, directory: Arc<dyn ExportDirectory<S>>) -> Arc<Self> {
+        Arc::new(Self { config, directory, taken: Arc::default() })
+    }
+
+    /// Connections that have a seat now, handshakes included.
+    pub fn connections(&self) -> usize {
+        self.taken.load(Ordering::Acquire)
+    }
+
+    /// Accepts and negotiates until the future is dropped. Dropping it ends the handshakes that are under way; connections
+    /// that reached their shard live on until the shard drains them ([`ShardHandle::drain`]).
+    pub async fn serve(self: Arc<Self>, listener: Listener) {
+        let mut handshakes = JoinSet::new();
+        let mut full = false;
+        loop {
+            while handshakes.try_join_next().is_some() {}
+            let accepted = match &listener {
+                Listener::Unix(listener) => listener.accept().await.map(|(stream, _)| Stream::Unix(stream)),
+                Listener::Tcp { listener, tls } => {
+                    listener.accept().await.map(|(stream, _)| Stream::Tcp(stream, tls.clone()))
+                }
+            };
+            let stream = match accepted {
+                Ok(stream) => stream,
+                Err(error) => {
+                    tracing::warn!(%error, "accepting an NBD connection failed");
+                    tokio::time::sleep(ACCEPT_RETRY).await;
+                    continue;
+                }
+            };
+            match self.seat() {
+                Some(seat) => {
+                    full = false;
+                    let server = Arc::clone(&self);
+                    handshakes.spawn(async move { server.welcome(stream, seat).await });
+                }
+                None => {
+                    if !full {
+                        tracing::warn!(
+                            max = self.config.connections_max,
+                            "too many NBD connections: new ones are closed"
+                        );
+                    }
+                    full = true;
+                }
+            }
+        }
+    }
+
+    /// Negotiates one connection that the caller accepted, and hands it to its shard. `Ok(false)`: it left without an export.
+    ///
+    /// # Errors
+    /// When the client broke off, broke the protocol or took too long, or all seats are taken.
+    pub async fn welcome_unix(self: &Arc<Self>, stream: UnixStream) -> io::Result<bool> {
+        let seat = self.seat().ok_or_else(|| io::Error::other("all connections are taken"))?;
+        self.negotiate(Stream::Unix(stream), seat).await
+    }
+
+    fn seat(&self) -> Option<Seat> {
+        let more = |taken| (taken < self.config.connections_max).then_some(taken + 1);
+        self.taken.fetch_update(Ordering::AcqRel, Ordering::Acquire, more).ok()?;
+        Some(Seat { taken: Arc::clone(&self.taken) })
+    }
+
+    async fn welcome(&self, stream: Stream, seat: Seat) {
+        match self.negotiate(stream, seat).await {
+            Ok(served) => tracing::debug!(served, "NBD handshake done"),
+            Err(error) => tracing::debug!(%error, "NBD handshake failed"),
+        }
+    }
+
+    async fn negotiate(&self, stream: Stream, seat: Seat) -> io::Result<bool> {
+        let directory = &*self.directory;
+        let end = tokio::time::Instant::now() + self.config.handshake_timeout;
+        // Either the socket itself moves to the shard, or the near end of a pair whose far end is pumped to and from it.
+        let (claim, session, socket) = match stream {
+            Stream::Unix(mut stream) => {
+                let Some((claim, session)) = within(end, handshake::plain(&mut stream, directory)).await? else {
+                    return Ok(false);
+                };
+                (claim, session, OwnedFd::from(blocking(stream.into_std()?)?))
+            }
+            Stream::Tcp(mut stream, tls) => {
+                prepare_tcp(&stream)?;
+                match tls {
+                    None => {
+                        let Some((claim, session)) = within(end, handshake::plain(&mut stream, directory)).await?
+                        else {
+                            return Ok(false);
+                        };
+                        let stream = stream.into_std()?;
+                        stream.set_nonblocking(false)?;
+                        (claim, session, stream.into())
+                    }
+                    Some(acceptor) => {
+                        let negotiation = handshake::encrypted(stream, &acceptor, directory);
+                        let Some((claim, session, mut stream)) = within(end, negotiation).await? else {
+                            return Ok(false);
+                        };
+                        let (near, far) =
+                            socketpair(AddressFamily::Unix, SockType::Stream, None, SockFlag::SOCK_CLOEXEC)?;
+                        let far = std::os::unix::net::UnixStream::from(far);
+                        far.set_nonblocking(true)?;
+                        let mut far = UnixStream::from_std(far)?;
+                        tokio::spawn(async move {
+                            // Ends when both directions have: the client's end of file reaches the shard, the shard's reaches the client.
+                            let _ =
+                                tokio::io::copy_bidirectional_with_sizes(&mut stream, &mut far, 1 << 18, 1 << 18).await;
+                        });
+                        (claim, session, near)
+                    }
+                }
+            }
+        };
+        claim.adopt(socket, session.with_limits(&self.config, seat));
+        Ok(true)
+    }
+}
+
+enum Stream {
+    Unix(UnixStream),
+    Tcp(TcpStream, Option<TlsAcceptor>),
+}
+
+async fn within<T>(end: tokio::time::Instant, work: impl Future<Output = io::Result<T>>) -> io::Result<T> {
+    match tokio::time::timeout_at(end, work).await {
+        Ok(result) => result,
+        Err(_) => Err(io::Error::new(io::ErrorKind::TimedOut, "the handshake took too long")),
+    }
+}
+
+/// A ring waits for a socket by itself, and only for one that is not in non-blocking mode.
+fn blocking(stream: std::os::unix::net::UnixStream) -> io::Result<std::os::unix::net::UnixStream> {
+    stream.set_nonblocking(false)?;
+    Ok(stream)
+}
+
+fn prepare_tcp(stream: &TcpStream) -> io::Result<()> {
+    stream.set_nodelay(true)?;
+    setsockopt(stream, sockopt::KeepAlive, &true)?;
+    setsockopt(stream, sockopt::TcpUserTimeout, &TCP_USER_TIMEOUT_MS)?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests;

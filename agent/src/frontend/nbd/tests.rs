@@ -1,0 +1,9 @@
+//! The server as clients see it: a real shard serves an export in memory on a unix socket.
+
+mod bad_input;
+mod client;
+mod fixture;
+mod lifetime;
+mod requests;
+mod tls;
+mod tools;

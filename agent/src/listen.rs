@@ -1,0 +1,300 @@
+//! Sockets to listen on: unix sockets that appear with the right permissions, replace only what is stale and are removed at the
+//! end; TCP sockets with TLS and client certificates.
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _};
+use std::path::{Path, PathBuf};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context as TaskContext, Poll};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+use tokio::sync::mpsc;
+use tokio_rustls::TlsAcceptor;
+use tokio_rustls::server::TlsStream;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::transport::server::Connected;
+
+use crate::config::{TcpListen, TlsFiles, UnixListen};
+use crate::frontend::nbd;
+
+/// A TLS handshake that takes longer is dropped.
+const TLS_TIMEOUT: Duration = Duration::from_secs(10);
+/// TLS handshakes at a time on one listener.
+const TLS_HANDSHAKES_MAX: usize = 64;
+/// How long to wait when the process is out of descriptors, before accepting again.
+const ACCEPT_RETRY: Duration = Duration::from_millis(100);
+
+/// Removes a unix socket's file when it is dropped, if it is still the one that was made.
+#[derive(Debug)]
+pub struct SocketFile {
+    path: PathBuf,
+    made: (u64, u64),
+}
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        if fs::symlink_metadata(&self.path).is_ok_and(|found| (found.dev(), found.ino()) == self.made) {
+            let _ = fs::remove_file(&self.path); // somebody else removed it just now
+        }
+    }
+}
+
+/// Listens on a unix socket. What is there is replaced only if it is a socket that nobody listens on.
+pub fn unix(listen: &UnixListen) -> Result<(UnixListener, SocketFile)> {
+    let path = &listen.path;
+    let shown = path.display();
+    match fs::symlink_metadata(path) {
+        Ok(found) if !found.file_type().is_socket() => bail!("{shown} is there and is no socket: it is left alone"),
+        Ok(_) => match std::os::unix::net::UnixStream::connect(path) {
+            Ok(_) => bail!("{shown}: another process listens on it"),
+            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {}
+            Err(error) => return Err(error).with_context(|| format!("find out who listens on {shown}")),
+        },
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => return Err(error).with_context(|| format!("look at {shown}")),
+    }
+    // Made beside and renamed, so that it never stands there with the wrong permissions, and replaces a stale one at once.
+    let beside = beside(path)?;
+    let listener = UnixListener::bind(&beside).with_context(|| format!("listen on {}", beside.display()))?;
+    let finish = || -> Result<SocketFile> {
+        if let Some(group) = &listen.group {
+            let found = nix::unistd::Group::from_name(group).with_context(|| format!("look up group {group:?}"))?;
+            let group = found.with_context(|| format!("group {group:?} does not exist"))?;
+            nix::unistd::chown(&beside, None, Some(group.gid)).with_context(|| format!("give {shown} its group"))?;
+        }
+        fs::set_permissions(&beside, fs::Permissions::from_mode(listen.mode)).context("set the socket's permissions")?;
+        let made = fs::symlink_metadata(&beside).context("look at the new socket")?;
+        fs::rename(&beside, path).with_context(|| format!("put the socket to {shown}"))?;
+        Ok(SocketFile { path: path.clone(), made: (made.dev(), made.ino()) })
+    };
+    match finish() {
+        Ok(file) => Ok((listener, file)),
+        Err(error) => {
+            let _ = fs::remove_file(&beside); // the error that counts is the one above
+            Err(error)
+        }
+    }
+}
+
+/// A short name in the same directory (a socket's path has 107 bytes at most).
+fn beside(path: &Path) -> Result<PathBuf> {
+    let dir = path.parent().with_context(|| format!("{} has no directory", path.display()))?;
+    for number in 0..1000_u32 {
+        let candidate = dir.join(format!(".s{number}"));
+        match fs::symlink_metadata(&candidate) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(candidate),
+            // Left by an agent that was killed between the two steps.
+            Ok(found) if found.file_type().is_socket() && std::os::unix::net::UnixStream::connect(&candidate).is_err() => {
+                fs::remove_file(&candidate).with_context(|| format!("remove {}", candidate.display()))?;
+                return Ok(candidate);
+            }
+            Ok(_) => {}
+            Err(error) => return Err(error).with_context(|| format!("look at {}", candidate.display())),
+        }
+    }
+    bail!("{}: no free name for a new socket", dir.display())
+}
+
+/// Listens on TCP. The acceptor is `None` where the admin said `insecure = true`.
+pub async fn tcp(listen: &TcpListen, what: &str, protocols: &[&[u8]]) -> Result<(TcpListener, Option<TlsAcceptor>)> {
+    let acceptor = match &listen.tls {
+        Some(files) => Some(acceptor(files, protocols)?),
+        None => {
+            tracing::warn!(
+                address = %listen.address,
+                "INSECURE: {what} listens on TCP without TLS: everybody who reaches the port may read, write and revert"
+            );
+            None
+        }
+    };
+    let listener = TcpListener::bind(listen.address).await.with_context(|| format!("{what}: listen on {}", listen.address))?;
+    Ok((listener, acceptor))
+}
+
+/// Reads the PEM files of a listener.
+pub fn acceptor(files: &TlsFiles, protocols: &[&[u8]]) -> Result<TlsAcceptor> {
+    let read = |path: &Path| fs::read(path).with_context(|| format!("read {}", path.display()));
+    let (cert, key, authorities) = (read(&files.cert)?, read(&files.key)?, read(&files.client_ca)?);
+    let acceptor = nbd::tls::acceptor(&cert, &key, &authorities).with_context(|| {
+        format!("TLS with {}, {} and {}", files.cert.display(), files.key.display(), files.client_ca.display())
+    })?;
+    let mut config = tokio_rustls::rustls::ServerConfig::clone(acceptor.config());
+    config.alpn_protocols = protocols.iter().map(|protocol| protocol.to_vec()).collect();
+    Ok(TlsAcceptor::from(Arc::new(config)))
+}
+
+/// A connection to the gRPC service.
+pub enum Connection {
+    /// Over the unix socket.
+    Unix(UnixStream),
+    /// Over TCP without TLS.
+    Tcp(TcpStream),
+    /// Over TCP with TLS.
+    Tls(Box<TlsStream<TcpStream>>),
+}
+
+impl Connected for Connection {
+    type ConnectInfo = ();
+    fn connect_info(&self) {}
+}
+
+/// Accepts on a unix socket and logs who connects.
+pub fn accept_unix(listener: UnixListener) -> ReceiverStream<io::Result<Connection>> {
+    let (accepted, stream) = mpsc::channel(16);
+    tokio::spawn(async move {
+        while !accepted.is_closed() {
+            let connection = tokio::select! {
+                connection = listener.accept() => connection,
+                () = accepted.closed() => return,
+            };
+            match connection {
+                Ok((stream, _)) => {
+                    match stream.peer_cred() {
+                        Ok(peer) => {
+                            tracing::info!(pid = peer.pid(), uid = peer.uid(), gid = peer.gid(), "gRPC client connected");
+                        }
+                        Err(error) => tracing::warn!(%error, "gRPC client connected; the system does not say who"),
+                    }
+                    if accepted.send(Ok(Connection::Unix(stream))).await.is_err() {
+                        return;
+                    }
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "accepting a gRPC connection failed");
+                    tokio::time::sleep(ACCEPT_RETRY).await;
+                }
+            }
+        }
+    });
+    ReceiverStream::new(stream)
+}
+
+/// Accepts on TCP, with the TLS handshakes beside each other so that a slow client delays nobody.
+pub fn accept_tcp(listener: TcpListener, acceptor: Option<TlsAcceptor>) -> ReceiverStream<io::Result<Connection>> {
+    let (accepted, stream) = mpsc::channel(16);
+    let handshakes = Arc::new(tokio::sync::Semaphore::new(TLS_HANDSHAKES_MAX));
+    tokio::spawn(async move {
+        loop {
+            let connection = tokio::select! {
+                connection = listener.accept() => connection,
+                () = accepted.closed() => return,
+            };
+            let (stream, peer) = match connection {
+                Ok(connection) => connection,
+                Err(error) => {
+                    tracing::warn!(%error, "accepting a gRPC connection failed");
+                    tokio::time::sleep(ACCEPT_RETRY).await;
+                    continue;
+                }
+            };
+            let _ = stream.set_nodelay(true); // it only costs latency
+            let Some(acceptor) = acceptor.clone() else {
+                tracing::info!(%peer, "gRPC client connected without TLS");
+                if accepted.send(Ok(Connection::Tcp(stream))).await.is_err() {
+                    return;
+                }
+                continue;
+            };
+            let Ok(permit) = Arc::clone(&handshakes).acquire_owned().await else { return };
+            let accepted = accepted.clone();
+            tokio::spawn(async move {
+                let _permit = permit;
+                match tokio::time::timeout(TLS_TIMEOUT, acceptor.accept(stream)).await {
+                    Ok(Ok(stream)) => {
+                        tracing::info!(%peer, "gRPC client connected with its certificate");
+                        let _ = accepted.send(Ok(Connection::Tls(Box::new(stream)))).await; // the service is stopping
+                    }
+                    Ok(Err(error)) => tracing::warn!(%peer, %error, "TLS handshake of a gRPC client failed"),
+                    Err(_) => tracing::warn!(%peer, "TLS handshake of a gRPC client took too long"),
+                }
+            });
+        }
+    });
+    ReceiverStream::new(stream)
+}
+
+impl AsyncRead for Connection {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut TaskContext<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Connection::Unix(stream) => Pin::new(stream).poll_read(cx, buf),
+            Connection::Tcp(stream) => Pin::new(stream).poll_read(cx, buf),
+            Connection::Tls(stream) => Pin::new(stream).poll_read(cx, buf),
+        }
+    }
+}
+
+impl AsyncWrite for Connection {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut TaskContext<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        match self.get_mut() {
+            Connection::Unix(stream) => Pin::new(stream).poll_write(cx, buf),
+            Connection::Tcp(stream) => Pin::new(stream).poll_write(cx, buf),
+            Connection::Tls(stream) => Pin::new(stream).poll_write(cx, buf),
+        }
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut TaskContext<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Connection::Unix(stream) => Pin::new(stream).poll_flush(cx),
+            Connection::Tcp(stream) => Pin::new(stream).poll_flush(cx),
+            Connection::Tls(stream) => Pin::new(stream).poll_flush(cx),
+        }
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut TaskContext<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Connection::Unix(stream) => Pin::new(stream).poll_shutdown(cx),
+            Connection::Tcp(stream) => Pin::new(stream).poll_shutdown(cx),
+            Connection::Tls(stream) => Pin::new(stream).poll_shutdown(cx),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_stale_socket_is_replaced_and_a_live_one_is_not() {
+        let temp = tempfile::tempdir().expect("temporary directory");
+        let path = temp.path().join("a.sock");
+        drop(UnixListener::bind(&path).expect("a socket that nobody listens on"));
+        let listen = UnixListen { mode: 0o600, ..UnixListen::at(&path) };
+        let (listener, file) = unix(&listen).expect("replaces the stale one");
+        assert_eq!(fs::metadata(&path).expect("there").permissions().mode() & 0o777, 0o600);
+        let error = unix(&listen).expect_err("taken").to_string();
+        assert!(error.contains("another process listens"), "{error}");
+        let client = UnixStream::connect(&path);
+        assert!(client.await.is_ok() && listener.accept().await.is_ok());
+        drop((listener, file));
+        assert!(!path.exists(), "removed at the end");
+        assert_eq!(fs::read_dir(temp.path()).expect("readable").count(), 0, "nothing is left");
+    }
+
+    #[tokio::test]
+    async fn what_is_no_socket_is_left_alone_and_so_is_a_successors_socket() {
+        let temp = tempfile::tempdir().expect("temporary directory");
+        let path = temp.path().join("a.sock");
+        fs::write(&path, "precious").expect("a file");
+        let error = unix(&UnixListen::at(&path)).expect_err("no socket").to_string();
+        assert!(error.contains("is no socket"), "{error}");
+        assert_eq!(fs::read(&path).expect("still there"), b"precious");
+        fs::remove_file(&path).expect("remove it");
+        let (listener, file) = unix(&UnixListen::at(&path)).expect("free now");
+        drop(listener);
+        let (_successor, _its_file) = unix(&UnixListen::at(&path)).expect("stale now");
+        drop(file);
+        assert!(path.exists(), "the successor's socket stays");
+    }
+
+    #[test]
+    fn tls_files_are_named_when_they_are_missing() {
+        let files = TlsFiles { cert: "/nonexistent/c".into(), key: "/k".into(), client_ca: "/a".into() };
+        let error = acceptor(&files, &[]).err().expect("missing").to_string();
+        assert!(error.contains("/nonexistent/c"), "{error}");
+    }
+}

@@ -1,0 +1,99 @@
+//! How other threads wake a task of this one: the task goes through a channel, and an eventfd ends the ring's wait.
+//!
+//! Wake-ups on the ring's own thread touch neither: they push onto a thread-local queue.
+
+use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use async_task::Runnable;
+use crossbeam_channel::{Receiver, Sender};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+
+thread_local! {
+    static READY: RefCell<VecDeque<Runnable>> = const { RefCell::new(VecDeque::new()) };
+    /// Number of the executor on this thread; 0: none.
+    static EXECUTOR: Cell<u64> = const { Cell::new(0) };
+}
+
+static EXECUTOR_NEXT: AtomicU64 = AtomicU64::new(1);
+
+/// The executor as other threads see it.
+pub(super) struct Remote {
+    executor: u64,
+    inbox: Sender<Runnable>,
+    /// Something was put into the inbox and not yet looked at. The first to set it writes the eventfd.
+    noticed: AtomicBool,
+    eventfd: EventFd,
+}
+
+impl Remote {
+    /// Claims this thread for a new executor.
+    pub(super) fn for_this_thread() -> io::Result<(Arc<Self>, Receiver<Runnable>)> {
+        if EXECUTOR.get() != 0 {
+            return Err(io::Error::new(io::ErrorKind::AlreadyExists, "this thread has an executor already"));
+        }
+        let eventfd = EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC)?;
+        let executor = EXECUTOR_NEXT.fetch_add(1, Ordering::Relaxed);
+        let (inbox, received) = crossbeam_channel::unbounded();
+        EXECUTOR.set(executor);
+        Ok((Arc::new(Self { executor, inbox, noticed: AtomicBool::new(false), eventfd }), received))
+    }
+
+    /// Makes a task ready, from any thread.
+    pub(super) fn schedule(&self, runnable: Runnable) {
+        if EXECUTOR.try_with(Cell::get) == Ok(self.executor) {
+            return make_ready(runnable);
+        }
+        match self.inbox.send(runnable) {
+            Ok(()) => {
+                if !self.noticed.swap(true, Ordering::AcqRel) {
+                    // It can fail only when the counter is full, and then the reader is awake anyway.
+                    let _ = self.eventfd.write(1);
+                }
+            }
+            // The executor is gone. A task must not be dropped on a foreign thread; its memory is all that is lost.
+            Err(refused) => std::mem::forget(refused.into_inner()),
+        }
+    }
+
+    /// Whether the inbox is worth a look. Called before the look, so that nothing put in after it goes unseen.
+    pub(super) fn take_notice(&self) -> bool {
+        self.noticed.load(Ordering::Relaxed) && self.noticed.swap(false, Ordering::AcqRel)
+    }
+
+    /// A second descriptor of the eventfd, for the ring to read.
+    pub(super) fn eventfd(&self) -> Rc<OwnedFd> {
+        use std::os::fd::AsFd as _;
+        Rc::new(self.eventfd.as_fd().try_clone_to_owned().expect("one descriptor more, at the thread's start"))
+    }
+}
+
+/// Appends to this thread's queue.
+pub(super) fn make_ready(runnable: Runnable) {
+    let mut runnable = Some(runnable);
+    let _ = READY.try_with(|ready| ready.borrow_mut().extend(runnable.take()));
+    // The thread's locals are already gone (it is ending): the task stays where it is.
+    std::mem::forget(runnable);
+}
+
+/// The next task of this thread's queue.
+pub(super) fn next_ready() -> Option<Runnable> {
+    READY.with_borrow_mut(VecDeque::pop_front)
+}
+
+/// Whether this thread's queue holds a task.
+pub(super) fn has_ready() -> bool {
+    READY.with_borrow(|ready| !ready.is_empty())
+}
+
+impl super::Inner {
+    /// Lets the thread have another executor.
+    pub(super) fn leave_thread(&self) {
+        EXECUTOR.set(0);
+    }
+}

@@ -1,0 +1,107 @@
+//! `revert` and `release`.
+
+use cdp_proto::{
+    parse::{When, size_text},
+    v1,
+};
+use serde_json::json;
+
+use super::batch::{self, Part};
+use crate::{
+    args::{Revert, Volumes},
+    connect::Agent,
+    failure::Failure,
+    output::{self, Answer, count, instant},
+    progress::RevertBars,
+    shape,
+};
+
+pub async fn revert(agent: &Agent, args: Revert) -> Result<Answer, Failure> {
+    let what = format!("revert to {}", args.at);
+    let mut question = v1::RevertRequest {
+        volumes: args.volumes,
+        force: args.force,
+        release: args.release,
+        dry_run: args.dry_run,
+        ..Default::default()
+    };
+    match args.at {
+        When::At(ns) => question.timestamp = ns,
+        When::Ago(ns) => question.ago_ns = Some(ns),
+        When::Marker(name) => question.snapshot_name = name,
+    }
+    let dry_run = args.dry_run;
+    let answer =
+        agent.call(what, question, |mut client, question| async move { client.revert(question).await }).await?;
+    let parts: Vec<Part> = answer.results.into_iter().map(|result| part(result, dry_run)).collect();
+    let done: Vec<String> = parts
+        .iter()
+        .filter(|part| part.is_done())
+        .filter_map(|part| Some(part.result.as_ref()?.volume_uuid.clone()))
+        .collect();
+    let mut top = json!({ "dry_run": dry_run });
+    if args.wait && !done.is_empty() {
+        if let Err(failure) = wait(agent, done).await {
+            // The revert is made and holds; losing sight of its copying must not hide how to undo it.
+            eprint!("{}", parts.iter().map(|part| format!("{}\n", part.line)).collect::<String>());
+            return Err(failure);
+        }
+        top = output::merge(top, json!({ "copied": true }));
+    }
+    Ok(batch::answer(parts, top))
+}
+
+pub async fn release(agent: &Agent, args: Volumes) -> Result<Answer, Failure> {
+    let question = v1::ReleaseRequest { volumes: args.volumes };
+    let answer =
+        agent.call("release", question, |mut client, question| async move { client.release(question).await }).await?;
+    let part = |result: v1::VolumeResult| Part {
+        line: format!("{}: clients may connect", batch::name(Some(&result))),
+        data: output::object(),
+        result: Some(result),
+    };
+    Ok(batch::answer(answer.results.into_iter().map(part).collect(), output::object()))
+}
+
+fn part(result: v1::RevertResult, dry_run: bool) -> Part {
+    let name = batch::name(result.result.as_ref()).to_owned();
+    let changes = format!("{} ({})", count(result.blocks, "block"), size_text(result.bytes));
+    let line = if dry_run {
+        let (needed, available) = (size_text(result.needed_bytes), size_text(result.available_bytes));
+        let enough = if result.needed_bytes > result.available_bytes { "NOT ENOUGH" } else { "enough" };
+        format!(
+            "{name}: would go back to {}: at most {changes} change; needs {needed} of CDP disk, {available} available: {enough}",
+            instant(result.target)
+        )
+    } else {
+        let held =
+            if result.held { format!("; it refuses clients until: cdpctl release {name}") } else { String::new() };
+        format!(
+            "{name}: is back at {}; at most {changes} change; undo with: cdpctl revert {name} --at {}{held}",
+            instant(result.target),
+            result.undo_time
+        )
+    };
+    Part { line, data: shape::revert(&result), result: result.result }
+}
+
+/// Until the copying behind is done for all volumes.
+async fn wait(agent: &Agent, volumes: Vec<String>) -> Result<(), Failure> {
+    let question = v1::WaitRevertRequest { volumes, interval_ms: 0 };
+    let mut answers =
+        agent
+            .stream("wait for the revert", question, |mut client, question| async move {
+                client.wait_revert(question).await
+            })
+            .await?;
+    let mut bars = RevertBars::new();
+    let ended = loop {
+        match answers.next().await {
+            Ok(Some(progress)) => bars.show(&progress),
+            Ok(None) => break Ok(()),
+            Err(failure) => break Err(failure),
+        }
+    };
+    bars.clear();
+    ended
+}

@@ -1,0 +1,91 @@
+//! `view open`, `view list`, `view close`.
+
+use cdp_proto::{
+    parse::{When, size_text},
+    v1,
+};
+use serde_json::json;
+
+use super::missing;
+use crate::{
+    args::ViewOpen,
+    connect::Agent,
+    failure::Failure,
+    output::{self, Answer, instant},
+    shape,
+};
+
+pub async fn open(agent: &Agent, args: ViewOpen) -> Result<Answer, Failure> {
+    let what = format!("view {} at {}", args.volume, args.at);
+    let mut question =
+        v1::ViewRequest { volume: args.volume, op: "on".into(), writable: args.writable, ..Default::default() };
+    match args.at {
+        When::At(ns) => question.timestamp = ns,
+        When::Ago(ns) => question.ago_ns = Some(ns),
+        When::Marker(name) => question.snapshot_name = name,
+    }
+    let answer =
+        agent.call(what.clone(), question, |mut client, question| async move { client.view(question).await }).await?;
+    let view = answer.view.ok_or_else(|| missing(&what))?;
+    let json = output::merge(shape::view(&view), json!({ "host_uuid": answer.host_uuid }));
+    let text = output::fields(&[
+        ("View", view.id.clone()),
+        ("Shows", format!("{} at {} ({})", view.volume_name, instant(view.time), view.time)),
+        ("Marker", view.snapshot_name.clone()),
+        ("Size", size_text(view.size)),
+        (
+            "Writes",
+            if view.writable {
+                format!("to a scratch overlay of up to {}", size_text(view.scratch_bytes_max))
+            } else {
+                "refused".into()
+            },
+        ),
+        ("Read it at", view.nbd_uri.clone()),
+        ("Close with", format!("cdpctl view close {}", view.id)),
+    ]);
+    Ok(Answer::done(json, text))
+}
+
+pub async fn list(agent: &Agent, volume: Option<String>) -> Result<Answer, Failure> {
+    let question = v1::ListViewsRequest { volume: volume.unwrap_or_default() };
+    let answer = agent
+        .call("view list", question, |mut client, question| async move { client.list_views(question).await })
+        .await?;
+    let json = json!({ "views": answer.views.iter().map(shape::view).collect::<Vec<_>>() });
+    Ok(Answer::done(json, table(&answer.views)))
+}
+
+pub async fn close(agent: &Agent, id: String) -> Result<Answer, Failure> {
+    let what = format!("view close {id}");
+    let question = v1::CloseViewRequest { id };
+    let answer = agent
+        .call(what.clone(), question, |mut client, question| async move { client.close_view(question).await })
+        .await?;
+    let view = answer.view.ok_or_else(|| missing(&what))?;
+    Ok(Answer::done(
+        shape::view(&view),
+        format!("closed view {} of {} at {}\n", view.id, view.volume_name, instant(view.time)),
+    ))
+}
+
+/// Views for people.
+pub fn table(views: &[v1::ViewInfo]) -> String {
+    let row = |view: &v1::ViewInfo| {
+        let mode = match (view.lost.as_str(), view.writable) {
+            ("", false) => "read-only".into(),
+            ("", true) => format!("scratch {} of {}", size_text(view.scratch_bytes), size_text(view.scratch_bytes_max)),
+            (lost, _) => format!("LOST: {lost}"),
+        };
+        vec![
+            view.id.clone(),
+            view.volume_name.clone(),
+            instant(view.time),
+            if view.snapshot_name.is_empty() { "-".into() } else { view.snapshot_name.clone() },
+            view.clients.to_string(),
+            mode,
+        ]
+    };
+    let rows: Vec<_> = views.iter().map(row).collect();
+    output::table(&["ID", "VOLUME", "TIME", "MARKER", ">CLIENTS", "STATE"], &rows, "no open views")
+}

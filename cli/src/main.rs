@@ -1,0 +1,54 @@
+//! `cdpctl`: looks at, edits and rewinds the volumes of an agent.
+//!
+//! * [`args`]: what the command line may say
+//! * [`connect`]: the way to the agent, deadlines; [`progress`]: what a terminal shows meanwhile
+//! * [`commands`]: one file per group of commands: call, and turn the answer into text and JSON
+//! * [`shape`]: the JSON of each message; [`output`]: tables and printing; [`draw`]: the timeline's picture; [`nbd`]: export addresses
+//! * [`failure`], [`exit`]: what went wrong, and the exit codes
+
+mod args;
+mod commands;
+mod connect;
+// Becomes a command with the engine's offline checker; until then its tests are what uses it.
+#[cfg(test)]
+mod disk_check;
+mod draw;
+mod exit;
+mod failure;
+mod nbd;
+mod output;
+mod progress;
+mod shape;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use crate::{
+    args::{Cli, Format},
+    exit::Exit,
+    failure::Failure,
+};
+
+#[tokio::main(flavor = "current_thread")]
+async fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let format = cli.global.output;
+    let ended = match commands::run(cli).await {
+        Ok(answer) => output::print(&answer, format).map(|()| answer.exit),
+        Err(failure) => Err(failure),
+    };
+    ExitCode::from(match ended {
+        Ok(exit) => exit as u8,
+        Err(failure) if failure.is_closed_pipe() => Exit::Ok as u8,
+        Err(failure) => complain(&failure, format),
+    })
+}
+
+fn complain(failure: &Failure, format: Format) -> u8 {
+    match format {
+        Format::Table => eprintln!("cdpctl: {failure}"),
+        Format::Json => eprintln!("{}", failure.json()),
+    }
+    failure.exit() as u8
+}

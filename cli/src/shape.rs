@@ -1,0 +1,209 @@
+//! The JSON of each message: names of the HTTP interface where it has them, all times and sizes exact numbers.
+
+use cdp_proto::v1;
+use serde_json::{Value, json};
+use tonic::Code;
+
+use crate::{
+    exit::code_name,
+    output::{instant_or_null, merge},
+};
+
+/// Which volume of a batch, and whether it was done.
+pub fn result(result: Option<&v1::VolumeResult>) -> Value {
+    let result = result.cloned().unwrap_or_default();
+    json!({
+        "volume": result.volume,
+        "volume_uuid": result.volume_uuid,
+        "volume_name": result.volume_name,
+        "code": result.code,
+        "status": code_name(Code::from_i32(result.code)),
+        "message": result.message,
+    })
+}
+
+pub fn settings(settings: Option<&v1::Settings>) -> Value {
+    settings.map_or_else(crate::output::object, |settings| {
+        json!({
+            "reserve_capacity": settings.reserve_capacity,
+            "reserve_duration": settings.reserve_duration,
+            "cdp_priority": settings.cdp_priority,
+        })
+    })
+}
+
+pub fn volume(volume: &v1::VolumeEntry) -> Value {
+    json!({
+        "volume_uuid": volume.volume_uuid,
+        "volume_name": volume.volume_name,
+        "reserve_duration": volume.reserve_duration,
+        "reserve_capacity": volume.reserve_capacity,
+        "cdp_create_time": volume.cdp_create_time,
+        "cdp_state": volume.cdp_state,
+        "cdp_priority": volume.cdp_priority,
+        "size": volume.size,
+        "path": volume.path,
+        "health": volume.health().word(),
+        "health_reason": volume.health_reason,
+        "used_bytes": volume.used_bytes,
+        "backlog_bytes": volume.backlog_bytes,
+        "clients": volume.clients,
+        "held": volume.held,
+        "nbd_uri": volume.nbd_uri,
+        "cdp_create_time_ns": volume.cdp_create_time_ns,
+    })
+}
+
+pub fn snap(snap: &v1::Snap) -> Value {
+    json!({ "name": snap.name, "time": snap.time, "kind": snap.kind().word(), "auto": snap.auto })
+}
+
+pub fn log(log: &v1::CdpInfo) -> Value {
+    json!({
+        "snaps": log.snaps.iter().map(snap).collect::<Vec<_>>(),
+        "seq": log.seq,
+        "startTime": log.start_time,
+        "use": log.r#use,
+        "capacity": log.capacity,
+        "ioStartTime": log.io_start_time,
+        "ioLastTime": log.io_last_time,
+        "online": log.online,
+        "usd_maddr": log.usd_maddr,
+        "usd_path": log.usd_path,
+        "endTime": instant_or_null(log.end_time),
+        "thin": log.thin,
+        "recording": log.recording,
+        "sealed": log.sealed,
+        "before_image_bytes": log.before_image_bytes,
+    })
+}
+
+pub fn interval(interval: &v1::Interval) -> Value {
+    json!({ "start": interval.start, "end": instant_or_null(interval.end), "end_reason": interval.end_reason })
+}
+
+pub fn progress(progress: &v1::RevertProgress) -> Value {
+    json!({
+        "volume_uuid": progress.volume_uuid,
+        "volume_name": progress.volume_name,
+        "time": instant_or_null(progress.time),
+        "target": instant_or_null(progress.target),
+        "blocks_total": progress.blocks_total,
+        "blocks_done": progress.blocks_done,
+        "done": progress.done,
+    })
+}
+
+pub fn view(view: &v1::ViewInfo) -> Value {
+    json!({
+        "id": view.id,
+        "nbd_uri": view.nbd_uri,
+        "time": view.time,
+        "snapshot_name": view.snapshot_name,
+        "volume_uuid": view.volume_uuid,
+        "volume_name": view.volume_name,
+        "size": view.size,
+        "writable": view.writable,
+        "scratch_bytes": view.scratch_bytes,
+        "scratch_bytes_max": view.scratch_bytes_max,
+        "opened": view.opened,
+        "clients": view.clients,
+        "lost": view.lost,
+    })
+}
+
+pub fn info(info: &v1::InfoResponse) -> Value {
+    let named = json!({
+        "cdp_info": info.cdp_info.iter().map(log).collect::<Vec<_>>(),
+        "host_uuid": info.host_uuid,
+        "snaps": info.snaps.iter().map(snap).collect::<Vec<_>>(),
+    });
+    let more = json!({
+        "coverage": info.coverage.iter().map(interval).collect::<Vec<_>>(),
+        "revert": info.revert.as_ref().map(progress),
+        "primary_size": info.primary_size,
+        "window_forecast_s": info.window_forecast_s,
+        "now": info.now,
+        "views": info.views.iter().map(view).collect::<Vec<_>>(),
+    });
+    let volume = info.volume.as_ref().map_or_else(crate::output::object, volume);
+    merge(merge(named, volume), more)
+}
+
+pub fn revert(result: &v1::RevertResult) -> Value {
+    json!({
+        "time": result.time,
+        "target": result.target,
+        "blocks": result.blocks,
+        "bytes": result.bytes,
+        "needed_bytes": result.needed_bytes,
+        "available_bytes": result.available_bytes,
+        "undo_time": instant_or_null(result.undo_time),
+        "held": result.held,
+    })
+}
+
+pub fn disk(disk: &v1::DiskInfo) -> Value {
+    json!({
+        "id": disk.id,
+        "path": disk.path,
+        "size": disk.size,
+        "segment_size": disk.segment_size,
+        "segments": disk.segments,
+        "segments_free": disk.segments_free,
+        "reserved_bytes": disk.reserved_bytes,
+        "online": disk.online,
+        "error": disk.error,
+        "errors": disk.errors,
+        "direct": disk.direct,
+    })
+}
+
+pub fn event(event: &v1::Event) -> Value {
+    json!({
+        "time": event.time,
+        "kind": event.kind().word(),
+        "volume_uuid": event.volume_uuid,
+        "volume_name": event.volume_name,
+        "disk": event.disk,
+        "message": event.message,
+    })
+}
+
+pub fn timeline(timeline: &v1::TimelineResponse) -> Value {
+    let bucket = |bucket: &v1::TimelineBucket| json!({ "start": bucket.start, "writes": bucket.writes, "bytes": bucket.bytes, "flushes": bucket.flushes });
+    json!({
+        "from": timeline.from,
+        "to": timeline.to,
+        "buckets": timeline.buckets.iter().map(bucket).collect::<Vec<_>>(),
+        "snaps": timeline.snaps.iter().map(snap).collect::<Vec<_>>(),
+        "reverts": timeline.reverts.iter().map(|revert| json!({ "time": revert.time, "target": revert.target })).collect::<Vec<_>>(),
+        "cdp_info": timeline.cdp_info.iter().map(log).collect::<Vec<_>>(),
+        "coverage": timeline.coverage.iter().map(interval).collect::<Vec<_>>(),
+    })
+}
+
+pub fn status(status: &v1::StatusResponse) -> Value {
+    json!({
+        "version": status.version,
+        "format_version": status.format_version,
+        "host_uuid": status.host_uuid,
+        "host_name": status.host_name,
+        "start_time": status.start_time,
+        "now": status.now,
+        "clock_lead_ns": status.clock_lead_ns,
+        "shards": status.shards,
+        "nbd_uris": status.nbd_uris,
+        "grpc_endpoints": status.grpc_endpoints,
+        "config_path": status.config_path,
+        "state_dir": status.state_dir,
+        "volumes": status.volumes,
+        "volumes_unhealthy": status.volumes_unhealthy,
+        "views": status.views,
+        "disks": status.disks,
+        "disks_offline": status.disks_offline,
+        "backlog_bytes": status.backlog_bytes,
+        "backlog_bytes_max": status.backlog_bytes_max,
+        "used_bytes": status.used_bytes,
+    })
+}

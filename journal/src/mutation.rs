@@ -1,0 +1,76 @@
+//! Deliberate faults of the engine, to prove that the simulator finds them. Only with the feature `mutations`, which nothing
+//! but that test switches on; without it [`active`] is `false` at compile time and the marked places cost nothing.
+
+/// One deliberate fault. The text says what the engine does wrong, the label which invariant (design part 4) it breaks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Mutation {
+    /// The engine as it should be.
+    #[default]
+    None,
+    /// I1: a write is acked when its frame is submitted, not when it has completed.
+    AckBeforeAppend,
+    /// I1: a write is acked when its own frame has completed, whatever the earlier ones do.
+    AckOutOfOrder,
+    /// I1: a flush is acked without a sync.
+    FlushWithoutSync,
+    /// I1: a flush's sync is submitted while frames of the caller are still in flight.
+    FlushSyncEarly,
+    /// I1: the watermark passes writes before the primary was synced.
+    WatermarkEarly,
+    /// I2: a view leaves out the write at exactly its instant.
+    ViewExclusive,
+    /// I2: redo takes a second before-image of a block that has one.
+    BeforeImageTwice,
+    /// I3: recovery does not compare a frame's checksum of its predecessor.
+    ChainUnchecked,
+    /// I3: after a torn tail the log goes on instead of being closed.
+    CutLogGoesOn,
+    /// I4: the primary is overwritten before the before-images were synced.
+    DestageBeforeSync,
+    /// I4: every eighth before-image is left out.
+    BeforeImageSkipped,
+    /// I5: a revert returns before its record is durable.
+    RevertNotDurable,
+    /// I5: blocks of a pending revert are read from the primary.
+    RevertNotRedirected,
+    /// I6: a view does not look again for a before-image after it has read the primary.
+    NoRecheck,
+    /// I7: the checksum of a payload is not compared.
+    PayloadUnchecked,
+    /// I7: a hole below the durable point is cut like a torn tail.
+    HoleAccepted,
+    /// I8: an error of the CDP disk reaches the guest.
+    ErrorToGuest,
+    /// I9: the span in which CDP was disabled counts as history.
+    DisabledSpanCovered,
+    /// I10: before-images are not counted when room is made.
+    BeforeImagesUncounted,
+    /// A freed segment is reused before the record that frees it is durable.
+    ReuseEarly,
+    /// Instants are given out past the clock's durable mark.
+    ClockPastMark,
+}
+
+#[cfg(feature = "mutations")]
+thread_local! {
+    static ACTIVE: std::cell::Cell<Mutation> = const { std::cell::Cell::new(Mutation::None) };
+}
+
+/// Switches one fault on for this thread.
+#[cfg(feature = "mutations")]
+pub fn set(mutation: Mutation) {
+    ACTIVE.with(|active| active.set(mutation));
+}
+
+/// Whether this fault is switched on.
+#[cfg(feature = "mutations")]
+pub fn active(mutation: Mutation) -> bool {
+    ACTIVE.with(|active| active.get() == mutation)
+}
+
+/// Whether this fault is switched on: never.
+#[cfg(not(feature = "mutations"))]
+#[inline(always)]
+pub const fn active(_mutation: Mutation) -> bool {
+    false
+}

@@ -1,0 +1,390 @@
+//! The overlay of a log: the newest version of each block that is not on the primary yet, and the order in which they became so.
+//! Beside it, a small map of block ranges for discard hints.
+//!
+//! Invariants:
+//! * Entries never overlap. A data entry is one block; a zero entry is a range.
+//! * Each entry is `queued` (a range of the queue covers it) or part of the batch that is being destaged.
+//! * The queue is sorted by instant, so its front tells the oldest write that the primary lacks.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use crate::buf::{IoBuf, Slice};
+use crate::frame;
+use crate::types::{BLOCK, Instant, SECTOR, SECTORS_PER_BLOCK};
+
+/// What an overlay entry holds.
+#[derive(Clone, Debug)]
+pub enum Content {
+    /// One block; only the sectors of the mask count.
+    Data(Slice, u8),
+    /// All sectors are zero.
+    Zero,
+}
+
+#[derive(Clone, Debug)]
+struct Entry {
+    count: u64,
+    content: Content,
+    instant: Instant,
+    queued: bool,
+}
+
+/// A range that waits for the destager.
+#[derive(Clone, Copy, Debug)]
+struct Dirty {
+    block: u64,
+    count: u64,
+    instant: Instant,
+}
+
+/// Something to destage.
+#[derive(Clone, Debug)]
+pub struct Item {
+    /// First block.
+    pub block: u64,
+    /// Blocks.
+    pub count: u64,
+    /// What to write.
+    pub content: Content,
+    /// Of the version that was taken.
+    pub instant: Instant,
+}
+
+/// What the destager took.
+#[derive(Default, Debug)]
+pub struct Batch {
+    /// Sorted by block, not overlapping.
+    pub items: Vec<Item>,
+    /// Oldest write that is not on the primary before this batch is.
+    pub oldest: Option<Instant>,
+    /// Newest version taken.
+    pub newest: Instant,
+}
+
+/// See the module's text.
+#[derive(Default)]
+pub struct Overlay {
+    entries: BTreeMap<u64, Entry>,
+    queue: VecDeque<Dirty>,
+    /// Oldest instant of the batch under way.
+    batch_oldest: Option<Instant>,
+    data_blocks: u64,
+}
+
+impl Overlay {
+    /// Bytes of data held.
+    pub fn bytes(&self) -> u64 {
+        self.data_blocks * BLOCK
+    }
+
+    /// Nothing in it and nothing being destaged.
+    pub fn is_empty(&self) -> bool {
+        self.entries.is_empty() && self.batch_oldest.is_none()
+    }
+
+    /// Whether something waits for the destager.
+    pub fn has_work(&self) -> bool {
+        !self.queue.is_empty()
+    }
+
+    /// The oldest write that is not on the primary yet.
+    pub fn oldest(&self) -> Option<Instant> {
+        match (self.batch_oldest, self.queue.front().map(|d| d.instant)) {
+            (Some(a), Some(b)) => Some(a.min(b)),
+            (a, b) => a.or(b),
+        }
+    }
+
+    /// A write of `sectors` sectors from `sector`; `data` holds the blocks it touches, whole.
+    pub fn insert_data(&mut self, sector: u64, sectors: u64, data: &Slice, instant: Instant) {
+        let first = sector / SECTORS_PER_BLOCK;
+        let mut needs_queue = false;
+        let mut last = first;
+        frame::for_each_block(sector, sectors, |block, mask| {
+            let bytes = data.slice(((block - first) * BLOCK) as usize, BLOCK as usize);
+            needs_queue |= self.insert_block(block, bytes, mask, instant);
+            last = block;
+        });
+        if needs_queue {
+            self.queue.push_back(Dirty { block: first, count: last - first + 1, instant });
+        }
+    }
+
+    /// Zeroes over `sectors` sectors from `sector`.
+    pub fn insert_zero(&mut self, sector: u64, sectors: u64, instant: Instant) {
+        let cut = frame::cut(sector, sectors);
+        for (block, mask) in cut.partial.into_iter().flatten() {
+            let zeroes = IoBuf::zeroed(BLOCK as usize).share();
+            if self.insert_block(block, zeroes, mask, instant) {
+                self.queue.push_back(Dirty { block, count: 1, instant });
+            }
+        }
+        let (block, count) = cut.whole;
+        if count > 0 {
+            self.carve(block, count);
+            self.entries.insert(block, Entry { count, content: Content::Zero, instant, queued: true });
+            self.queue.push_back(Dirty { block, count, instant });
+        }
+    }
+
+    /// Answers whether the block must be queued.
+    fn insert_block(&mut self, block: u64, data: Slice, mask: u8, instant: Instant) -> bool {
+        if let Some(entry) = self.entries.get_mut(&block)
+            && let Content::Data(old, old_mask) = &mut entry.content
+        {
+            if mask == 0xFF {
+                *old = data;
+            } else {
+                *old = compose(old, &data, mask);
+            }
+            *old_mask |= mask;
+            entry.instant = instant;
+            return !std::mem::replace(&mut entry.queued, true);
+        }
+        let (data, mask, queued) = match self.find(block) {
+            // Inside a zero range: the rest of the block is zero too.
+            Some((_, entry)) => {
+                let queued = entry.queued;
+                let zeroes = IoBuf::zeroed(BLOCK as usize).share();
+                let whole = if mask == 0xFF { data } else { compose(&zeroes, &data, mask) };
+                self.carve(block, 1);
+                (whole, 0xFF, queued)
+            }
+            None => (data, mask, false),
+        };
+        self.data_blocks += 1;
+        self.entries.insert(block, Entry { count: 1, content: Content::Data(data, mask), instant, queued: true });
+        !queued
+    }
+
+    fn find(&self, block: u64) -> Option<(u64, &Entry)> {
+        let (start, entry) = self.entries.range(..=block).next_back()?;
+        (block < start + entry.count).then_some((*start, entry))
+    }
+
+    /// Removes what lies in a range; zero ranges that stick out keep their outer parts.
+    fn carve(&mut self, block: u64, count: u64) {
+        let end = block + count;
+        let first = self.find(block).map_or(block, |(start, _)| start);
+        // Most carves hit one entry: collecting the keys costs one small allocation.
+        let keys: Vec<u64> = self.entries.range(first..end).map(|(k, _)| *k).collect();
+        for key in keys {
+            let Some(entry) = self.entries.remove(&key) else { continue };
+            if matches!(entry.content, Content::Data(..)) {
+                self.data_blocks -= 1;
+                continue;
+            }
+            let entry_end = key + entry.count;
+            if key < block {
+                self.entries.insert(key, Entry { count: block - key, ..entry.clone() });
+            }
+            if entry_end > end {
+                self.entries.insert(end, Entry { count: entry_end - end, ..entry });
+            }
+        }
+    }
+
+    /// The version of a block.
+    pub fn get(&self, block: u64) -> Option<&Content> {
+        self.find(block).map(|(_, entry)| &entry.content)
+    }
+
+    /// Whether anything lies in a range.
+    pub fn intersects(&self, block: u64, count: u64) -> bool {
+        self.find(block).is_some() || self.entries.range(block..block + count).next().is_some()
+    }
+
+    /// Takes the oldest work: up to about `blocks_max` blocks of data, and zero ranges of up to `zero_blocks_max` blocks in all.
+    pub fn take(&mut self, blocks_max: u64, zero_blocks_max: u64) -> Batch {
+        debug_assert!(self.batch_oldest.is_none(), "one batch at a time");
+        let mut batch = Batch { oldest: self.queue.front().map(|d| d.instant), ..Batch::default() };
+        let (mut data_blocks, mut zero_blocks) = (0, 0);
+        while data_blocks < blocks_max && zero_blocks < zero_blocks_max {
+            let Some(dirty) = self.queue.pop_front() else { break };
+            let end = dirty.block + dirty.count;
+            let mut at = dirty.block;
+            while at < end {
+                if data_blocks >= blocks_max || zero_blocks >= zero_blocks_max {
+                    self.queue.push_front(Dirty { block: at, count: end - at, ..dirty });
+                    break;
+                }
+                let Some((start, entry)) = self.first_from(at, end) else { break };
+                if !entry.queued {
+                    at = start + entry.count;
+                    continue;
+                }
+                let from = start.max(at);
+                let until = (start + entry.count).min(end).min(from + (zero_blocks_max - zero_blocks));
+                let (content, instant) = (entry.content.clone(), entry.instant);
+                match content {
+                    Content::Data(..) => {
+                        data_blocks += 1;
+                        self.entries.get_mut(&start).expect("just found").queued = false;
+                    }
+                    Content::Zero => {
+                        zero_blocks += until - from;
+                        self.carve(from, until - from);
+                        let taken = Entry { count: until - from, content: Content::Zero, instant, queued: false };
+                        self.entries.insert(from, taken);
+                    }
+                }
+                batch.newest = batch.newest.max(instant);
+                batch.items.push(Item { block: from, count: until - from, content, instant });
+                at = until;
+            }
+        }
+        batch.items.sort_unstable_by_key(|item| item.block);
+        if batch.items.is_empty() {
+            batch.oldest = None;
+        }
+        self.batch_oldest = batch.oldest;
+        batch
+    }
+
+    fn first_from(&self, at: u64, end: u64) -> Option<(u64, &Entry)> {
+        self.find(at).or_else(|| self.entries.range(at..end).next().map(|(start, entry)| (*start, entry)))
+    }
+
+    /// The batch is durable on the primary: versions that are still the newest leave.
+    pub fn complete(&mut self, batch: &Batch) {
+        for item in &batch.items {
+            let mut at = item.block;
+            let end = item.block + item.count;
+            while at < end {
+                let Some((start, entry)) = self.first_from(at, end) else { break };
+                let (count, instant, queued) = (entry.count, entry.instant, entry.queued);
+                if instant == item.instant && !queued {
+                    let from = start.max(at);
+                    self.carve(from, (start + count).min(end) - from);
+                }
+                at = start + count;
+            }
+        }
+        self.batch_oldest = None;
+    }
+
+    /// Every version, for the way out when the CDP disk is lost: sorted by block.
+    pub fn everything(&self) -> Vec<Item> {
+        self.entries
+            .iter()
+            .map(|(block, e)| Item { block: *block, count: e.count, content: e.content.clone(), instant: e.instant })
+            .collect()
+    }
+
+    /// Completes a partial version with the sectors that it lacks (recovery: the primary's copy may be damaged).
+    pub fn fill(&mut self, block: u64, base: &[u8]) {
+        if let Some(Entry { content: Content::Data(data, mask), .. }) = self.entries.get_mut(&block)
+            && *mask != 0xFF
+        {
+            let base = IoBuf::copy_of(base).share();
+            *data = compose(&base, data, *mask);
+            *mask = 0xFF;
+        }
+    }
+
+    /// Blocks whose version is partial.
+    pub fn partial_blocks(&self) -> Vec<u64> {
+        self.entries
+            .iter()
+            .filter(|(_, e)| matches!(e.content, Content::Data(_, mask) if mask != 0xFF))
+            .map(|(block, _)| *block)
+            .collect()
+    }
+
+    /// Forgets the order: for a scratch overlay, which is never destaged.
+    pub fn forget_queue(&mut self) {
+        self.queue.clear();
+    }
+
+    /// Forgets everything.
+    pub fn clear(&mut self) {
+        *self = Self::default();
+    }
+}
+
+/// `base` with the sectors of `mask` taken from `data`.
+pub fn compose(base: &[u8], data: &[u8], mask: u8) -> Slice {
+    let mut buf = IoBuf::copy_of(base);
+    copy_sectors(&mut buf, data, mask);
+    buf.share()
+}
+
+/// Copies the sectors of `mask` from one block to another.
+pub fn copy_sectors(to: &mut [u8], from: &[u8], mask: u8) {
+    if mask == 0xFF {
+        to[..BLOCK as usize].copy_from_slice(&from[..BLOCK as usize]);
+        return;
+    }
+    for sector in (0..SECTORS_PER_BLOCK as usize).filter(|s| mask & (1 << s) != 0) {
+        let at = sector * SECTOR as usize;
+        to[at..at + SECTOR as usize].copy_from_slice(&from[at..at + SECTOR as usize]);
+    }
+}
+
+/// Ranges of blocks, each with an instant. Later ranges replace what they overlap.
+#[derive(Default, Clone)]
+pub struct ExtentMap {
+    ranges: BTreeMap<u64, (u64, Instant)>,
+}
+
+impl ExtentMap {
+    /// Adds a range.
+    pub fn insert(&mut self, block: u64, count: u64, instant: Instant) {
+        if count == 0 {
+            return;
+        }
+        self.remove(block, count);
+        // Neighbours of the same instant grow together, so a split request leaves one range.
+        let mut start = block;
+        let mut end = block + count;
+        if let Some((&s, &(c, i))) = self.ranges.range(..block).next_back()
+            && s + c == block
+            && i == instant
+        {
+            self.ranges.remove(&s);
+            start = s;
+        }
+        if let Some(&(c, i)) = self.ranges.get(&end)
+            && i == instant
+        {
+            self.ranges.remove(&end);
+            end += c;
+        }
+        self.ranges.insert(start, (end - start, instant));
+    }
+
+    /// Takes a range out.
+    pub fn remove(&mut self, block: u64, count: u64) {
+        if self.ranges.is_empty() {
+            return;
+        }
+        let end = block + count;
+        let first =
+            self.ranges.range(..=block).next_back().filter(|(s, (c, _))| **s + c > block).map_or(block, |(s, _)| *s);
+        let keys: Vec<u64> = self.ranges.range(first..end).map(|(s, _)| *s).collect();
+        for key in keys {
+            let Some((count, instant)) = self.ranges.remove(&key) else { continue };
+            if key < block {
+                self.ranges.insert(key, (block - key, instant));
+            }
+            if key + count > end {
+                self.ranges.insert(end, (key + count - end, instant));
+            }
+        }
+    }
+
+    /// Takes out every range of an instant at or after `since`.
+    pub fn remove_since(&mut self, since: Instant) {
+        self.ranges.retain(|_, (_, instant)| *instant < since);
+    }
+
+    /// The ranges: first block, blocks, instant.
+    pub fn iter(&self) -> impl Iterator<Item = (u64, u64, Instant)> + '_ {
+        self.ranges.iter().map(|(s, (c, i))| (*s, *c, *i))
+    }
+
+    /// Nothing in it.
+    pub fn is_empty(&self) -> bool {
+        self.ranges.is_empty()
+    }
+}

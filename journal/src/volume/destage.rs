@@ -1,0 +1,826 @@
+//! Behind the ack: the destager brings acked writes to the primary, and history up to its final shape.
+//!
+//! One task per volume. It works on the oldest log that is not sealed, in batches sorted by LBA (design part 3):
+//! 1. read the old content of blocks first touched in this log, 2. append it as before-images, 3. sync the journal,
+//! 4. write to the primary the content that 3 made durable, 5. sync the primary, 6. advance the watermark.
+//! When the log is closed and its overlay is empty, it copies the log's revert, merges the index and seals it.
+
+use std::ops::ControlFlow;
+use std::rc::Rc;
+
+use futures::future::join_all;
+use zerocopy::IntoBytes;
+
+use super::Volume;
+use crate::buf::{IoBuf, Slice};
+use crate::disk::Disk;
+use crate::error::{Error, Result};
+use crate::format::{ControlKind, ControlRevert, StreamKind};
+use crate::frame::FrameBuilder;
+use crate::info::{EventKind, Health};
+use crate::log::{Log, VolumePoint, frame_blocks_max};
+use crate::overlay::{Batch, Content, Item, compose};
+use crate::types::{BLOCK, Instant, SECTOR, SECTORS_PER_BLOCK};
+
+/// Blocks of data in a batch: 8 MiB, enough to sort well, little enough to hold in memory twice.
+const BATCH_BLOCKS: u64 = 2048;
+/// Blocks of zero ranges in a batch. Holes of the primary cost nothing, so this may be large.
+const BATCH_ZERO_BLOCKS: u64 = 1 << 28;
+/// Bytes of one read or write of the primary at the most.
+const IO_BLOCKS: u64 = 256;
+/// A write waits at most this long for company before it is destaged, nanoseconds.
+const LINGER_NS: u64 = 500_000_000;
+/// Back-off of a failing primary, nanoseconds.
+const BACK_OFF_NS: (u64, u64) = (100_000_000, 5_000_000_000);
+
+/// A piece of a batch's before-images.
+enum Before {
+    Data(u64, Slice),
+    Zero(u64, u64),
+    Unreadable(u64),
+}
+
+impl Volume {
+    /// The destager; ends when the volume leaves the journal, or after it brought the backlog to the primary because the disk failed.
+    pub(crate) async fn run_destager(self: Rc<Self>) {
+        loop {
+            let disk = {
+                let state = self.state.borrow();
+                state.attach.as_ref().map(|a| Rc::clone(&a.disk))
+            };
+            let Some(disk) = disk else { break };
+            let step = self.destage_step(&disk).await;
+            if disk.failure().is_some() {
+                self.leave_failed_disk(&disk).await;
+                break;
+            }
+            match step {
+                Ok(ControlFlow::Continue(())) => {}
+                Ok(ControlFlow::Break(())) => break,
+                Err(error) => {
+                    // Not the disk's write path (that latches): damage or a failing primary. Say so, wait, try again; nothing is dropped.
+                    tracing::error!(volume = %self.id, %error, "destaging failed");
+                    if self.state.borrow().attach.is_none() {
+                        break;
+                    }
+                    self.note_primary_failing(&error);
+                    self.host.sleep(BACK_OFF_NS.1).await;
+                }
+            }
+        }
+        self.state.borrow_mut().destager_running = false;
+        self.changed.notify();
+    }
+
+    /// Waits for work and does one piece of it.
+    async fn destage_step(self: &Rc<Self>, disk: &Rc<Disk>) -> Result<ControlFlow<()>> {
+        enum Work {
+            Stop,
+            Destage(Rc<Log>),
+            Copy(Rc<Log>),
+            Seal(Rc<Log>),
+            Punch(Vec<(u64, u64)>),
+        }
+        let work = self
+            .work
+            .until(|| {
+                let mut state = self.state.borrow_mut();
+                if state.attach.is_none() {
+                    return Some(Work::Stop);
+                }
+                if disk.failure().is_some() {
+                    return Some(Work::Stop);
+                }
+                if !state.punch.is_empty() {
+                    return Some(Work::Punch(std::mem::take(&mut state.punch)));
+                }
+                let log = state.logs.iter().find(|l| !l.state.borrow().sealed)?;
+                let inner = log.state.borrow();
+                if inner.overlay.has_work() {
+                    let half_full = Self::backlog(&state) * 2 >= self.engine.upgrade()?.config().backlog_bytes_max;
+                    let urgent = inner.closed || state.drain_waiters > 0 || half_full || state.backlog_full;
+                    let old = inner.overlay.oldest().is_some_and(|o| o.0 <= self.linger_until());
+                    return (urgent || old).then(|| Work::Destage(Rc::clone(log)));
+                }
+                if inner.closed && inner.frames_pending == 0 {
+                    return Some(if inner.revert.is_some() {
+                        Work::Copy(Rc::clone(log))
+                    } else {
+                        Work::Seal(Rc::clone(log))
+                    });
+                }
+                None
+            })
+            .await;
+        match work {
+            Work::Stop => return Ok(ControlFlow::Break(())),
+            Work::Destage(log) => self.destage_batch(disk, &log).await?,
+            Work::Copy(log) => self.copy_revert(disk, &log).await?,
+            Work::Seal(log) => self.seal(disk, &log).await?,
+            Work::Punch(ranges) => {
+                for (block, count) in ranges {
+                    let (start, len) = self.bytes_of(block, count);
+                    if len > 0 {
+                        // A hint: a device that cannot punch loses nothing.
+                        let _ = self.primary.write_zeroes(start, len, true).await;
+                    }
+                }
+            }
+        }
+        Ok(ControlFlow::Continue(()))
+    }
+
+    /// Writes at or before this instant have waited long enough for company.
+    fn linger_until(&self) -> u64 {
+        self.host.wall_ns().saturating_sub(LINGER_NS)
+    }
+
+    /// Bytes of a block range, cut at the end of the primary.
+    fn bytes_of(&self, block: u64, count: u64) -> (u64, u64) {
+        let start = block * BLOCK;
+        (start, (count * BLOCK).min(self.primary.size().saturating_sub(start)))
+    }
+
+    async fn destage_batch(self: &Rc<Self>, disk: &Rc<Disk>, log: &Rc<Log>) -> Result<()> {
+        let started = self.host.boot_ns();
+        let batch = log.state.borrow_mut().overlay.take(BATCH_BLOCKS, BATCH_ZERO_BLOCKS);
+        if batch.items.is_empty() {
+            log.state.borrow_mut().overlay.complete(&batch);
+            self.changed.notify();
+            return Ok(());
+        }
+        // 1, 2: before-images of blocks that have none in this log.
+        let wanted: Vec<(u64, u64)> = {
+            let state = log.state.borrow();
+            let imaged = state.imaged.as_ref().expect("an unsealed log knows its before-images");
+            let mut wanted = Vec::new();
+            for item in &batch.items {
+                missing_ranges(imaged, item.block, item.count, &mut wanted);
+            }
+            wanted
+        };
+        let images = self.take_before_images(disk, log, &wanted).await?;
+        // 3: the journal holds durably what is about to be overwritten and what is about to be written.
+        self.sync_journal(disk, batch.newest).await?;
+        if !images.is_empty() {
+            self.sync_before(disk, log).await?;
+        }
+        // 4, 5: the primary, again and again until it holds.
+        let writes = self.compose_batch(log, &batch, &images).await?;
+        self.write_until_durable(disk, &writes).await?;
+        // 6
+        {
+            let bytes: u64 = writes.iter().map(Write::len).sum();
+            log.state.borrow_mut().overlay.complete(&batch);
+            let mut stats = self.stats.borrow_mut();
+            stats.destaged_bytes += bytes;
+            stats.destage_latency.record(self.host.boot_ns().saturating_sub(started));
+        }
+        self.note_backlog();
+        self.changed.notify();
+        Ok(())
+    }
+
+    fn note_backlog(self: &Rc<Self>) {
+        let mut state = self.state.borrow_mut();
+        let Ok(engine) = self.engine() else { return };
+        if state.backlog_full && Self::backlog(&state) * 2 < engine.config().backlog_bytes_max {
+            state.backlog_full = false;
+            self.event_later(EventKind::BacklogDrained, "the backlog is below half of its bound again");
+        }
+    }
+
+    /// Makes the frames of the before-image stream durable.
+    async fn sync_before(self: &Rc<Self>, disk: &Rc<Disk>, log: &Rc<Log>) -> Result<()> {
+        let frames = log.state.borrow().before.frames_completed;
+        if log.state.borrow().before.frames_durable >= frames {
+            return Ok(());
+        }
+        disk.sync().await?;
+        let mut state = log.state.borrow_mut();
+        state.before.frames_durable = state.before.frames_durable.max(frames);
+        Ok(())
+    }
+
+    /// Steps 1 and 2: reads the old content of the ranges and appends it. The blocks are marked as imaged when their frame has completed, which is
+    /// before anything overwrites them.
+    async fn take_before_images(
+        self: &Rc<Self>,
+        _disk: &Rc<Disk>,
+        log: &Rc<Log>,
+        wanted: &[(u64, u64)],
+    ) -> Result<Vec<(u64, Slice)>> {
+        let mut kept: Vec<(u64, Slice)> = Vec::new();
+        let mut group: Vec<(u64, u64)> = Vec::new();
+        let mut grouped = 0;
+        let mut queue: std::collections::VecDeque<(u64, u64)> = wanted.iter().copied().collect();
+        while let Some((block, count)) = queue.pop_front() {
+            if count > BATCH_BLOCKS {
+                // A long range of zeroes: what is a hole needs no read, the rest goes in pieces of a batch.
+                for piece in self.allocation_of(block, count).await? {
+                    match piece {
+                        (start, len, true) => self.append_before(log, vec![Before::Zero(start, len)]).await?,
+                        (start, len, false) => {
+                            let mut at = start;
+                            while at < start + len {
+                                let n = BATCH_BLOCKS.min(start + len - at);
+                                let images = self.read_before(&[(at, n)]).await;
+                                self.append_before(log, images).await?;
+                                at += n;
+                            }
+                        }
+                    }
+                }
+                continue;
+            }
+            group.push((block, count));
+            grouped += count;
+            if grouped >= BATCH_BLOCKS || queue.is_empty() {
+                self.image_group(log, &std::mem::take(&mut group), &mut kept).await?;
+                grouped = 0;
+            }
+        }
+        if !group.is_empty() {
+            self.image_group(log, &group, &mut kept).await?;
+        }
+        Ok(kept)
+    }
+
+    async fn image_group(
+        self: &Rc<Self>,
+        log: &Rc<Log>,
+        ranges: &[(u64, u64)],
+        kept: &mut Vec<(u64, Slice)>,
+    ) -> Result<()> {
+        let images = self.read_before(ranges).await;
+        for image in &images {
+            match image {
+                Before::Data(block, data) => kept.push((*block, data.clone())),
+                Before::Zero(block, count) => {
+                    // Partial writes need the old content: zeroes.
+                    for b in *block..block + count.min(&BATCH_BLOCKS) {
+                        kept.push((b, zero_block()));
+                    }
+                }
+                Before::Unreadable(_) => {}
+            }
+        }
+        self.append_before(log, images).await
+    }
+
+    /// The allocation of a block range: (first block, blocks, all of it a hole), in whole blocks.
+    async fn allocation_of(&self, block: u64, count: u64) -> Result<Vec<(u64, u64, bool)>> {
+        let (start, len) = self.bytes_of(block, count);
+        let mut out: Vec<(u64, u64, bool)> = Vec::new();
+        let mut push = |first: u64, end: u64, hole: bool| {
+            if end <= first {
+                return;
+            }
+            match out.last_mut() {
+                Some(last) if last.2 == hole => last.1 = end - last.0,
+                _ => out.push((first, end - first, hole)),
+            }
+        };
+        let mut at = start;
+        let mut done = block;
+        if len > 0 {
+            for piece in self
+                .primary
+                .allocation(start, len)
+                .await
+                .map_err(|e| Error::device("allocation map of", self.path(), &e))?
+            {
+                let end = at + piece.len;
+                if piece.hole {
+                    // Only whole blocks of a hole.
+                    let first = at.div_ceil(BLOCK).max(done);
+                    let last = if end == start + len { end.div_ceil(BLOCK) } else { end / BLOCK };
+                    if last > first {
+                        push(done, first, false);
+                        push(first, last, true);
+                        done = last;
+                    }
+                }
+                at = end;
+            }
+        }
+        push(done, block + count, false);
+        Ok(out)
+    }
+
+    /// Step 1: reads ranges of the primary, side by side. What cannot be read is tried block by block.
+    async fn read_before(self: &Rc<Self>, ranges: &[(u64, u64)]) -> Vec<Before> {
+        let mut reads = Vec::new();
+        for (block, count) in ranges {
+            let mut at = *block;
+            while at < block + count {
+                let n = IO_BLOCKS.min(block + count - at);
+                reads.push((at, n));
+                at += n;
+            }
+        }
+        let mut out = Vec::new();
+        for reads in reads.chunks(64) {
+            for ((block, count), result) in
+                reads.iter().zip(join_all(reads.iter().map(|(b, n)| self.read_old(*b, *n))).await)
+            {
+                match result {
+                    Ok(data) => push_images(&mut out, *block, &data),
+                    Err(_) if *count == 1 => out.push(Before::Unreadable(*block)),
+                    Err(_) => {
+                        for b in *block..block + count {
+                            match self.read_old(b, 1).await {
+                                Ok(data) => push_images(&mut out, b, &data),
+                                Err(_) => out.push(Before::Unreadable(b)),
+                            }
+                        }
+                    }
+                }
+            }
+        }
+        out
+    }
+
+    /// Whole blocks of the primary; what lies past its end is zero.
+    async fn read_old(&self, block: u64, count: u64) -> Result<Slice> {
+        let (start, len) = self.bytes_of(block, count);
+        if len == count * BLOCK {
+            let (result, buf) = self.primary.read(start, IoBuf::for_overwrite(len as usize)).await;
+            result.map_err(|e| Error::device("read", self.path(), &e))?;
+            return Ok(buf.share());
+        }
+        let mut whole = IoBuf::zeroed((count * BLOCK) as usize);
+        if len > 0 {
+            let (result, buf) = self.primary.read(start, IoBuf::for_overwrite(len as usize)).await;
+            result.map_err(|e| Error::device("read", self.path(), &e))?;
+            whole[..len as usize].copy_from_slice(&buf);
+        }
+        Ok(whole.share())
+    }
+
+    /// Step 2: appends before-images to the log and marks their blocks.
+    async fn append_before(self: &Rc<Self>, log: &Rc<Log>, images: Vec<Before>) -> Result<()> {
+        let blocks_max = frame_blocks_max(log.disk.geometry.segment_size);
+        let mut frame = FrameBuilder::default();
+        let mut marks: Vec<(u64, u64)> = Vec::new();
+        let instant = self.state.borrow().instant_last;
+        for image in images {
+            let blocks = match &image {
+                Before::Data(_, data) => (data.len() as u64 / BLOCK) as u32,
+                _ => 0,
+            };
+            let full = frame.payload_blocks() + blocks > blocks_max
+                || frame.descriptor_bytes() > 32 << 10
+                || frame.entry_count() > 1024;
+            if full && !frame.is_empty() {
+                self.append_before_frame(log, std::mem::take(&mut frame), &std::mem::take(&mut marks)).await?;
+            }
+            match image {
+                Before::Data(block, data) => {
+                    let count = data.len() as u64 / BLOCK;
+                    // A piece is at most IO_BLOCKS long; a small segment's frame may be shorter.
+                    let mut at = 0;
+                    while at < count {
+                        let n = (count - at).min(u64::from(blocks_max));
+                        if frame.payload_blocks() + n as u32 > blocks_max {
+                            self.append_before_frame(log, std::mem::take(&mut frame), &std::mem::take(&mut marks))
+                                .await?;
+                        }
+                        frame.push_before(block + at, data.slice((at * BLOCK) as usize, (n * BLOCK) as usize), instant);
+                        marks.push((block + at, n));
+                        at += n;
+                    }
+                }
+                Before::Zero(block, count) => {
+                    frame.push_before_extent(block, count, true, instant);
+                    marks.push((block, count));
+                }
+                Before::Unreadable(block) => {
+                    frame.push_before_extent(block, 1, false, instant);
+                    marks.push((block, 1));
+                }
+            }
+        }
+        if !frame.is_empty() {
+            self.append_before_frame(log, frame, &marks).await?;
+        }
+        Ok(())
+    }
+
+    async fn append_before_frame(
+        self: &Rc<Self>,
+        log: &Rc<Log>,
+        frame: FrameBuilder,
+        marks: &[(u64, u64)],
+    ) -> Result<()> {
+        let point = self.volume_point();
+        let appended = match log.append(&self.host, StreamKind::Before, frame, point).await {
+            Ok(appended) => appended,
+            Err(error) => {
+                // What sealing needs is reserved, so an empty pool here is as bad as a failed write.
+                log.disk.fail(format!("append before-images: {error}"));
+                return Err(error);
+            }
+        };
+        self.stats.borrow_mut().before_image_bytes += appended.bytes;
+        let mut state = log.state.borrow_mut();
+        if let Some(imaged) = &mut state.imaged {
+            for (block, count) in marks {
+                imaged.insert_range(*block, *count);
+            }
+        }
+        self.image_epoch.set(self.image_epoch.get() + 1);
+        Ok(())
+    }
+
+    pub(crate) fn volume_point(&self) -> VolumePoint {
+        let state = self.state.borrow();
+        VolumePoint { instant_last: state.framed, durable: state.durable, watermark: Self::watermark(&state) }
+    }
+
+    /// Step 4's content: whole blocks, also where the guest wrote only some sectors.
+    async fn compose_batch(
+        self: &Rc<Self>,
+        log: &Rc<Log>,
+        batch: &Batch,
+        images: &[(u64, Slice)],
+    ) -> Result<Vec<Write>> {
+        let mut writes = Vec::with_capacity(batch.items.len());
+        for item in &batch.items {
+            match &item.content {
+                Content::Zero => writes.push(Write::Zero(item.block, item.count)),
+                Content::Data(data, 0xFF) => push_write(&mut writes, item.block, data.clone()),
+                Content::Data(data, mask) => match self.base_of(log, item, images).await? {
+                    Some(base) => push_write(&mut writes, item.block, compose(&base, data, *mask)),
+                    // The old content cannot be read: only what the guest wrote is written, which may heal the sector.
+                    None => push_sectors(&mut writes, item.block, data, *mask),
+                },
+            }
+        }
+        Ok(writes)
+    }
+
+    /// What a partly written block held before: from the before-image just taken, else from this log alone (the primary's own copy may have been
+    /// damaged by a power cut in the middle of an earlier destaging).
+    async fn base_of(self: &Rc<Self>, log: &Rc<Log>, item: &Item, images: &[(u64, Slice)]) -> Result<Option<Slice>> {
+        let found = images.partition_point(|(block, _)| *block <= item.block).checked_sub(1).map(|i| &images[i]);
+        if let Some((start, data)) = found
+            && item.block < start + data.len() as u64 / BLOCK
+        {
+            return Ok(Some(data.slice(((item.block - start) * BLOCK) as usize, BLOCK as usize)));
+        }
+        match self.blocks_at(item.instant, log, item.block, 1).await {
+            Ok(base) => Ok(Some(base)),
+            Err(Error::Device { op: "read before-image of", .. }) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Steps 4 and 5. A failing primary is tried again with back-off; everything since the last good sync is written again.
+    async fn write_until_durable(self: &Rc<Self>, disk: &Rc<Disk>, writes: &[Write]) -> Result<()> {
+        let mut pause = BACK_OFF_NS.0;
+        loop {
+            match self.write_and_sync(writes).await {
+                Ok(()) => {
+                    self.note_primary_recovered();
+                    return Ok(());
+                }
+                Err(error) => {
+                    self.note_primary_failing(&error);
+                    self.host.sleep(pause).await;
+                    pause = (pause * 2).min(BACK_OFF_NS.1);
+                    if disk.failure().is_some() || self.state.borrow().attach.is_none() {
+                        return Err(error);
+                    }
+                }
+            }
+        }
+    }
+
+    pub(crate) async fn write_and_sync(self: &Rc<Self>, writes: &[Write]) -> Result<()> {
+        for chunk in writes.chunks(64) {
+            for result in join_all(chunk.iter().map(|write| self.write_one(write))).await {
+                result?;
+            }
+        }
+        self.primary.sync().await.map_err(|e| Error::device("sync", self.path(), &e))
+    }
+
+    async fn write_one(&self, write: &Write) -> Result<()> {
+        let size = self.primary.size();
+        match write {
+            Write::Data(block, parts) => {
+                let start = block * BLOCK;
+                let mut room = size.saturating_sub(start) as usize;
+                let mut list = Vec::with_capacity(parts.len());
+                for part in parts {
+                    let n = part.len().min(room);
+                    if n > 0 {
+                        list.push(part.slice(0, n));
+                    }
+                    room -= n;
+                }
+                if list.is_empty() {
+                    return Ok(());
+                }
+                self.primary.write(start, list).await.map_err(|e| Error::device("write to", self.path(), &e))
+            }
+            Write::Sectors(at, data) => self
+                .primary
+                .write(*at, vec![data.clone()])
+                .await
+                .map_err(|e| Error::device("write to", self.path(), &e)),
+            Write::Zero(block, count) => {
+                let (start, len) = self.bytes_of(*block, *count);
+                if len == 0 {
+                    return Ok(());
+                }
+                self.primary
+                    .write_zeroes(start, len, true)
+                    .await
+                    .map_err(|e| Error::device("write zeroes to", self.path(), &e))
+            }
+        }
+    }
+
+    pub(crate) fn note_primary_failing(self: &Rc<Self>, error: &Error) {
+        let mut state = self.state.borrow_mut();
+        let since = state.primary_failing.as_ref().map_or_else(|| self.host.boot_ns(), |(since, _)| *since);
+        if state.primary_failing.is_none() {
+            self.event_later(EventKind::PrimaryFailing, error.to_string());
+        }
+        if state.health == Health::Ok {
+            state.health = Health::PrimaryFailing;
+            state.health_reason = error.to_string();
+        }
+        state.primary_failing = Some((since, error.clone()));
+        drop(state);
+        self.changed.notify();
+    }
+
+    fn note_primary_recovered(self: &Rc<Self>) {
+        let mut state = self.state.borrow_mut();
+        if state.primary_failing.take().is_some() {
+            if state.health == Health::PrimaryFailing {
+                state.health = Health::Ok;
+                state.health_reason.clear();
+            }
+            self.event_later(EventKind::PrimaryRecovered, "writes and syncs of the primary succeed again");
+        }
+    }
+
+    /// Copies a batch of a pending revert (design part 2): before-image where this log has none, then the target's content.
+    async fn copy_revert(self: &Rc<Self>, disk: &Rc<Disk>, log: &Rc<Log>) -> Result<()> {
+        let (target, instant, blocks) = {
+            let state = log.state.borrow();
+            let revert = state.revert.as_ref().expect("the caller saw it");
+            let blocks: Vec<u64> = revert.left.iter_from(revert.next_block).take(BATCH_BLOCKS as usize).collect();
+            (revert.target, revert.instant, blocks)
+        };
+        if !blocks.is_empty() {
+            let source = {
+                let state = self.state.borrow();
+                state.logs.iter().rev().find(|l| l.start <= target).cloned()
+            };
+            let source = source.ok_or_else(|| Error::Gone("the source of a pending revert was evicted".into()))?;
+            let ranges = ranges_of(&blocks);
+            let mut wanted = Vec::new();
+            {
+                let state = log.state.borrow();
+                let imaged = state.imaged.as_ref().expect("an unsealed log knows its before-images");
+                for (block, count) in &ranges {
+                    missing_ranges(imaged, *block, *count, &mut wanted);
+                }
+            }
+            // The target's content first: it is read as the state was, before-images of this log or not.
+            let mut writes = Vec::new();
+            let mut contents = Vec::new();
+            for chunk in ranges.chunks(16) {
+                contents.extend(
+                    join_all(chunk.iter().map(|(block, count)| self.blocks_at(target, &source, *block, *count))).await,
+                );
+            }
+            for ((block, count), content) in ranges.iter().zip(contents) {
+                match content {
+                    Ok(data) => push_write(&mut writes, *block, data),
+                    Err(_) => {
+                        // One bad block must not hold up the rest: it is copied alone, or reads as an error from now on. A primary that fails is tried
+                        // again.
+                        for b in *block..block + count {
+                            match self.blocks_at(target, &source, b, 1).await {
+                                Ok(data) => push_write(&mut writes, b, data),
+                                Err(error @ Error::Device { op: "read", .. }) => return Err(error),
+                                Err(error) => {
+                                    tracing::error!(volume = %self.id, block = b, %error, "revert: block cannot be restored");
+                                    self.lose_block(b);
+                                }
+                            }
+                        }
+                    }
+                }
+            }
+            self.take_before_images(disk, log, &wanted).await?;
+            self.sync_before(disk, log).await?;
+            self.write_until_durable(disk, &writes).await?;
+            self.store_lost_blocks().await?;
+        }
+        let (row, done) = {
+            let mut state = log.state.borrow_mut();
+            let revert = state.revert.as_mut().expect("only this task ends it");
+            for (block, count) in ranges_of(&blocks) {
+                revert.left.remove_range(block, count);
+            }
+            revert.done += blocks.len() as u64;
+            let done = revert.left.is_empty();
+            revert.next_block = if done { u64::MAX } else { blocks.last().map_or(u64::MAX, |b| b + 1) };
+            let row = ControlRevert {
+                log_seq: log.seq.into(),
+                instant: instant.0.into(),
+                target: target.0.into(),
+                blocks: revert.total.into(),
+                next_block: revert.next_block.into(),
+                blocks_done: revert.done.into(),
+            };
+            if done {
+                state.revert = None;
+            }
+            (row, done)
+        };
+        self.control(ControlKind::Revert, Instant::ZERO, log.seq, 0, row.as_bytes(), done);
+        if done {
+            self.event(EventKind::RevertDone, format!("the volume holds the state of {target} in full"));
+        }
+        self.changed.notify();
+        Ok(())
+    }
+
+    fn lose_block(&self, block: u64) {
+        let mut state = self.state.borrow_mut();
+        state.lost_blocks.get_or_insert_with(Default::default).insert(block);
+        state.lost_changed = true;
+        state.health = Health::RevertIncomplete;
+        state.health_reason =
+            "the history that a revert goes back to is damaged: some blocks read as errors until overwritten".into();
+    }
+
+    /// Everything of a closed log is on the primary: its indexes become one run each, and the log is final.
+    async fn seal(self: &Rc<Self>, disk: &Rc<Disk>, log: &Rc<Log>) -> Result<()> {
+        let recording = log.state.borrow().recording;
+        let point = self.volume_point();
+        let fail = |error: Error| {
+            if !matches!(error, Error::Damaged { .. }) {
+                disk.fail(format!("seal log: {error}"));
+            }
+            error
+        };
+        let writes_root = if recording {
+            log.merge_index(&self.host, StreamKind::Writes, point).await.map_err(fail)?
+        } else {
+            Default::default()
+        };
+        let before_root = log.merge_index(&self.host, StreamKind::Before, point).await.map_err(fail)?;
+        disk.sync().await?;
+        {
+            let mut state = log.state.borrow_mut();
+            state.sealed = true;
+            state.thin = !recording;
+            state.writes_root = writes_root;
+            state.before_root = before_root;
+            let run = |root: crate::format::RunRoot, kind| {
+                (root.entries.get() > 0).then_some(crate::index::Run { root, log_id: log.id, kind })
+            };
+            state.writes_index.replace(run(writes_root, StreamKind::Writes));
+            state.before_index.replace(run(before_root, StreamKind::Before));
+            state.touched = Default::default();
+            state.overlay.clear();
+        }
+        // In the same step as the flag: whoever sees the log sealed may evict it, and that record must come later.
+        let recorded = self.control(ControlKind::Log, Instant::ZERO, log.seq, 0, log.row().as_bytes(), true);
+        log.release_spares().await.map_err(fail)?;
+        recorded.wait().await?;
+        if !recording {
+            self.free_writes(disk, log).await?;
+        }
+        self.changed.notify();
+        Ok(())
+    }
+
+    /// Gives back the writes segments of a thin log, whose row is in a completed frame.
+    pub(crate) async fn free_writes(self: &Rc<Self>, disk: &Rc<Disk>, log: &Rc<Log>) -> Result<()> {
+        disk.sync().await?;
+        log.until_unread().await;
+        let segments = std::mem::take(&mut log.state.borrow_mut().writes.segments);
+        log.state.borrow_mut().writes_index.replace(None);
+        disk.release(&segments).await?;
+        self.changed.notify();
+        Ok(())
+    }
+}
+
+/// A write to the primary.
+pub(crate) enum Write {
+    /// Whole blocks, one after the other.
+    Data(u64, Vec<Slice>),
+    /// Some bytes at an offset.
+    Sectors(u64, Slice),
+    /// Zeroes.
+    Zero(u64, u64),
+}
+
+impl Write {
+    fn len(&self) -> u64 {
+        match self {
+            Write::Data(_, parts) => parts.iter().map(|p| p.len() as u64).sum(),
+            Write::Sectors(_, data) => data.len() as u64,
+            Write::Zero(..) => 0,
+        }
+    }
+}
+
+/// Adds blocks to a list of writes; neighbours become one write.
+pub(crate) fn push_write(writes: &mut Vec<Write>, block: u64, data: Slice) {
+    if let Some(Write::Data(start, parts)) = writes.last_mut() {
+        let blocks: u64 = parts.iter().map(|p| p.len() as u64 / BLOCK).sum();
+        if *start + blocks == block && blocks < IO_BLOCKS {
+            parts.push(data);
+            return;
+        }
+    }
+    writes.push(Write::Data(block, vec![data]));
+}
+
+/// Adds only the sectors of a mask.
+pub(crate) fn push_sectors(writes: &mut Vec<Write>, block: u64, data: &Slice, mask: u8) {
+    for sector in (0..SECTORS_PER_BLOCK).filter(|s| mask & (1 << s) != 0) {
+        let part = IoBuf::copy_of(&data[(sector * SECTOR) as usize..((sector + 1) * SECTOR) as usize]);
+        writes.push(Write::Sectors(block * BLOCK + sector * SECTOR, part.share()));
+    }
+}
+
+/// The parts of a range that are not in a set.
+fn missing_ranges(set: &crate::index::Touched, block: u64, count: u64, out: &mut Vec<(u64, u64)>) {
+    let end = block + count;
+    if count == 1 {
+        if !set.contains(block) {
+            push_range(out, block, 1);
+        }
+        return;
+    }
+    let mut at = block;
+    for present in set.iter_from(block) {
+        if present >= end {
+            break;
+        }
+        if present > at {
+            push_range(out, at, present - at);
+        }
+        at = present + 1;
+    }
+    if at < end {
+        push_range(out, at, end - at);
+    }
+}
+
+fn push_range(out: &mut Vec<(u64, u64)>, block: u64, count: u64) {
+    match out.last_mut() {
+        Some((start, len)) if *start + *len == block => *len += count,
+        _ => out.push((block, count)),
+    }
+}
+
+/// Sorted blocks as ranges of at most `IO_BLOCKS`.
+fn ranges_of(blocks: &[u64]) -> Vec<(u64, u64)> {
+    let mut ranges: Vec<(u64, u64)> = Vec::new();
+    for block in blocks {
+        match ranges.last_mut() {
+            Some((start, len)) if *start + *len == *block && *len < IO_BLOCKS => *len += 1,
+            _ => ranges.push((*block, 1)),
+        }
+    }
+    ranges
+}
+
+/// Cuts what was read into data and zeroes: blocks of zeroes need no payload.
+fn push_images(out: &mut Vec<Before>, block: u64, data: &Slice) {
+    let is_zero = |at: usize| data[at..at + BLOCK as usize].iter().all(|b| *b == 0);
+    let blocks = data.len() / BLOCK as usize;
+    let mut i = 0;
+    while i < blocks {
+        let zero = is_zero(i * BLOCK as usize);
+        let mut j = i + 1;
+        while j < blocks && is_zero(j * BLOCK as usize) == zero {
+            j += 1;
+        }
+        let (first, count) = (block + i as u64, (j - i) as u64);
+        if zero {
+            out.push(Before::Zero(first, count));
+        } else {
+            out.push(Before::Data(first, data.slice(i * BLOCK as usize, (j - i) * BLOCK as usize)));
+        }
+        i = j;
+    }
+}
+
+fn zero_block() -> Slice {
+    IoBuf::zeroed(BLOCK as usize).share()
+}

@@ -1,0 +1,143 @@
+//! The way out when the CDP disk fails (design part 6): the guest sees no error, protection goes off loudly, and no gap is ever presented as history.
+//!
+//! Order: fence `Detaching` → the backlog goes from memory to the primary and is synced → fence `Detached`, durable → acks that waited → unprotected.
+
+use std::rc::Rc;
+
+use super::{Mode, Volume, destage};
+use crate::disk::Disk;
+use crate::fence::FenceState;
+use crate::info::{EventKind, Health};
+use crate::overlay::{Content, Item};
+
+impl Volume {
+    /// Runs on the destager's task, so that nothing else writes to the primary meanwhile.
+    pub(crate) async fn leave_failed_disk(self: &Rc<Self>, disk: &Rc<Disk>) {
+        let reason = disk.failure().unwrap_or_else(|| "unknown".into());
+        // New requests wait from here on.
+        {
+            let mut state = self.state.borrow_mut();
+            if state.mode == Mode::Closed {
+                return;
+            }
+            state.mode = Mode::Switching;
+            state.health = Health::Offline;
+            state.health_reason = format!("CDP disk {}: {reason}", disk.path);
+        }
+        self.event(EventKind::Offline, format!("protection is off: {reason}"));
+        self.kick.notify();
+        self.changed.notify();
+        let views: Vec<_> = self.state.borrow().views.values().cloned().collect();
+        for view in views {
+            view.lose(&format!("the CDP disk failed: {reason}"));
+            self.event(EventKind::ViewLost, format!("view {}: the CDP disk failed", view.id()));
+        }
+        self.changed.until(|| (!self.state.borrow().appender_running).then_some(())).await;
+        self.persist_fence(FenceState::Detaching, disk, &reason).await;
+        // The backlog, oldest log first: each block's versions in order, so the newest one ends up on the primary.
+        self.give_up_reverts();
+        self.backlog_to_primary().await;
+        let lost = self.state.borrow().lost_blocks.as_ref().map(|l| l.len());
+        let reason = match lost {
+            Some(blocks) => {
+                format!("{blocks} blocks of a revert were lost with the CDP disk ({reason})")
+            }
+            None => reason,
+        };
+        self.persist_fence(FenceState::Detached, disk, &reason).await;
+        let (logs, tickets) = {
+            let mut state = self.state.borrow_mut();
+            state.attach = None;
+            state.markers.clear();
+            state.sizes.clear();
+            state.primary_failing = None;
+            let mut tickets: Vec<_> = state.open.drain(..).map(|f| f.ticket).collect();
+            tickets.extend(state.inflight.take());
+            state.leaving.clear();
+            let logs = std::mem::take(&mut state.logs);
+            state.mode = Mode::Direct;
+            if state.lost_blocks.is_some() {
+                state.health = Health::RevertIncomplete;
+            }
+            (logs, tickets)
+        };
+        for log in logs {
+            log.state.borrow_mut().gone = true;
+        }
+        let _ = disk.reserve(self.id, 0, true);
+        // What waited for its frame is on the primary now.
+        for ticket in tickets {
+            ticket.finish(Ok(()));
+        }
+        self.changed.notify();
+        self.work.notify();
+        self.kick.notify();
+    }
+
+    /// Tries until the state directory holds the fence: without it no unprotected write may be acked.
+    async fn persist_fence(self: &Rc<Self>, fence: FenceState, disk: &Rc<Disk>, reason: &str) {
+        let mut pause = 10_000_000;
+        while let Err(error) = self.put_fence(fence, disk.id, reason).await {
+            tracing::error!(volume = %self.id, %error, "fence");
+            self.host.sleep(pause).await;
+            pause = (pause * 2).min(5_000_000_000);
+        }
+    }
+
+    /// Writes everything that is not on the primary from memory, and syncs; again and again until it holds.
+    async fn backlog_to_primary(self: &Rc<Self>) {
+        let logs: Vec<_> = self.state.borrow().logs.iter().cloned().collect();
+        for log in logs {
+            let items = log.state.borrow().overlay.everything();
+            let mut pause = 100_000_000;
+            while let Err(error) = self.write_items(&items).await {
+                self.note_primary_failing(&error);
+                self.host.sleep(pause).await;
+                pause = (pause * 2).min(5_000_000_000);
+            }
+            log.state.borrow_mut().overlay.clear();
+        }
+    }
+
+    async fn write_items(self: &Rc<Self>, items: &[Item]) -> crate::error::Result<()> {
+        let mut writes = Vec::with_capacity(items.len());
+        for item in items {
+            match &item.content {
+                Content::Zero => writes.push(destage::Write::Zero(item.block, item.count)),
+                Content::Data(data, 0xFF) => destage::push_write(&mut writes, item.block, data.clone()),
+                // The journal cannot be read any more; the primary keeps the other sectors.
+                Content::Data(data, mask) => destage::push_sectors(&mut writes, item.block, data, *mask),
+            }
+        }
+        self.write_and_sync(&writes).await
+    }
+
+    /// Blocks of a pending revert that were not copied existed only on the lost disk.
+    fn give_up_reverts(self: &Rc<Self>) {
+        let mut state = self.state.borrow_mut();
+        let mut lost = crate::index::Touched::default();
+        for log in &state.logs {
+            let mut inner = log.state.borrow_mut();
+            // What was written whole after the revert will be on the primary.
+            for item in inner.overlay.everything() {
+                if !matches!(item.content, Content::Data(_, mask) if mask != 0xFF) {
+                    lost.remove_range(item.block, item.count);
+                }
+            }
+            if let Some(revert) = inner.revert.take() {
+                lost.union(&revert.left);
+            }
+        }
+        // Reads under way look again.
+        self.image_epoch.set(self.image_epoch.get() + 1);
+        if !lost.is_empty() {
+            let blocks = lost.len();
+            state.lost_blocks.get_or_insert_with(Default::default).union(&lost);
+            state.health = Health::RevertIncomplete;
+            state.health_reason = format!(
+                "{blocks} blocks of a pending revert were lost with the CDP disk: they read as errors until overwritten"
+            );
+            self.event_later(EventKind::RevertIncomplete, format!("{blocks} blocks were lost"));
+        }
+    }
+}

@@ -1,0 +1,1540 @@
+//! How history grows and shrinks: logs begin, close, thin out and leave; markers; the user's switch; reverts; what can be viewed.
+
+use std::rc::Rc;
+
+use futures::future::{Either, select};
+use zerocopy::IntoBytes;
+
+use super::{Attach, Mode, State, Ticket, Volume, write::done_ticket};
+use crate::disk::Disk;
+use crate::engine::RevertRequest;
+use crate::error::{Error, Result};
+use crate::fence::FenceState;
+use crate::format::{ControlKind, ControlRevert, ControlSettings, EntryKind, StreamKind};
+use crate::index::{Key, Touched};
+use crate::info::{
+    EventKind, Health, Interval, LogInfo, Marker, MarkerKind, Priority, RevertReport, Settings, TimelineBucket,
+};
+use crate::log::{Log, PendingRevert, usable_bytes};
+use crate::signal::yield_now;
+use crate::types::{BLOCK, Instant};
+
+/// Fewest segments of a `reserve_capacity`: eight logs of four.
+pub(crate) const CAPACITY_SEGMENTS_MIN: u64 = 32;
+/// Most markers of a volume.
+const MARKERS_MAX: usize = 16384;
+/// Most bytes of a marker's name.
+const MARKER_NAME_MAX: usize = 255;
+/// Time between two rounds of the caretaker, nanoseconds.
+const ROUND_NS: u64 = 250_000_000;
+/// How long a stop or a switch waits for a primary that fails, nanoseconds.
+const DRAIN_PATIENCE_NS: u64 = 30_000_000_000;
+/// A volume without writes for this long is idle, nanoseconds.
+const IDLE_NS: u64 = 1_000_000_000;
+
+/// Why a log was closed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub(crate) enum CloseReason {
+    Rotation = 0,
+    Switched = 1,
+    Reverted = 2,
+    Restarted = 3,
+    Cleaned = 5,
+}
+
+impl Volume {
+    // -- logs ----------------------------------------------------------------------------------------------------------
+
+    /// Closes the active log, if there is one, and starts the next at `instant`. All of the volume's control state is carried into its first frames.
+    pub(crate) fn rotate(self: &Rc<Self>, state: &mut State, instant: Instant, recording: bool, reason: CloseReason) {
+        let Some(attach) = state.attach.clone() else { return };
+        if let Some(active) = state.logs.back() {
+            let mut active = active.state.borrow_mut();
+            active.closed = true;
+            active.close_reason = reason as u32;
+        }
+        if let Some(last) = state.open.back_mut() {
+            last.urgent = true;
+        }
+        let seq = state.next_seq;
+        state.next_seq += 1;
+        let log = Log::new(seq, self.host.random_u64(), instant, self.id, Rc::clone(&attach.disk), recording);
+        state.logs.push_back(Rc::clone(&log));
+        state.instant_last = state.instant_last.max(instant);
+        self.carry(state, &log);
+        if recording {
+            self.add_marker(state, &auto_name(instant), MarkerKind::Crash, instant, true);
+        }
+        self.kick.notify();
+        self.work.notify();
+    }
+
+    /// Rotates with an instant taken in the same step, so that no write of the old log is newer than the new log's start. Answers the ticket of the
+    /// new log's first frames.
+    async fn rotate_now(self: &Rc<Self>, reason: CloseReason, set: impl Fn(&mut State)) -> Result<Rc<Ticket>> {
+        let engine = self.engine()?;
+        loop {
+            {
+                let mut state = self.state.borrow_mut();
+                if state.mode != Mode::Journal {
+                    return Err(Error::Gone(format!(
+                        "volume {:?} left the journal meanwhile: {}",
+                        state.name, state.health_reason
+                    )));
+                }
+                if let Some(instant) = engine.try_tick() {
+                    set(&mut state);
+                    let recording = state.on;
+                    self.rotate(&mut state, instant, recording, reason);
+                    return Ok(state.open.back().map_or_else(done_ticket, |f| Rc::clone(&f.ticket)));
+                }
+            }
+            engine.raise_clock().await;
+        }
+    }
+
+    /// Writes all control state into the open frames of a new log.
+    fn carry(&self, state: &mut State, log: &Rc<Log>) {
+        let settings = Self::settings_row(state);
+        let push = |state: &mut State, kind: ControlKind, instant: Instant, start: u64, count: u64, body: &[u8]| {
+            self.open_frame(state, log, 0, true).builder.push_control(kind, instant, start, count, body);
+        };
+        push(state, ControlKind::Settings, Instant::ZERO, 0, 0, settings.as_bytes());
+        let logs: Vec<_> = state.logs.iter().cloned().collect();
+        for old in &logs {
+            push(state, ControlKind::Log, Instant::ZERO, old.seq, 0, old.row().as_bytes());
+            let hints: Vec<_> = old.state.borrow().hints.iter().collect();
+            for (block, count, instant) in hints {
+                push(state, ControlKind::Hint, instant, block, count, &old.seq.to_le_bytes());
+            }
+            if let Some(row) = Self::revert_row(old) {
+                push(state, ControlKind::Revert, Instant::ZERO, old.seq, 0, row.as_bytes());
+            }
+        }
+        for (instant, bytes) in state.sizes.clone() {
+            self.open_frame(state, log, 0, true).builder.push_size(instant, bytes);
+        }
+        for marker in state.markers.values().cloned().collect::<Vec<_>>() {
+            self.open_frame(state, log, 0, true).builder.push_marker(&marker);
+        }
+        push(state, ControlKind::End, log.start, log.seq, 0, &[]);
+    }
+
+    fn settings_row(state: &State) -> ControlSettings {
+        let settings =
+            state.settings.unwrap_or(Settings { reserve_capacity: 0, reserve_duration_s: 0, priority: Priority::Mid });
+        ControlSettings {
+            reserve_capacity: settings.reserve_capacity.into(),
+            reserve_duration_s: settings.reserve_duration_s.into(),
+            created_ns: state.created_ns.into(),
+            generation: state.generation.into(),
+            size: state.size.into(),
+            next_seq: state.next_seq.into(),
+            priority: settings.priority as u8,
+            on: u8::from(state.on),
+            held: u8::from(state.held),
+            reserved: [0; 13],
+        }
+    }
+
+    fn revert_row(log: &Log) -> Option<ControlRevert> {
+        log.state.borrow().revert.as_ref().map(|r| ControlRevert {
+            log_seq: log.seq.into(),
+            instant: r.instant.0.into(),
+            target: r.target.0.into(),
+            blocks: r.total.into(),
+            next_block: r.next_block.into(),
+            blocks_done: r.done.into(),
+        })
+    }
+
+    /// Appends a control record to the active log; `urgent`: at once. Answers the ticket of its frame.
+    pub(crate) fn control(
+        self: &Rc<Self>,
+        kind: ControlKind,
+        instant: Instant,
+        start: u64,
+        count: u64,
+        body: &[u8],
+        urgent: bool,
+    ) -> Rc<Ticket> {
+        let mut state = self.state.borrow_mut();
+        let Some(log) = state.logs.back().cloned() else { return done_ticket() };
+        if state.attach.is_none() {
+            // The appender has left: what is not recorded must not be acted upon.
+            let ticket = Ticket::default();
+            ticket.finish(Err(Error::Gone("the volume has left the journal".into())));
+            return Rc::new(ticket);
+        }
+        let frame = self.open_frame(&mut state, &log, 0, urgent);
+        frame.builder.push_control(kind, instant, start, count, body);
+        let ticket = Rc::clone(&frame.ticket);
+        drop(state);
+        self.kick.notify();
+        ticket
+    }
+
+    fn store_settings(self: &Rc<Self>) -> Rc<Ticket> {
+        let row = Self::settings_row(&self.state.borrow());
+        self.control(ControlKind::Settings, Instant::ZERO, 0, 0, row.as_bytes(), true)
+    }
+
+    /// Waits for a control record and makes it durable.
+    async fn durable(self: &Rc<Self>, ticket: &Ticket) -> Result<()> {
+        ticket.wait().await?;
+        let disk = self.state.borrow().attach.as_ref().map(|a| Rc::clone(&a.disk));
+        match disk {
+            Some(disk) => self.sync_completed(&disk).await,
+            None => Ok(()),
+        }
+    }
+
+    // -- markers -------------------------------------------------------------------------------------------------------
+
+    /// Adds a marker for an instant taken from the host's clock. An empty name makes an automatic one.
+    pub async fn mark(self: &Rc<Self>, name: &str, kind: MarkerKind, instant: Instant) -> Result<Marker> {
+        self.serving()?;
+        if name.len() > MARKER_NAME_MAX {
+            return Err(Error::invalid(
+                "name",
+                format!("{} bytes", name.len()),
+                format!("at most {MARKER_NAME_MAX} bytes"),
+            ));
+        }
+        if name.chars().any(char::is_control) {
+            return Err(Error::invalid("name", format!("{name:?}"), "no control characters"));
+        }
+        if !name.is_empty() && name.bytes().all(|b| b.is_ascii_digit()) {
+            return Err(Error::invalid("name", name, "not digits alone: those are read as an instant"));
+        }
+        let (marker, ticket) = {
+            let mut state = self.state.borrow_mut();
+            if state.mode != Mode::Journal || !state.on {
+                return Err(Error::State(format!("volume {:?} is not protected: `enable` it first", state.name)));
+            }
+            if state.markers.len() >= MARKERS_MAX {
+                return Err(Error::NoSpace { what: "markers of a volume", needed: 1, free: 0 });
+            }
+            let auto = name.is_empty();
+            let name = if auto { auto_name(instant) } else { name.to_owned() };
+            if let Some(found) = state.markers.values().find(|m| m.name == name) {
+                if auto || found.time == instant {
+                    return Ok(found.clone());
+                }
+                return Err(Error::Exists { what: "marker", name });
+            }
+            let marker = self
+                .add_marker(&mut state, &name, kind, instant, auto)
+                .ok_or_else(|| Error::Exists { what: "marker", name: name.clone() })?;
+            let ticket = state.open.back_mut().map(|frame| {
+                frame.urgent = true;
+                Rc::clone(&frame.ticket)
+            });
+            (marker, ticket)
+        };
+        self.kick.notify();
+        if let Some(ticket) = ticket {
+            self.durable(&ticket).await?;
+        }
+        if !marker.auto {
+            self.event(EventKind::Marked, format!("marker {:?} at {}", marker.name, marker.time));
+        }
+        Ok(marker)
+    }
+
+    /// Adds a marker to the open frame; a name that is taken is left alone.
+    fn add_marker(
+        &self,
+        state: &mut State,
+        name: &str,
+        kind: MarkerKind,
+        instant: Instant,
+        auto: bool,
+    ) -> Option<Marker> {
+        if state.markers.values().rev().take(4).any(|m| m.name == name)
+            || (!auto && state.markers.values().any(|m| m.name == name))
+        {
+            return None;
+        }
+        let log = state.logs.back().cloned()?;
+        let marker = Marker { name: name.to_owned(), time: instant, kind, auto };
+        self.open_frame(state, &log, 0, false).builder.push_marker(&marker);
+        state.markers.insert((instant, name.to_owned()), marker.clone());
+        if auto {
+            state.marker_last = instant;
+            state.wrote_since_marker = false;
+        }
+        Some(marker)
+    }
+
+    /// Markers whose instants cannot be viewed any more go.
+    fn prune_markers(state: &mut State) {
+        let coverage = Self::coverage(state);
+        state.markers.retain(|(instant, _), _| covered(&coverage, *instant));
+    }
+
+    // -- what can be viewed --------------------------------------------------------------------------------------------
+
+    /// The intervals of history that can be viewed.
+    pub(crate) fn coverage(state: &State) -> Vec<Interval> {
+        let mut out: Vec<Interval> = Vec::new();
+        let mut reaches = false;
+        for (i, log) in state.logs.iter().enumerate() {
+            let inner = log.state.borrow();
+            let next = state.logs.get(i + 1);
+            let end = next.map(|n| n.start.before());
+            let reason = match next {
+                None => "",
+                Some(next) if !next.state.borrow().recording => "protection was switched off",
+                Some(_) => "",
+            };
+            if inner.recording && !inner.thin {
+                match out.last_mut() {
+                    Some(last) if reaches => {
+                        last.end = end;
+                        last.end_reason = reason.into();
+                    }
+                    _ => out.push(Interval { start: log.start, end, end_reason: reason.into() }),
+                }
+                reaches = true;
+            } else if inner.recording {
+                // Thin: only its start is left.
+                match out.last_mut() {
+                    Some(last) if reaches => {
+                        last.end = Some(log.start);
+                        last.end_reason = "the log after it was cleaned".into();
+                    }
+                    _ => out.push(Interval {
+                        start: log.start,
+                        end: Some(log.start),
+                        end_reason: "the rest of the log was cleaned".into(),
+                    }),
+                }
+                reaches = false;
+            } else {
+                reaches = false;
+            }
+        }
+        out
+    }
+
+    /// The log in which an instant lies, if it can be viewed.
+    pub(crate) fn viewable(&self, instant: Instant, now: Instant) -> Result<Rc<Log>> {
+        let state = self.state.borrow();
+        let coverage = Self::coverage(&state);
+        if instant <= now && covered(&coverage, instant) {
+            let log = state.logs.iter().rev().find(|l| l.start <= instant);
+            if let Some(log) = log {
+                return Ok(Rc::clone(log));
+            }
+        }
+        let mut text: Vec<String> = coverage
+            .iter()
+            .map(|i| match i.end {
+                Some(end) => format!("{} to {end}", i.start),
+                None => format!("{} to now ({now})", i.start),
+            })
+            .collect();
+        if text.is_empty() {
+            text.push("there is none".into());
+        }
+        Err(Error::OutOfCoverage { instant, coverage: text.join(", ") })
+    }
+
+    pub(crate) fn log_infos(&self, state: &State) -> Vec<LogInfo> {
+        let capacity_bytes = state.attach.as_ref().map_or(0, |a| a.capacity_bytes() / 8);
+        state
+            .logs
+            .iter()
+            .enumerate()
+            .map(|(i, log)| {
+                let inner = log.state.borrow();
+                let size = log.disk.geometry.segment_size;
+                LogInfo {
+                    seq: log.seq,
+                    start: log.start,
+                    end: state.logs.get(i + 1).map(|n| n.start.before()),
+                    use_bytes: (inner.writes.segment_count() + inner.before.segment_count()) * size,
+                    capacity_bytes,
+                    io_start: inner.io_start,
+                    io_last: inner.io_last,
+                    thin: inner.thin,
+                    recording: inner.recording,
+                    sealed: inner.sealed,
+                    online: log.disk.failure().is_none(),
+                    disk_path: log.disk.path.clone(),
+                    before_image_bytes: inner.before.segment_count() * size,
+                }
+            })
+            .collect()
+    }
+
+    /// Seconds of history that the capacity holds at the rate so far.
+    pub(crate) fn window_forecast(state: &State, now_ns: u64) -> u64 {
+        let (Some(attach), Some(first)) = (&state.attach, state.logs.front()) else { return 0 };
+        let used = Self::used_segments(state);
+        let span = now_ns.saturating_sub(first.start.0) / 1_000_000_000;
+        if used < 8 || span == 0 {
+            return 0;
+        }
+        (u128::from(span) * u128::from(attach.capacity) / u128::from(used)) as u64
+    }
+
+    // -- eviction ------------------------------------------------------------------------------------------------------
+
+    /// Whether a pending revert needs the log at a position.
+    fn pinned(state: &State, position: usize) -> bool {
+        let end = state.logs.get(position + 1).map_or(Instant::MAX, |n| n.start);
+        state.logs.iter().any(|l| l.state.borrow().revert.as_ref().is_some_and(|r| r.target < end))
+    }
+
+    fn oldest_can_go(state: &State) -> bool {
+        state.logs.len() > 1 && state.logs.front().is_some_and(|l| l.state.borrow().sealed) && !Self::pinned(state, 0)
+    }
+
+    /// Evicts the oldest log to make room, if it can go.
+    pub(crate) fn evict_for_capacity(self: &Rc<Self>, state: &mut State) {
+        if !state.leaving.is_empty() || !Self::oldest_can_go(state) {
+            return;
+        }
+        let log = Rc::clone(state.logs.front().expect("just seen"));
+        let next_start = state.logs[1].start;
+        let duration_ns = state.settings.map_or(0, |s| s.reserve_duration_s.saturating_mul(1_000_000_000));
+        let recording = log.state.borrow().recording;
+        let now = self.engine.upgrade().map_or(0, |e| e.age_now_ns());
+        if recording && now.saturating_sub(next_start.0) < duration_ns {
+            self.event_later(
+                EventKind::EvictedEarly,
+                format!("log {} went for capacity, ahead of reserve_duration", log.seq),
+            );
+        }
+        self.stats.borrow_mut().evicted_capacity += 1;
+        self.evict_oldest(state, "evicted for capacity");
+    }
+
+    /// How much of its fair share (its reservation) of a disk the volume takes.
+    pub(crate) fn share_of(&self, disk: &Rc<Disk>) -> f64 {
+        let state = self.state.borrow();
+        match &state.attach {
+            Some(attach) if Rc::ptr_eq(&attach.disk, disk) => {
+                Self::used_segments(&state) as f64 / attach.capacity.max(1) as f64
+            }
+            _ => 0.0,
+        }
+    }
+
+    /// Whether the oldest log can be given up for somebody else's sake.
+    pub(crate) fn can_lose_oldest(&self, disk: &Rc<Disk>) -> bool {
+        let state = self.state.borrow();
+        state.attach.as_ref().is_some_and(|a| Rc::ptr_eq(&a.disk, disk))
+            && state.leaving.is_empty()
+            && Self::oldest_can_go(&state)
+    }
+
+    /// Gives the oldest log up.
+    pub(crate) fn lose_oldest(self: &Rc<Self>) {
+        self.evict_for_capacity(&mut self.state.borrow_mut());
+    }
+
+    /// Keeps the sets of touched blocks of sealed logs within their bound: the oldest go first, and what is missing is read back, newest first.
+    async fn keep_sets(self: &Rc<Self>, bytes_max: u64) {
+        let logs: Vec<_> = self.state.borrow().logs.iter().filter(|l| l.state.borrow().sealed).cloned().collect();
+        let mut bytes = 0;
+        let mut missing = None;
+        for log in logs.iter().rev() {
+            let held = log.state.borrow().imaged.as_ref().map(|set| set.bytes() as u64);
+            match held {
+                Some(held) if bytes + held > bytes_max => log.state.borrow_mut().imaged = None,
+                Some(held) => bytes += held,
+                None if missing.is_none() => missing = Some(log),
+                None => {}
+            }
+        }
+        let Some(log) = missing else { return };
+        // A scattered block costs two bytes: what surely does not fit is not read.
+        let root = log.state.borrow().before_root;
+        if bytes + root.entries.get() * 2 > bytes_max {
+            return;
+        }
+        let _pin = log.pin();
+        let mut set = Touched::default();
+        let runs = log.state.borrow().before_index.runs();
+        for run in runs {
+            let mut cursor = run.cursor(Key { level: 0, block: 0, instant: 0 });
+            let mut n = 0u32;
+            loop {
+                match cursor.next(&*log.disk).await {
+                    Ok(Some(entry)) => {
+                        set.insert_range(entry.block.get(), entry.blocks());
+                    }
+                    Ok(None) => break,
+                    Err(_) => return,
+                }
+                n += 1;
+                if n % 1024 == 0 {
+                    yield_now().await;
+                }
+            }
+        }
+        log.state.borrow_mut().imaged = Some(set);
+    }
+
+    /// Tells once when the primary has another size than it had.
+    fn note_primary_size(self: &Rc<Self>) {
+        let Ok(now) = self.primary.current_size() else { return };
+        let mut state = self.state.borrow_mut();
+        let seen = std::mem::replace(&mut state.primary_size_seen, now);
+        if seen != 0 && seen != now {
+            let size = state.size;
+            self.event_later(
+                EventKind::PrimaryResized,
+                format!("the primary has {now} bytes now, the guest sees {size}: `volume resize` offers what it grew"),
+            );
+        }
+    }
+
+    /// Takes the oldest log out of the row and lets it leave. Nothing is read back, nothing is moved.
+    fn evict_oldest(self: &Rc<Self>, state: &mut State, why: &str) {
+        let Some(log) = state.logs.pop_front() else { return };
+        log.state.borrow_mut().gone = true;
+        let hints: Vec<_> = log.state.borrow().hints.iter().map(|(block, count, _)| (block, count)).collect();
+        state.punch.extend(hints);
+        state.leaving.push(Rc::clone(&log));
+        Self::prune_markers(state);
+        let lost: Vec<_> = state.views.values().filter(|v| Rc::ptr_eq(&v.log, &log)).cloned().collect();
+        let message = format!("its log {} was {why}", log.seq);
+        let volume = Rc::clone(self);
+        self.host.spawn(Box::pin(async move {
+            for view in lost {
+                view.lose(&message);
+                volume.event(EventKind::ViewLost, format!("view {} at {}: {message}", view.id(), view.time));
+            }
+            if let Err(error) = volume.let_go(&log).await {
+                tracing::warn!(volume = %volume.id, log = log.seq, %error, "evicted log could not be freed");
+            }
+        }));
+        self.work.notify();
+    }
+
+    /// Makes an eviction durable, waits for the last read, and frees the segments.
+    async fn let_go(self: &Rc<Self>, log: &Rc<Log>) -> Result<()> {
+        let ticket = self.control(ControlKind::LogGone, Instant::ZERO, log.seq, 0, &[], true);
+        self.durable(&ticket).await?;
+        log.until_unread().await;
+        let segments = {
+            let mut inner = log.state.borrow_mut();
+            let mut list = std::mem::take(&mut inner.writes.segments);
+            list.append(&mut inner.before.segments);
+            list
+        };
+        let released = log.disk.release(&segments).await;
+        self.state.borrow_mut().leaving.retain(|l| !Rc::ptr_eq(l, log));
+        self.changed.notify();
+        released
+    }
+
+    // -- the caretaker -------------------------------------------------------------------------------------------------
+
+    /// What time alone brings: the idle frame, automatic markers, rotation and eviction by age, the way back to protection.
+    pub(crate) async fn run_caretaker(self: Rc<Self>) {
+        let mut rounds = 0u64;
+        loop {
+            self.host.sleep(ROUND_NS).await;
+            rounds += 1;
+            let mode = self.state.borrow().mode;
+            match mode {
+                Mode::Closed => break,
+                Mode::Journal => {
+                    self.round().await;
+                    if rounds % 8 == 0 {
+                        if let Err(error) = self.store_lost_blocks().await {
+                            tracing::error!(volume = %self.id, %error, "fence");
+                        }
+                        self.note_primary_size();
+                        let share = self
+                            .engine
+                            .upgrade()
+                            .map_or(0, |e| e.config().touched_bytes_max / (e.volumes().len() as u64).max(1));
+                        self.keep_sets(share).await;
+                    }
+                }
+                Mode::Direct if rounds % 8 == 0 => self.try_protect_again().await,
+                _ => {}
+            }
+        }
+    }
+
+    async fn round(self: &Rc<Self>) {
+        let Ok(engine) = self.engine() else { return };
+        self.work.notify();
+        // Rotation by age, and the automatic marker.
+        let duration_ns =
+            self.state.borrow().settings.map_or(0, |s| s.reserve_duration_s.saturating_mul(1_000_000_000));
+        let wall = self.host.wall_ns();
+        let wants_rotation = {
+            let state = self.state.borrow();
+            state.logs.back().is_some_and(|l| {
+                let old = wall.saturating_sub(l.start.0) >= (duration_ns / 8).max(1_000_000_000);
+                old && l.state.borrow().io_start != Instant::ZERO
+            })
+        };
+        let wants_marker = {
+            let state = self.state.borrow();
+            let interval = engine.config().marker_interval_s.saturating_mul(1_000_000_000);
+            state.on && state.wrote_since_marker && wall.saturating_sub(state.marker_last.0) >= interval
+        };
+        if wants_rotation || wants_marker {
+            // The next round does it where the clock has to be raised first.
+            let mut state = self.state.borrow_mut();
+            if state.mode == Mode::Journal
+                && !self.admin.get()
+                && let Some(instant) = engine.try_tick()
+            {
+                if wants_rotation {
+                    let recording = state.on;
+                    self.rotate(&mut state, instant, recording, CloseReason::Rotation);
+                } else {
+                    self.add_marker(&mut state, &auto_name(instant), MarkerKind::Crash, instant, true);
+                }
+            }
+        }
+        self.evict_by_age(&engine, duration_ns);
+        self.shrink_to_capacity();
+        self.note_window(duration_ns);
+        self.idle_frame().await;
+        let off_and_empty = {
+            let state = self.state.borrow();
+            !state.on && !self.admin.get() && state.logs.iter().all(|l| !l.state.borrow().recording)
+        };
+        if off_and_empty {
+            let _lock = self.lock_admin().await;
+            if let Err(error) = self.leave_journal("switched off, and no history is left", false).await {
+                tracing::warn!(volume = %self.id, %error, "leaving the journal failed");
+            }
+        }
+    }
+
+    fn evict_by_age(self: &Rc<Self>, engine: &crate::engine::Engine, duration_ns: u64) {
+        let Some(now) = engine.age_for_eviction_ns() else { return };
+        let mut state = self.state.borrow_mut();
+        if self.admin.get() || !state.leaving.is_empty() || !Self::oldest_can_go(&state) {
+            return;
+        }
+        let log = Rc::clone(state.logs.front().expect("just seen"));
+        let end = state.logs[1].start;
+        let viewed = state.views.values().any(|v| Rc::ptr_eq(&v.log, &log));
+        if now.saturating_sub(end.0) > duration_ns && !viewed {
+            self.stats.borrow_mut().evicted_duration += 1;
+            self.event_later(EventKind::Evicted, format!("log {} is older than reserve_duration", log.seq));
+            self.evict_oldest(&mut state, "older than reserve_duration");
+        }
+    }
+
+    /// After `edit` made the capacity smaller.
+    fn shrink_to_capacity(self: &Rc<Self>) {
+        let mut state = self.state.borrow_mut();
+        let Some(attach) = state.attach.clone() else { return };
+        let usable = usable_bytes(attach.disk.geometry.segment_size);
+        if Self::total_bound(&state) + Self::revert_segments(&state, usable) + 1 > attach.capacity {
+            self.evict_for_capacity(&mut state);
+        }
+    }
+
+    fn note_window(self: &Rc<Self>, duration_ns: u64) {
+        let mut state = self.state.borrow_mut();
+        let forecast = Self::window_forecast(&state, self.host.wall_ns());
+        let short = forecast > 0 && forecast.saturating_mul(1_000_000_000) < duration_ns;
+        if short && !state.window_short_told {
+            self.event_later(
+                EventKind::WindowShort,
+                format!(
+                    "at the current rate reserve_capacity holds {forecast} s of history, less than reserve_duration"
+                ),
+            );
+        }
+        state.window_short_told = short;
+    }
+
+    /// A volume that has been idle for a second records its durable point and watermark, so that recovery redoes nothing.
+    async fn idle_frame(self: &Rc<Self>) {
+        let (idle, disk, upto) = {
+            let state = self.state.borrow();
+            let idle = self.host.boot_ns().saturating_sub(state.last_write_ns) >= IDLE_NS && state.inflight.is_none();
+            let wanted = (state.completed.max(state.durable), Self::watermark(&state));
+            let stale = state.recorded != wanted || state.open.front().is_some();
+            let disk = state.attach.as_ref().map(|a| Rc::clone(&a.disk));
+            (idle && stale, disk, state.completed)
+        };
+        let (true, Some(disk)) = (idle, disk) else { return };
+        if self.sync_journal(&disk, upto).await.is_err() {
+            return;
+        }
+        let mut state = self.state.borrow_mut();
+        let recorded = (state.durable, Self::watermark(&state));
+        let pending = state.open.back().is_some();
+        if state.mode == Mode::Journal
+            && (pending || state.recorded != recorded)
+            && let Some(log) = state.logs.back().cloned()
+        {
+            self.open_frame(&mut state, &log, 0, true);
+            drop(state);
+            self.kick.notify();
+        }
+    }
+
+    // -- the user's switch ---------------------------------------------------------------------------------------------
+
+    /// Checks settings against a disk; answers the capacity in segments.
+    fn check_settings(settings: &Settings, disk: &Disk) -> Result<u64> {
+        let size = disk.geometry.segment_size;
+        let least = CAPACITY_SEGMENTS_MIN * size;
+        if settings.reserve_capacity < least {
+            return Err(Error::invalid(
+                "reserve_capacity",
+                settings.reserve_capacity,
+                format!("at least {least} bytes ({CAPACITY_SEGMENTS_MIN} segments of {size} bytes on {})", disk.path),
+            ));
+        }
+        Ok(settings.reserve_capacity / size)
+    }
+
+    fn check_duration(settings: &Settings) -> Result<()> {
+        if settings.reserve_duration_s == 0 || settings.reserve_duration_s > 100 * 366 * 86400 {
+            return Err(Error::invalid("reserve_duration", settings.reserve_duration_s, "1 second to 100 years"));
+        }
+        Ok(())
+    }
+
+    /// Changes the settings; creates them in state `off` where there are none.
+    pub async fn edit(self: &Rc<Self>, settings: Settings) -> Result<()> {
+        self.serving()?;
+        Self::check_duration(&settings)?;
+        let _lock = self.lock_admin().await;
+        let attach = self.state.borrow().attach.clone();
+        match attach {
+            Some(attach) => {
+                let capacity = Self::check_settings(&settings, &attach.disk)?;
+                let overcommit = self.engine()?.config().overcommit;
+                attach.disk.reserve(self.id, settings.reserve_capacity, overcommit)?;
+                {
+                    let mut state = self.state.borrow_mut();
+                    state.settings = Some(settings);
+                    if let Some(attach) = &mut state.attach {
+                        attach.capacity = capacity;
+                    }
+                    state.window_short_told = false;
+                }
+                let ticket = self.store_settings();
+                self.durable(&ticket).await?;
+                let disk = attach.disk.id;
+                self.put_fence(FenceState::Dirty, disk, "").await?;
+                self.shrink_within(capacity).await?;
+            }
+            None => {
+                let disk = self.engine()?.pick_disk(None);
+                if let Some(disk) = &disk {
+                    Self::check_settings(&settings, disk)?;
+                }
+                {
+                    let mut state = self.state.borrow_mut();
+                    state.settings = Some(settings);
+                    if state.created_ns == 0 {
+                        state.created_ns = self.host.wall_ns();
+                    }
+                }
+                self.put_fence(FenceState::Detached, disk.map_or(uuid::Uuid::nil(), |d| d.id), "off").await?;
+            }
+        }
+        self.changed.notify();
+        self.event(EventKind::Edited, format!("{settings:?}"));
+        Ok(())
+    }
+
+    /// After a smaller capacity: ends when the volume fits it, or only what a pending revert or the active log needs is left.
+    async fn shrink_within(self: &Rc<Self>, capacity: u64) -> Result<()> {
+        loop {
+            let oldest = {
+                let mut state = self.state.borrow_mut();
+                if Self::used_segments(&state) <= capacity || state.mode != Mode::Journal || Self::pinned(&state, 0) {
+                    return Ok(());
+                }
+                if state.leaving.is_empty() && Self::oldest_can_go(&state) {
+                    self.evict_for_capacity(&mut state);
+                }
+                state.logs.front().cloned().filter(|_| state.leaving.is_empty())
+            };
+            match oldest {
+                None => {
+                    self.changed
+                        .until(|| {
+                            let state = self.state.borrow();
+                            (state.leaving.is_empty() || state.mode != Mode::Journal).then_some(())
+                        })
+                        .await;
+                }
+                Some(log) => {
+                    let (closed, wrote) = {
+                        let log = log.state.borrow();
+                        (log.closed, log.io_start != Instant::ZERO)
+                    };
+                    if !closed && !wrote {
+                        return Ok(());
+                    }
+                    if !closed {
+                        self.rotate_now(CloseReason::Rotation, |_| ()).await?;
+                    }
+                    self.until_sealed(&log).await?;
+                }
+            }
+        }
+    }
+
+    /// Switches protection on; history starts now.
+    pub async fn enable(self: &Rc<Self>) -> Result<()> {
+        self.serving()?;
+        let engine = self.engine()?;
+        let _lock = self.lock_admin().await;
+        let (mode, on) = {
+            let state = self.state.borrow();
+            (state.mode, state.on)
+        };
+        match (mode, on) {
+            (Mode::Journal, true) => return Ok(()),
+            (Mode::Journal, false) => {
+                let ticket = self.rotate_now(CloseReason::Switched, |state| state.on = true).await?;
+                self.durable(&ticket).await?;
+            }
+            _ => {
+                let settings = self.state.borrow().settings.unwrap_or(engine.config().default_settings);
+                self.attach_to(None, settings).await?;
+            }
+        }
+        self.event(EventKind::Enabled, "");
+        Ok(())
+    }
+
+    /// Starts a journal on a CDP disk (any that has room, without `disk`); requests go through it from then on.
+    pub(crate) async fn attach_to(self: &Rc<Self>, disk: Option<Rc<Disk>>, settings: Settings) -> Result<()> {
+        let engine = self.engine()?;
+        Self::check_duration(&settings)?;
+        let disk = match disk.or_else(|| engine.pick_disk(Some(settings.reserve_capacity))) {
+            Some(disk) => disk,
+            None => {
+                return Err(match engine.pick_disk(None) {
+                    None => Error::State("no CDP disk is online: `disk init` one first".into()),
+                    Some(disk) => {
+                        Self::check_settings(&settings, &disk)?;
+                        let total = disk.geometry.segments * disk.geometry.segment_size;
+                        let free = total.saturating_sub(disk.reserved_bytes());
+                        Error::NoSpace { what: "reserve_capacity", needed: settings.reserve_capacity, free }
+                    }
+                });
+            }
+        };
+        let capacity = Self::check_settings(&settings, &disk)?;
+        disk.reserve(self.id, settings.reserve_capacity, engine.config().overcommit)?;
+        let result = self.attach_reserved(&engine, &disk, settings, capacity).await;
+        if result.is_err() && self.state.borrow().attach.is_none() {
+            disk.reserve(self.id, 0, true)?;
+        }
+        result
+    }
+
+    async fn attach_reserved(
+        self: &Rc<Self>,
+        engine: &Rc<crate::engine::Engine>,
+        disk: &Rc<Disk>,
+        settings: Settings,
+        capacity: u64,
+    ) -> Result<()> {
+        // What an earlier generation left here is never redone.
+        let old: Vec<_> = disk.segments_of(self.id).into_iter().map(|(s, _)| s).collect();
+        disk.release(&old).await?;
+        {
+            let mut state = self.state.borrow_mut();
+            state.settings = Some(settings);
+            state.on = true;
+            state.generation += 1;
+            if state.created_ns == 0 {
+                state.created_ns = self.host.wall_ns();
+            }
+            state.mode = Mode::Switching;
+        }
+        let back = |error| {
+            self.state.borrow_mut().mode = Mode::Direct;
+            self.changed.notify();
+            error
+        };
+        // Writes under way to the primary end before the first log begins.
+        self.changed.until(|| (self.state.borrow().direct_inflight == 0).then_some(())).await;
+        // From now on a flush syncs the journal only: what went straight to the primary must be durable before.
+        self.primary.sync().await.map_err(|e| back(Error::device("sync", self.path(), &e)))?;
+        self.put_fence(FenceState::Dirty, disk.id, "").await.map_err(back)?;
+        let instant = engine.tick().await.map_err(back)?;
+        let ticket = {
+            let mut state = self.state.borrow_mut();
+            state.attach = Some(Attach { disk: Rc::clone(disk), capacity });
+            state.logs.clear();
+            state.markers.clear();
+            let size = state.size;
+            state.sizes = vec![(instant, size)];
+            state.durable = instant;
+            state.completed = instant;
+            state.instant_last = instant;
+            state.recorded = (Instant::ZERO, Instant::ZERO);
+            self.rotate(&mut state, instant, true, CloseReason::Switched);
+            state.mode = Mode::Journal;
+            state.health = if state.lost_blocks.is_some() { Health::RevertIncomplete } else { Health::Ok };
+            state.health_reason.clear();
+            state.open.back().map(|f| Rc::clone(&f.ticket))
+        };
+        self.start_tasks();
+        self.changed.notify();
+        if let Some(ticket) = ticket {
+            self.durable(&ticket).await?;
+        }
+        self.event(EventKind::Protected, format!("on {}", disk.path));
+        Ok(())
+    }
+
+    /// Starts the appender and the destager of a volume that has just entered the journal.
+    pub(crate) fn start_tasks(self: &Rc<Self>) {
+        let (appender, destager) = {
+            let mut state = self.state.borrow_mut();
+            (
+                !std::mem::replace(&mut state.appender_running, true),
+                !std::mem::replace(&mut state.destager_running, true),
+            )
+        };
+        if appender {
+            self.host.spawn(Box::pin(Rc::clone(self).run_appender()));
+        }
+        if destager {
+            self.host.spawn(Box::pin(Rc::clone(self).run_destager()));
+        }
+        let disk = self.state.borrow().attach.as_ref().map(|a| Rc::clone(&a.disk));
+        if let Some(disk) = disk {
+            // Also a disk that fails while this volume is idle is left at once.
+            let volume = Rc::downgrade(self);
+            self.host.spawn(Box::pin(async move {
+                disk.until_failed().await;
+                if let Some(volume) = volume.upgrade() {
+                    volume.kick.notify();
+                    volume.work.notify();
+                    volume.changed.notify();
+                }
+            }));
+        }
+    }
+
+    /// Switches protection off: history stays until it ages out.
+    pub async fn disable(self: &Rc<Self>) -> Result<()> {
+        self.serving()?;
+        let _lock = self.lock_admin().await;
+        let (mode, on, settings) = {
+            let state = self.state.borrow();
+            (state.mode, state.on, state.settings)
+        };
+        if settings.is_none() {
+            return Err(Error::State(format!("volume {:?} has no CDP", self.name())));
+        }
+        if !on {
+            return Ok(());
+        }
+        if mode == Mode::Journal {
+            let ticket = self.rotate_now(CloseReason::Switched, |state| state.on = false).await?;
+            self.durable(&ticket).await?;
+        } else {
+            self.state.borrow_mut().on = false;
+            let disk = self.state.borrow().fence.as_ref().map_or(uuid::Uuid::nil(), |f| f.disk);
+            self.put_fence(FenceState::Detached, disk, "off").await?;
+        }
+        self.event(EventKind::Disabled, "");
+        Ok(())
+    }
+
+    /// Brings everything to the primary and leaves the journal; all history goes, with `forget` the settings, too. The caller holds the admin lock.
+    pub(crate) async fn leave_journal(self: &Rc<Self>, why: &str, forget: bool) -> Result<()> {
+        let disk = {
+            let mut state = self.state.borrow_mut();
+            if state.mode != Mode::Journal {
+                return Ok(());
+            }
+            state.mode = Mode::Switching;
+            state.attach.as_ref().map(|a| Rc::clone(&a.disk))
+        };
+        let Some(disk) = disk else { return Ok(()) };
+        if let Err(error) = self.drain_all().await {
+            self.resume_journal();
+            return Err(error);
+        }
+        // Evictions under way end first: their segments are theirs to free.
+        self.changed.until(|| (self.state.borrow().leaving.is_empty() || disk.failure().is_some()).then_some(())).await;
+        let lost: Vec<_> = {
+            let state = self.state.borrow();
+            state.views.values().cloned().collect()
+        };
+        for view in lost {
+            view.lose(&format!("history is gone: {why}"));
+        }
+        // From here on this generation is never redone.
+        let kept = {
+            let state = self.state.borrow();
+            (state.settings, state.on, state.created_ns)
+        };
+        if forget {
+            self.forget_settings();
+        }
+        if let Err(error) = self.put_fence(FenceState::Detached, disk.id, why).await {
+            {
+                let mut state = self.state.borrow_mut();
+                (state.settings, state.on, state.created_ns) = kept;
+            }
+            self.resume_journal();
+            return Err(error);
+        }
+        let (logs, leaving) = {
+            let mut state = self.state.borrow_mut();
+            state.attach = None;
+            state.markers.clear();
+            state.sizes.clear();
+            state.mode = Mode::Direct;
+            (std::mem::take(&mut state.logs), std::mem::take(&mut state.leaving))
+        };
+        self.kick.notify();
+        self.work.notify();
+        self.changed.notify();
+        self.changed
+            .until(|| {
+                let state = self.state.borrow();
+                (!state.appender_running && !state.destager_running).then_some(())
+            })
+            .await;
+        for log in logs.iter().chain(&leaving) {
+            log.state.borrow_mut().gone = true;
+            log.until_unread().await;
+            log.release_spares().await?;
+        }
+        let all: Vec<_> = disk.segments_of(self.id).into_iter().map(|(s, _)| s).collect();
+        disk.release(&all).await?;
+        disk.reserve(self.id, 0, true)
+    }
+
+    fn resume_journal(&self) {
+        let mut state = self.state.borrow_mut();
+        if state.mode == Mode::Switching && state.attach.is_some() {
+            state.mode = Mode::Journal;
+        }
+        drop(state);
+        self.changed.notify();
+    }
+
+    /// Ends when every frame is out, every write is on the primary, and no revert is pending.
+    pub(crate) async fn drain_all(self: &Rc<Self>) -> Result<()> {
+        self.drain(true).await
+    }
+
+    /// The same, but for what waits behind a pending revert: that goes on after the next start.
+    pub(crate) async fn drain_for_stop(self: &Rc<Self>) -> Result<()> {
+        self.drain(false).await
+    }
+
+    async fn drain(self: &Rc<Self>, reverts: bool) -> Result<()> {
+        {
+            let mut state = self.state.borrow_mut();
+            state.drain_waiters += 1;
+            if let Some(last) = state.open.back_mut() {
+                last.urgent = true;
+            }
+        }
+        self.kick.notify();
+        self.work.notify();
+        let result = loop {
+            let done = self.changed.until(|| self.drained_or_failed(reverts));
+            futures::pin_mut!(done);
+            // A failing primary may change nothing for a long time: its patience is looked at every second.
+            if let Either::Left((result, _)) = select(done, self.host.sleep(1_000_000_000)).await {
+                break result;
+            }
+        };
+        self.state.borrow_mut().drain_waiters -= 1;
+        result
+    }
+
+    fn drained_or_failed(&self, reverts: bool) -> Option<Result<()>> {
+        let state = self.state.borrow();
+        if let Some(reason) = state.attach.as_ref().and_then(|a| a.disk.failure()) {
+            return Some(Err(Error::Gone(reason)));
+        }
+        if let Some((since, error)) = &state.primary_failing
+            && self.host.boot_ns().saturating_sub(*since) > DRAIN_PATIENCE_NS
+        {
+            return Some(Err(error.clone()));
+        }
+        let on_primary = |l: &Rc<Log>| {
+            let log = l.state.borrow();
+            log.sealed || (log.overlay.is_empty() && log.revert.is_none())
+        };
+        let mut logs = state.logs.iter().take_while(|l| reverts || l.state.borrow().revert.is_none());
+        (state.open.is_empty() && state.inflight.is_none() && logs.all(on_primary)).then_some(Ok(()))
+    }
+
+    async fn try_protect_again(self: &Rc<Self>) {
+        let settings = {
+            let state = self.state.borrow();
+            let wants =
+                state.on && matches!(state.health, Health::Offline | Health::RevertIncomplete) && !self.admin.get();
+            state.settings.filter(|_| wants)
+        };
+        let Some(settings) = settings else { return };
+        let Ok(engine) = self.engine() else { return };
+        if engine.pick_disk(Some(settings.reserve_capacity)).is_none() {
+            return;
+        }
+        let _lock = self.lock_admin().await;
+        if let Err(error) = self.attach_to(None, settings).await {
+            tracing::debug!(volume = %self.id, %error, "not protected again yet");
+        }
+    }
+
+    // -- clean ---------------------------------------------------------------------------------------------------------
+
+    /// `None`: all history and the settings; otherwise exactly that log.
+    pub async fn clean(self: &Rc<Self>, seq: Option<u64>) -> Result<()> {
+        self.serving()?;
+        let _lock = self.lock_admin().await;
+        let Some(seq) = seq else {
+            if let Some(view) = self.state.borrow().views.keys().next() {
+                return Err(Error::State(format!("view {view} is open: close it first")));
+            }
+            self.leave_journal("cleaned", true).await?;
+            self.forget_settings();
+            let disk = self.state.borrow().fence.as_ref().map_or(uuid::Uuid::nil(), |f| f.disk);
+            self.put_fence(FenceState::Detached, disk, "cleaned").await?;
+            self.event(EventKind::Cleaned, "all history and settings");
+            return Ok(());
+        };
+        let find = |state: &State| state.logs.iter().position(|l| l.seq == seq);
+        let position = {
+            let state = self.state.borrow();
+            let position = find(&state).ok_or(Error::NotFound { what: "log", name: seq.to_string() })?;
+            let log = &state.logs[position];
+            if let Some(view) = state.views.values().find(|v| Rc::ptr_eq(&v.log, log)) {
+                return Err(Error::State(format!("view {} needs log {seq}: close it first", view.id())));
+            }
+            if Self::pinned(&state, position) {
+                return Err(Error::State(format!("log {seq} is needed by a revert that is being copied")));
+            }
+            position
+        };
+        if position + 1 == self.state.borrow().logs.len() {
+            self.rotate_now(CloseReason::Cleaned, |_| ()).await?;
+        }
+        let log = {
+            let state = self.state.borrow();
+            let position = find(&state).ok_or(Error::NotFound { what: "log", name: seq.to_string() })?;
+            Rc::clone(&state.logs[position])
+        };
+        self.until_sealed(&log).await?;
+        let oldest = {
+            let mut state = self.state.borrow_mut();
+            if Self::pinned(&state, find(&state).unwrap_or(0)) {
+                return Err(Error::State(format!("log {seq} is needed by a revert that is being copied")));
+            }
+            let oldest = find(&state) == Some(0);
+            if oldest {
+                self.evict_oldest(&mut state, "cleaned");
+            } else {
+                log.state.borrow_mut().thin = true;
+                Self::prune_markers(&mut state);
+            }
+            oldest
+        };
+        if oldest {
+            self.changed
+                .until(|| {
+                    let state = self.state.borrow();
+                    let gone = !state.leaving.iter().any(|l| Rc::ptr_eq(l, &log));
+                    (gone || log.disk.failure().is_some()).then_some(())
+                })
+                .await;
+        } else {
+            let ticket = self.control(ControlKind::Log, Instant::ZERO, log.seq, 0, log.row().as_bytes(), true);
+            ticket.wait().await?;
+            self.free_writes(&log.disk, &log).await?;
+        }
+        self.event(EventKind::Cleaned, format!("log {seq}"));
+        Ok(())
+    }
+
+    fn forget_settings(&self) {
+        let mut state = self.state.borrow_mut();
+        state.settings = None;
+        state.on = false;
+        state.created_ns = 0;
+        if state.health == Health::Offline {
+            state.health = Health::Ok;
+            state.health_reason.clear();
+        }
+    }
+
+    async fn until_sealed(self: &Rc<Self>, log: &Rc<Log>) -> Result<()> {
+        self.state.borrow_mut().drain_waiters += 1;
+        self.work.notify();
+        let result = self
+            .changed
+            .until(|| match log.disk.failure() {
+                Some(reason) => Some(Err(Error::Gone(reason))),
+                None => log.state.borrow().sealed.then_some(Ok(())),
+            })
+            .await;
+        self.state.borrow_mut().drain_waiters -= 1;
+        result
+    }
+
+    // -- revert --------------------------------------------------------------------------------------------------------
+
+    /// Blocks that may differ between the target and now.
+    async fn changed_since(self: &Rc<Self>, target: Instant) -> Result<Touched> {
+        let logs: Vec<_> = {
+            let state = self.state.borrow();
+            let first = state.logs.iter().rposition(|l| l.start <= target).unwrap_or(0);
+            state.logs.iter().skip(first).cloned().collect()
+        };
+        let mut changed = Touched::default();
+        for log in logs {
+            let _pin = log.pin();
+            let runs = {
+                let state = log.state.borrow();
+                changed.union(&state.touched);
+                if let Some(revert) = &state.revert {
+                    changed.union(&revert.left);
+                }
+                match &state.imaged {
+                    Some(imaged) => {
+                        changed.union(imaged);
+                        Vec::new()
+                    }
+                    None => state.before_index.runs(),
+                }
+            };
+            for run in runs {
+                let mut cursor = run.cursor(Key { level: 0, block: 0, instant: 0 });
+                let mut n = 0u32;
+                while let Some(entry) = cursor.next(&*log.disk).await? {
+                    changed.insert_range(entry.block.get(), entry.blocks());
+                    n += 1;
+                    if n % 1024 == 0 {
+                        yield_now().await;
+                    }
+                }
+            }
+        }
+        Ok(changed)
+    }
+
+    /// Goes back to an instant: reads are switched when this ends, copying goes on behind.
+    pub async fn revert(self: &Rc<Self>, request: RevertRequest) -> Result<RevertReport> {
+        self.serving()?;
+        let engine = self.engine()?;
+        let _lock = self.lock_admin().await;
+        {
+            let state = self.state.borrow();
+            if state.mode != Mode::Journal {
+                return Err(Error::State(format!(
+                    "volume {:?} is not protected: there is no history to go back to",
+                    state.name
+                )));
+            }
+            if !state.on && !request.dry_run {
+                return Err(Error::State(format!(
+                    "volume {:?} is switched off: `enable` it first, so that the revert can be undone",
+                    state.name
+                )));
+            }
+        }
+        let now = engine.tick().await?;
+        self.viewable(request.target, now)?;
+        let changed = self.changed_since(request.target).await?;
+        let attach = self.state.borrow().attach.clone().ok_or_else(|| Error::Gone("the CDP disk is offline".into()))?;
+        let segment_size = attach.disk.geometry.segment_size;
+        let usable = usable_bytes(segment_size);
+        let needed = ((changed.len() * (BLOCK + 128)).div_ceil(usable) + 2) * segment_size;
+        let available = {
+            let state = self.state.borrow();
+            let first = state.logs.iter().rposition(|l| l.start <= request.target).unwrap_or(0);
+            let kept: u64 = state.logs.iter().skip(first).map(|l| l.segments_bound()).sum();
+            attach.capacity.saturating_sub(kept + 4) * segment_size
+        };
+        let mut report = RevertReport {
+            instant: engine.clock_now(),
+            target: request.target,
+            blocks: changed.len(),
+            bytes: changed.len() * BLOCK,
+            needed_bytes: needed,
+            available_bytes: available,
+        };
+        if request.dry_run {
+            return Ok(report);
+        }
+        let writers = self.state.borrow().clients.values().filter(|c| c.writable).count();
+        if writers > 0 && !request.force {
+            return Err(Error::State(format!(
+                "{writers} client(s) hold volume {:?} open for writing: stop them, or use force",
+                self.name()
+            )));
+        }
+        if needed > available {
+            return Err(Error::NoSpace { what: "revert", needed, free: available });
+        }
+        if request.force {
+            // Clients are disconnected, and stay out until release: a guest with stale caches must not write over the reverted state.
+            self.state.borrow_mut().held = !request.release && writers > 0;
+            self.disconnect_all();
+            self.until_writers_gone(engine.config().stall_max_ns).await?;
+        }
+        self.make_room(request.target, needed / segment_size).await?;
+        let ticket = loop {
+            let mut state = self.state.borrow_mut();
+            if state.mode != Mode::Journal {
+                return Err(Error::Gone("the CDP disk failed".into()));
+            }
+            let closing = Rc::clone(state.logs.back().ok_or_else(|| Error::Gone("no active log".into()))?);
+            // Taken in the step that uses it: no write lies between. The next log begins at the revert's own instant, so every instant from the revert
+            // on resolves in it.
+            let Some(instant) = engine.try_tick() else {
+                drop(state);
+                engine.raise_clock().await;
+                continue;
+            };
+            // Writes admitted since the set was taken are in the active log's touched set.
+            let mut left = changed;
+            left.union(&closing.state.borrow().touched);
+            for log in &state.logs {
+                log.state.borrow_mut().hints.remove_since(request.target.after());
+            }
+            state.instant_last = instant;
+            report.instant = instant;
+            let total = left.len();
+            self.open_frame(&mut state, &closing, 0, true).builder.push_revert(instant, request.target, total, &[]);
+            if total > 0 {
+                let pending = PendingRevert { instant, target: request.target, left, total, done: 0, next_block: 0 };
+                closing.state.borrow_mut().revert = Some(pending);
+            }
+            self.rotate(&mut state, instant, true, CloseReason::Reverted);
+            break state.open.back().map(|f| Rc::clone(&f.ticket));
+        };
+        if let Some(ticket) = ticket {
+            self.durable(&ticket).await?;
+        }
+        self.event(
+            EventKind::Reverted,
+            format!("to {} at {}; {} blocks to copy", request.target, report.instant, report.blocks),
+        );
+        Ok(report)
+    }
+
+    /// Clients that were asked to go finish the requests that they have under way; that takes no longer than a stall may.
+    async fn until_writers_gone(self: &Rc<Self>, wait_ns: u64) -> Result<()> {
+        let gone = self.changed.until(|| self.state.borrow().clients.values().all(|c| !c.writable).then_some(()));
+        futures::pin_mut!(gone);
+        match select(gone, self.host.sleep(wait_ns)).await {
+            Either::Left(_) => Ok(()),
+            Either::Right(_) => Err(Error::State(format!(
+                "clients of volume {:?} were asked to go and did not: nothing was reverted",
+                self.name()
+            ))),
+        }
+    }
+
+    /// Logs older than the target go until the revert has the room that it needs.
+    async fn make_room(self: &Rc<Self>, target: Instant, segments: u64) -> Result<()> {
+        loop {
+            {
+                let mut state = self.state.borrow_mut();
+                let Some(attach) = state.attach.clone() else {
+                    return Err(Error::Gone("the CDP disk is offline".into()));
+                };
+                if Self::total_bound(&state) + segments + 2 <= attach.capacity {
+                    return Ok(());
+                }
+                let older = state.logs.get(1).is_some_and(|second| second.start <= target);
+                if state.leaving.is_empty() {
+                    if !older || !Self::oldest_can_go(&state) {
+                        let free = attach.capacity.saturating_sub(Self::total_bound(&state))
+                            * attach.disk.geometry.segment_size;
+                        let needed = segments * attach.disk.geometry.segment_size;
+                        return Err(Error::NoSpace { what: "revert", needed, free });
+                    }
+                    self.evict_for_capacity(&mut state);
+                }
+            }
+            self.changed
+                .until(|| {
+                    let state = self.state.borrow();
+                    (state.leaving.is_empty() || state.mode != Mode::Journal).then_some(())
+                })
+                .await;
+        }
+    }
+
+    /// Ends when no revert is pending.
+    pub async fn revert_done(self: &Rc<Self>) -> Result<()> {
+        self.changed
+            .until(|| {
+                let state = self.state.borrow();
+                if state.mode == Mode::Closed {
+                    return Some(Err(Error::Gone("the volume is closed".into())));
+                }
+                if state.lost_blocks.is_some() {
+                    return Some(Err(Error::State(state.health_reason.clone())));
+                }
+                state.logs.iter().all(|l| l.state.borrow().revert.is_none()).then_some(Ok(()))
+            })
+            .await
+    }
+
+    /// Lets clients in again after a forced revert.
+    pub async fn release(self: &Rc<Self>) -> Result<()> {
+        if !std::mem::replace(&mut self.state.borrow_mut().held, false) {
+            return Ok(());
+        }
+        let ticket = self.store_settings();
+        self.durable(&ticket).await
+    }
+
+    // -- size ----------------------------------------------------------------------------------------------------------
+
+    /// Offers the primary's grown size (or `size` bytes of it) to the guest. Shrinking is refused.
+    pub async fn resize(self: &Rc<Self>, size: Option<u64>) -> Result<u64> {
+        self.serving()?;
+        let _lock = self.lock_admin().await;
+        let primary = self.primary.current_size().map_err(|e| Error::device("size of", self.path(), &e))?;
+        let now = self.state.borrow().size;
+        let wanted = size.unwrap_or(primary - primary % 512);
+        if wanted < now || wanted > primary || wanted % 512 != 0 {
+            return Err(Error::invalid(
+                "size",
+                wanted,
+                format!("a multiple of 512 from {now} (shrinking is refused) to {primary} (the primary)"),
+            ));
+        }
+        if wanted == now {
+            return Ok(now);
+        }
+        let engine = self.engine()?;
+        if self.state.borrow().mode == Mode::Journal {
+            let instant = engine.tick().await?;
+            let ticket = {
+                let mut state = self.state.borrow_mut();
+                state.sizes.push((instant, wanted));
+                let Some(log) = state.logs.back().cloned() else { return Err(Error::Gone("no active log".into())) };
+                let frame = self.open_frame(&mut state, &log, 0, true);
+                frame.builder.push_size(instant, wanted);
+                Rc::clone(&frame.ticket)
+            };
+            self.kick.notify();
+            self.durable(&ticket).await?;
+        }
+        self.state.borrow_mut().size = wanted;
+        let ticket = self.store_settings();
+        self.durable(&ticket).await?;
+        self.event(EventKind::PrimaryResized, format!("the guest sees {wanted} bytes now"));
+        Ok(wanted)
+    }
+
+    /// Guest-visible size at an instant.
+    pub(crate) fn size_at(&self, instant: Instant) -> u64 {
+        let state = self.state.borrow();
+        state
+            .sizes
+            .iter()
+            .rev()
+            .find(|(from, _)| *from <= instant)
+            .or(state.sizes.first())
+            .map_or(state.size, |(_, size)| *size)
+    }
+
+    // -- timeline ------------------------------------------------------------------------------------------------------
+
+    /// Write density between two instants, in equal pieces: blocks and bytes written in each.
+    pub async fn timeline(self: &Rc<Self>, from: Instant, to: Instant, buckets: u32) -> Result<Vec<TimelineBucket>> {
+        if buckets == 0 || buckets > 10_000 {
+            return Err(Error::invalid("buckets", buckets, "1 to 10000"));
+        }
+        if to <= from {
+            return Err(Error::invalid("to", to, format!("after from ({from})")));
+        }
+        let width = (to.0 - from.0).div_ceil(u64::from(buckets)).max(1);
+        let mut out: Vec<TimelineBucket> = (0..u64::from(buckets))
+            .map(|i| TimelineBucket { start: Instant(from.0.saturating_add(i * width)), ..TimelineBucket::default() })
+            .collect();
+        let logs: Vec<_> = {
+            let state = self.state.borrow();
+            let ends = state.logs.iter().skip(1).map(|l| l.start).chain([Instant::MAX]);
+            state
+                .logs
+                .iter()
+                .zip(ends)
+                .filter(|(l, end)| l.start <= to && *end > from)
+                .map(|(l, _)| Rc::clone(l))
+                .collect()
+        };
+        for log in logs {
+            let _pin = log.pin();
+            let (memory, runs) = {
+                let state = log.state.borrow();
+                if state.thin {
+                    continue;
+                }
+                (state.writes_index.in_memory(), state.writes_index.runs())
+            };
+            let mut count = |entry: &crate::format::IndexEntry| {
+                let at = entry.instant.get();
+                if at < from.0 || at >= to.0 || !matches!(entry.kind(), EntryKind::Write | EntryKind::Zero) {
+                    return;
+                }
+                if let Some(bucket) = out.get_mut(((at - from.0) / width) as usize) {
+                    bucket.writes += 1;
+                    if entry.kind() == EntryKind::Write {
+                        bucket.bytes += u64::from(entry.mask.count_ones()) * 512;
+                    }
+                }
+            };
+            for mem in memory {
+                mem.iter().for_each(&mut count);
+            }
+            for run in runs {
+                let mut cursor = run.cursor(Key { level: 0, block: 0, instant: 0 });
+                let mut n = 0u32;
+                while let Some(entry) = cursor.next(&*log.disk).await? {
+                    count(&entry);
+                    n += 1;
+                    if n % 1024 == 0 {
+                        yield_now().await;
+                    }
+                }
+            }
+        }
+        let state = self.state.borrow();
+        for (instant, _) in state.flushes.iter().filter(|(at, _)| *at >= from && *at < to) {
+            if let Some(bucket) = out.get_mut(((instant.0 - from.0) / width) as usize) {
+                bucket.flushes += 1;
+            }
+        }
+        Ok(out)
+    }
+
+    /// Kinds of streams, for those who walk both.
+    pub(crate) const STREAMS: [StreamKind; 2] = [StreamKind::Writes, StreamKind::Before];
+}
+
+/// Name of the automatic marker of an instant.
+fn auto_name(instant: Instant) -> String {
+    format!("CDP-auto-{}", instant.0 / 1_000_000_000)
+}
+
+fn covered(coverage: &[Interval], instant: Instant) -> bool {
+    coverage.iter().any(|i| i.start <= instant && i.end.is_none_or(|end| instant <= end))
+}

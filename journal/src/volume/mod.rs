@@ -1,0 +1,493 @@
+//! A volume: the primary as its head, a row of logs as its history, and the tasks that move data between them.
+//!
+//! | file | what |
+//! |---|---|
+//! | `write.rs` | admission, the open frame, acks, flushes |
+//! | `read.rs` | the live state and the state at any instant |
+//! | `destage.rs` | the destager: before-images, the primary, sealing, copying of reverts |
+//! | `history.rs` | logs come and go: rotate, mark, enable, disable, evict, clean, revert, coverage |
+//! | `recover.rs` | from what a stop left on the disks to a served volume |
+//! | `detach.rs` | the way out when the CDP disk fails |
+//!
+//! All state lives on one thread. `State` is borrowed only between two awaits, never across one.
+
+mod destage;
+mod detach;
+mod history;
+pub(crate) mod read;
+mod recover;
+mod write;
+
+use std::cell::{Cell, RefCell};
+use std::collections::{BTreeMap, VecDeque};
+use std::rc::{Rc, Weak};
+
+use uuid::Uuid;
+
+use crate::buf::{IoBuf, Slice};
+use crate::disk::Disk;
+use crate::engine::{BlockStatus, ClientGuard, Engine, Export};
+use crate::error::{Error, Result};
+use crate::fence::{Fence, FenceState};
+use crate::frame::FrameBuilder;
+use crate::host::{Device, LocalFuture};
+use crate::index::Touched;
+use crate::info::{
+    CdpState, Event, EventKind, Health, Marker, RevertProgress, Settings, ViewInfo, VolumeInfo, VolumeStats,
+};
+use crate::log::Log;
+use crate::signal::Signal;
+use crate::types::{BLOCK, Instant, SECTOR};
+use crate::view::View;
+
+pub(crate) use history::CloseReason;
+pub(crate) use recover::open;
+
+/// How requests are served.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Mode {
+    /// Straight to the primary: no CDP, or offline.
+    Direct,
+    /// Through the journal.
+    Journal,
+    /// Between the two: new requests wait.
+    Switching,
+    /// Not served; `health` says why.
+    Refused,
+    /// Stopped.
+    Closed,
+}
+
+/// Where the journal lives.
+#[derive(Clone)]
+pub(crate) struct Attach {
+    pub disk: Rc<Disk>,
+    /// Segments that `reserve_capacity` allows.
+    pub capacity: u64,
+}
+
+impl Attach {
+    pub fn capacity_bytes(&self) -> u64 {
+        self.capacity * self.disk.geometry.segment_size
+    }
+}
+
+/// Tells those who wait for a frame how it ended.
+#[derive(Default)]
+pub(crate) struct Ticket {
+    done: RefCell<Option<Result<()>>>,
+    signal: Signal,
+}
+
+impl Ticket {
+    pub fn finish(&self, result: Result<()>) {
+        if self.done.borrow().is_none() {
+            *self.done.borrow_mut() = Some(result);
+        }
+        self.signal.notify();
+    }
+
+    pub async fn wait(&self) -> Result<()> {
+        self.signal.until(|| self.done.borrow().clone()).await
+    }
+}
+
+/// A frame that is being filled, with its log.
+pub(crate) struct OpenFrame {
+    pub log: Rc<Log>,
+    pub builder: FrameBuilder,
+    pub ticket: Rc<Ticket>,
+    /// Somebody waits for it: it goes out as soon as the frame before it has completed.
+    pub urgent: bool,
+    /// Bytes of `LogState::unframed` that it stands for.
+    pub unframed: u64,
+}
+
+pub(crate) struct Client {
+    writable: bool,
+    on_disconnect: Option<Box<dyn FnOnce()>>,
+}
+
+pub(crate) struct State {
+    pub name: String,
+    pub path: String,
+    pub size: u64,
+    pub mode: Mode,
+    pub health: Health,
+    pub health_reason: String,
+    pub settings: Option<Settings>,
+    pub on: bool,
+    pub created_ns: u64,
+    pub held: bool,
+    pub generation: u64,
+    pub next_seq: u64,
+    pub attach: Option<Attach>,
+    pub fence: Option<Fence>,
+    /// Oldest to newest; the last one is active. Empty when requests go straight to the primary.
+    pub logs: VecDeque<Rc<Log>>,
+    /// On their way out: their segments still count.
+    pub leaving: Vec<Rc<Log>>,
+    pub open: VecDeque<OpenFrame>,
+    /// The frame on its way to the disk.
+    pub inflight: Option<Rc<Ticket>>,
+    /// Newest instant admitted.
+    pub instant_last: Instant,
+    /// Newest instant in a frame that was sealed.
+    pub framed: Instant,
+    /// Every write at or before it is in a completed frame.
+    pub completed: Instant,
+    /// Every write at or before it is durable in the journal.
+    pub durable: Instant,
+    /// What the last frame said of the durable point and the watermark.
+    pub recorded: (Instant, Instant),
+    pub markers: BTreeMap<(Instant, String), Marker>,
+    pub marker_last: Instant,
+    pub wrote_since_marker: bool,
+    /// Guest-visible size from each instant on.
+    pub sizes: Vec<(Instant, u64)>,
+    pub views: BTreeMap<Uuid, Rc<View>>,
+    pub clients: BTreeMap<u64, Client>,
+    pub client_next: u64,
+    pub direct_inflight: u32,
+    pub writes_inflight: u32,
+    /// Blocks whose content was lost with the CDP disk: they read as errors until overwritten.
+    pub lost_blocks: Option<Touched>,
+    /// The fence does not know yet that some were overwritten.
+    pub lost_changed: bool,
+    /// Ranges to punch on the primary, of discards whose log was evicted.
+    pub punch: Vec<(u64, u64)>,
+    /// Somebody waits until everything is on the primary.
+    pub drain_waiters: u32,
+    pub backlog_full: bool,
+    pub destager_running: bool,
+    pub appender_running: bool,
+    /// Since when primary writes fail, and with what.
+    pub primary_failing: Option<(u64, Error)>,
+    pub last_write_ns: u64,
+    pub window_short_told: bool,
+    pub primary_size_seen: u64,
+    /// The newest flush points: instant, and whether no write was in flight.
+    pub flushes: VecDeque<(Instant, bool)>,
+}
+
+/// How far the fence's `next_seq` runs ahead of the journal's.
+const SEQS_AHEAD: u64 = 1 << 20;
+
+/// Flush points kept in memory for the time line.
+const FLUSHES_MAX: usize = 65536;
+
+impl State {
+    pub fn note_flush(&mut self, instant: Instant, clean: bool) {
+        if self.flushes.len() >= FLUSHES_MAX {
+            self.flushes.pop_front();
+        }
+        self.flushes.push_back((instant, clean));
+    }
+}
+
+/// See the module's text.
+pub struct Volume {
+    pub(crate) id: Uuid,
+    pub(crate) engine: Weak<Engine>,
+    pub(crate) host: Rc<dyn crate::host::Host>,
+    pub(crate) primary: Rc<dyn Device>,
+    pub(crate) state: RefCell<State>,
+    /// Anything that somebody may wait for has changed, but for the next two.
+    pub(crate) changed: Signal,
+    /// The appender has work.
+    pub(crate) kick: Signal,
+    /// The destager has work.
+    pub(crate) work: Signal,
+    pub(crate) stats: RefCell<VolumeStats>,
+    /// Raised whenever a before-image was added (invariant I6).
+    pub(crate) image_epoch: Cell<u64>,
+    /// Only one admin call at a time changes the row of logs.
+    pub(crate) admin: Cell<bool>,
+}
+
+/// Held by the admin call that changes the row of logs.
+pub(crate) struct AdminLock(Rc<Volume>);
+
+impl Drop for AdminLock {
+    fn drop(&mut self) {
+        self.0.admin.set(false);
+        self.0.changed.notify();
+    }
+}
+
+impl Volume {
+    pub(crate) fn engine(&self) -> Result<Rc<Engine>> {
+        self.engine.upgrade().ok_or_else(|| Error::Gone("the engine has stopped".into()))
+    }
+
+    /// Its uuid.
+    pub fn id(&self) -> Uuid {
+        self.id
+    }
+
+    /// Its name.
+    pub fn name(&self) -> String {
+        self.state.borrow().name.clone()
+    }
+
+    /// As something that a frontend serves.
+    pub fn export(self: &Rc<Self>) -> Rc<dyn Export> {
+        Rc::new(VolumeExport(Rc::clone(self)))
+    }
+
+    /// Counters since start.
+    pub fn stats(&self) -> VolumeStats {
+        *self.stats.borrow()
+    }
+
+    /// Finds a marker.
+    pub fn marker(&self, name: &str) -> Option<Marker> {
+        self.state.borrow().markers.values().find(|m| m.name == name).cloned()
+    }
+
+    /// Open views.
+    pub fn views(&self) -> Vec<ViewInfo> {
+        self.state.borrow().views.values().map(|v| v.info()).collect()
+    }
+
+    pub(crate) fn event(&self, kind: EventKind, message: impl Into<String>) {
+        let message = message.into();
+        tracing::info!(volume = %self.id, ?kind, %message);
+        if let Some(engine) = self.engine.upgrade() {
+            let disk = self.state.borrow().attach.as_ref().map(|a| a.disk.path.clone());
+            engine.emit(Event { time_ns: self.host.wall_ns(), volume: Some(self.id), disk, kind, message });
+        }
+    }
+
+    pub(crate) async fn lock_admin(self: &Rc<Self>) -> AdminLock {
+        self.changed.until(|| (!self.admin.replace(true)).then_some(())).await;
+        AdminLock(Rc::clone(self))
+    }
+
+    /// The state that an admin call needs; names what is in the way otherwise.
+    pub(crate) fn serving(&self) -> Result<()> {
+        let state = self.state.borrow();
+        match state.mode {
+            Mode::Refused => {
+                Err(Error::State(format!("volume {:?} is not served: {}", state.name, state.health_reason)))
+            }
+            Mode::Closed => Err(Error::Gone(format!("volume {:?} is closed", state.name))),
+            _ => Ok(()),
+        }
+    }
+
+    /// Acked bytes that are not on the primary yet.
+    pub(crate) fn backlog(state: &State) -> u64 {
+        state.logs.iter().rev().take_while(|l| !l.state.borrow().sealed).map(|l| l.state.borrow().overlay.bytes()).sum()
+    }
+
+    /// Every write at or before this is durable on the primary.
+    pub(crate) fn watermark(state: &State) -> Instant {
+        let oldest = state.logs.iter().filter_map(|l| l.state.borrow().overlay.oldest()).min();
+        oldest.map_or(state.instant_last, Instant::before)
+    }
+
+    /// Bytes of CDP disk in use.
+    pub(crate) fn used_segments(state: &State) -> u64 {
+        state.logs.iter().chain(&state.leaving).map(|l| l.segment_count()).sum()
+    }
+
+    /// Everything about it.
+    pub fn info(self: &Rc<Self>) -> VolumeInfo {
+        let now = self.engine.upgrade().map_or(Instant::ZERO, |e| e.clock_now());
+        let state = self.state.borrow();
+        let segment_size = state.attach.as_ref().map_or(0, |a| a.disk.geometry.segment_size);
+        let revert = state.logs.iter().find_map(|l| {
+            l.state.borrow().revert.as_ref().map(|r| RevertProgress {
+                instant: r.instant,
+                target: r.target,
+                blocks_total: r.total,
+                blocks_done: r.done,
+            })
+        });
+        VolumeInfo {
+            id: self.id,
+            name: state.name.clone(),
+            size: state.size,
+            primary_size: self.primary.current_size().unwrap_or(0),
+            path: state.path.clone(),
+            settings: state.settings,
+            state: if state.on { CdpState::On } else { CdpState::Off },
+            health: state.health,
+            health_reason: state.health_reason.clone(),
+            cdp_create_time_ns: state.created_ns,
+            logs: self.log_infos(&state),
+            markers: state.markers.values().cloned().collect(),
+            coverage: Self::coverage(&state),
+            used_bytes: Self::used_segments(&state) * segment_size,
+            backlog_bytes: Self::backlog(&state),
+            revert,
+            held: state.held,
+            clients: state.clients.values().filter(|c| c.writable).count() as u32,
+            window_forecast_s: Self::window_forecast(&state, self.host.wall_ns()),
+            now,
+        }
+    }
+
+    /// The fence as it should read now, in a given state.
+    pub(crate) fn make_fence(&self, state: &State, fence_state: FenceState, disk: Uuid, reason: &str) -> Fence {
+        let identity = self.primary.identity().unwrap_or_default();
+        Fence {
+            disk,
+            generation: state.generation,
+            state: fence_state,
+            primary_size: self.primary.current_size().unwrap_or(0),
+            primary_id: identity.id,
+            primary_mtime_ns: if fence_state == FenceState::Clean { identity.mtime_ns } else { 0 },
+            // With a journal the disk knows better; ahead of it, so that no seq is used twice even when that disk is lost.
+            next_seq: state.next_seq + if fence_state == FenceState::Detached { 0 } else { SEQS_AHEAD },
+            settings: state.settings,
+            on: state.on,
+            created_ns: state.created_ns,
+            lost_blocks: state.lost_blocks.as_ref().map_or_else(Vec::new, ranges),
+            reason: reason.chars().take(200).collect(),
+        }
+    }
+
+    /// Tells the fence of lost blocks that were overwritten, before the overwrite is acked or forgotten.
+    pub(crate) async fn store_lost_blocks(&self) -> Result<()> {
+        if !std::mem::replace(&mut self.state.borrow_mut().lost_changed, false) {
+            return Ok(());
+        }
+        let fence = {
+            let mut state = self.state.borrow_mut();
+            if state.lost_blocks.as_ref().is_some_and(Touched::is_empty) {
+                state.lost_blocks = None;
+                if state.health == Health::RevertIncomplete {
+                    let offline = state.on && state.attach.is_none();
+                    state.health = if offline { Health::Offline } else { Health::Ok };
+                    state.health_reason.clear();
+                }
+            }
+            state.fence.clone()
+        };
+        match fence {
+            Some(fence) => self.put_fence(fence.state, fence.disk, &fence.reason).await,
+            None => Ok(()),
+        }
+    }
+
+    /// Makes a fence durable.
+    pub(crate) async fn put_fence(&self, fence_state: FenceState, disk: Uuid, reason: &str) -> Result<()> {
+        let fence = self.make_fence(&self.state.borrow(), fence_state, disk, reason);
+        self.engine()?
+            .store()
+            .put_fence(self.id, Some(fence.clone()))
+            .await
+            .map_err(|e| Error::device("write fence of", self.name(), &e))?;
+        self.state.borrow_mut().fence = Some(fence);
+        Ok(())
+    }
+
+    fn check_range(&self, offset: u64, len: u64) -> Result<()> {
+        let state = self.state.borrow();
+        check_range(offset, len, state.size)
+    }
+
+    fn connect(self: &Rc<Self>, writable: bool, on_disconnect: Box<dyn FnOnce()>) -> Result<ClientGuard> {
+        self.serving()?;
+        let mut state = self.state.borrow_mut();
+        if state.held {
+            return Err(Error::State(format!(
+                "volume {:?} is held after a forced revert: `release` lets clients in again",
+                state.name
+            )));
+        }
+        let id = state.client_next;
+        state.client_next += 1;
+        state.clients.insert(id, Client { writable, on_disconnect: Some(on_disconnect) });
+        let volume = Rc::clone(self);
+        Ok(ClientGuard::new(move || {
+            volume.state.borrow_mut().clients.remove(&id);
+            volume.changed.notify();
+        }))
+    }
+
+    /// Asks every client to go.
+    pub(crate) fn disconnect_all(&self) {
+        let calls: Vec<_> = {
+            let mut state = self.state.borrow_mut();
+            state.clients.values_mut().filter_map(|c| c.on_disconnect.take()).collect()
+        };
+        for call in calls {
+            call();
+        }
+    }
+}
+
+/// Refuses what is no whole sectors or lies outside.
+pub(crate) fn check_range(offset: u64, len: u64, size: u64) -> Result<()> {
+    if len == 0 {
+        return Err(Error::invalid("length", len, "at least 512 bytes"));
+    }
+    if offset % SECTOR != 0 || len % SECTOR != 0 {
+        return Err(Error::invalid("offset and length", format!("{offset}+{len}"), "multiples of 512 bytes"));
+    }
+    match offset.checked_add(len) {
+        Some(end) if end <= size => Ok(()),
+        _ => {
+            Err(Error::invalid("offset + length", format!("{offset}+{len}"), format!("at most the size, {size} bytes")))
+        }
+    }
+}
+
+/// Blocks that bytes `[offset, offset + len)` touch: the first, and how many.
+pub(crate) fn blocks_of(offset: u64, len: u64) -> (u64, u64) {
+    let first = offset / BLOCK;
+    (first, (offset + len).div_ceil(BLOCK) - first)
+}
+
+/// A set as ranges.
+fn ranges(set: &Touched) -> Vec<(u64, u64)> {
+    let mut out: Vec<(u64, u64)> = Vec::new();
+    for block in set.iter() {
+        match out.last_mut() {
+            Some((start, count)) if *start + *count == block => *count += 1,
+            _ => out.push((block, 1)),
+        }
+    }
+    out
+}
+
+struct VolumeExport(Rc<Volume>);
+
+impl Export for VolumeExport {
+    fn size(&self) -> u64 {
+        self.0.state.borrow().size
+    }
+    fn read_only(&self) -> bool {
+        false
+    }
+    fn read(&self, offset: u64, len: u32) -> LocalFuture<'static, Result<Vec<Slice>>> {
+        let volume = Rc::clone(&self.0);
+        Box::pin(async move { volume.read(offset, len).await })
+    }
+    fn write(&self, offset: u64, len: u32, data: IoBuf, fua: bool) -> LocalFuture<'static, Result<()>> {
+        let volume = Rc::clone(&self.0);
+        Box::pin(async move { volume.write(offset, len, data, fua).await })
+    }
+    fn write_zeroes(&self, offset: u64, len: u32, no_hole: bool, fua: bool) -> LocalFuture<'static, Result<()>> {
+        let volume = Rc::clone(&self.0);
+        Box::pin(async move { volume.write_zeroes(offset, len, no_hole, fua).await })
+    }
+    fn trim(&self, offset: u64, len: u32) -> LocalFuture<'static, Result<()>> {
+        let volume = Rc::clone(&self.0);
+        Box::pin(async move { volume.trim(offset, len).await })
+    }
+    fn flush(&self) -> LocalFuture<'static, Result<()>> {
+        let volume = Rc::clone(&self.0);
+        Box::pin(async move { volume.flush().await })
+    }
+    fn status(&self, offset: u64, len: u64) -> LocalFuture<'static, Result<Vec<BlockStatus>>> {
+        let volume = Rc::clone(&self.0);
+        Box::pin(async move { volume.status(offset, len).await })
+    }
+    fn connect(&self, writable: bool, on_disconnect: Box<dyn FnOnce()>) -> Result<ClientGuard> {
+        self.0.connect(writable, on_disconnect)
+    }
+}

@@ -1,0 +1,664 @@
+//! The write path: admission, the open frame, the appender, flushes.
+//!
+//! A request is admitted when there is room for it (backlog, capacity). In the same step, without an await between, it gets its instant, its place in
+//! the open frame, and is in the overlay; so the order of instants is the order in the journal. The appender sends one frame at a time; what arrives
+//! meanwhile shares the next one, and nobody waits for a timer.
+
+use std::rc::Rc;
+
+use super::{CloseReason, Mode, OpenFrame, State, Ticket, Volume, blocks_of};
+use crate::buf::{IoBuf, Slice};
+use crate::error::{Error, Result};
+use crate::format::StreamKind;
+use crate::frame::{self, DESCRIPTOR_BYTES_MAX, FrameBuilder};
+use crate::info::EventKind;
+use crate::log::{Log, VolumePoint, frame_blocks_max, usable_bytes};
+use crate::types::{BLOCK, Instant, SECTOR};
+
+/// What admission decided.
+enum Admitted {
+    /// Goes into the open frame with this instant, at once.
+    Journal(Instant),
+    /// Goes straight to the primary; `direct_inflight` was raised.
+    Direct,
+}
+
+/// What a request wants to put into the journal.
+#[derive(Clone, Copy)]
+struct Wanted {
+    /// Blocks that it touches.
+    first: u64,
+    blocks: u64,
+    /// Bytes of payload.
+    payload: u64,
+}
+
+/// Keeps `writes_inflight` right on every way out.
+struct InFlight<'a>(&'a Volume);
+
+impl<'a> InFlight<'a> {
+    fn enter(volume: &'a Volume) -> Self {
+        volume.state.borrow_mut().writes_inflight += 1;
+        Self(volume)
+    }
+}
+
+impl Drop for InFlight<'_> {
+    fn drop(&mut self) {
+        self.0.state.borrow_mut().writes_inflight -= 1;
+    }
+}
+
+impl Volume {
+    pub(crate) async fn write(self: &Rc<Self>, offset: u64, len: u32, data: IoBuf, fua: bool) -> Result<()> {
+        let len = u64::from(len);
+        self.check_range(offset, len)?;
+        let (_, blocks) = blocks_of(offset, len);
+        if (data.len() as u64) < blocks * BLOCK {
+            return Err(Error::invalid("payload buffer", data.len(), format!("at least {} bytes", blocks * BLOCK)));
+        }
+        let started = self.host.boot_ns();
+        let result = self.write_pieces(offset, len, data.share(), fua).await;
+        let mut stats = self.stats.borrow_mut();
+        match &result {
+            Ok(()) => {
+                stats.writes += 1;
+                stats.write_bytes += len;
+                let spent = self.host.boot_ns().saturating_sub(started);
+                stats.write_latency.record(spent);
+            }
+            Err(_) => stats.errors += 1,
+        }
+        result
+    }
+
+    async fn write_pieces(self: &Rc<Self>, offset: u64, len: u64, data: Slice, fua: bool) -> Result<()> {
+        let _inflight = InFlight::enter(self);
+        let end = offset + len;
+        let base = offset - offset % BLOCK;
+        let mut at = offset;
+        let mut ticket = None;
+        let mut direct = false;
+        while at < end {
+            let piece_end = end.min(at - at % BLOCK + self.piece_blocks_max() * BLOCK);
+            let (first, blocks) = blocks_of(at, piece_end - at);
+            let bytes = data.slice((first * BLOCK - base) as usize, (blocks * BLOCK) as usize);
+            match self.admit(Wanted { first, blocks, payload: blocks * BLOCK }).await? {
+                Admitted::Journal(instant) => {
+                    let (sector, sectors) = (at / SECTOR, (piece_end - at) / SECTOR);
+                    let mut state = self.state.borrow_mut();
+                    let log = self.record(&mut state, Wanted { first, blocks, payload: blocks * BLOCK }, instant);
+                    log.state.borrow_mut().overlay.insert_data(sector, sectors, &bytes, instant);
+                    let frame = self.open_frame(&mut state, &log, blocks as u32, true);
+                    frame.builder.push_write(sector, sectors, bytes, instant);
+                    ticket = Some(Rc::clone(&frame.ticket));
+                }
+                Admitted::Direct => {
+                    let part = bytes.slice((at - first * BLOCK) as usize, (piece_end - at) as usize);
+                    let result = self.primary.write(at, vec![part]).await;
+                    self.leave_direct(first, blocks, result.is_ok());
+                    result.map_err(|e| Error::device("write to", self.path(), &e))?;
+                    self.store_lost_blocks().await?;
+                    direct = true;
+                }
+            }
+            at = piece_end;
+        }
+        self.kick.notify();
+        if let Some(ticket) = ticket {
+            ticket.wait().await?;
+        }
+        if fua || (direct && self.state.borrow().mode == Mode::Journal) {
+            // A request that began before protection came on may lie partly on the primary only: its ack then stands for the primary, too.
+            self.flush_inner().await?;
+        }
+        Ok(())
+    }
+
+    pub(crate) async fn write_zeroes(self: &Rc<Self>, offset: u64, len: u32, no_hole: bool, fua: bool) -> Result<()> {
+        let len = u64::from(len);
+        self.check_range(offset, len)?;
+        let _inflight = InFlight::enter(self);
+        let end = offset + len;
+        let mut at = offset;
+        let mut ticket = None;
+        while at < end {
+            let piece_end = end.min(at - at % BLOCK + self.zero_piece_blocks_max() * BLOCK);
+            let (first, blocks) = blocks_of(at, piece_end - at);
+            let wanted = Wanted { first, blocks, payload: 0 };
+            match self.admit(wanted).await? {
+                Admitted::Journal(instant) => {
+                    let (sector, sectors) = (at / SECTOR, (piece_end - at) / SECTOR);
+                    let mut state = self.state.borrow_mut();
+                    let log = self.record(&mut state, wanted, instant);
+                    log.state.borrow_mut().overlay.insert_zero(sector, sectors, instant);
+                    let frame = self.open_frame(&mut state, &log, 0, true);
+                    frame.builder.push_zero(sector, sectors, instant);
+                    ticket = Some(Rc::clone(&frame.ticket));
+                }
+                Admitted::Direct => {
+                    let result = self.primary.write_zeroes(at, piece_end - at, !no_hole).await;
+                    self.leave_direct(first, blocks, result.is_ok());
+                    result.map_err(|e| Error::device("write zeroes to", self.path(), &e))?;
+                    self.store_lost_blocks().await?;
+                }
+            }
+            at = piece_end;
+            self.kick.notify();
+        }
+        if let Some(ticket) = ticket {
+            ticket.wait().await?;
+        }
+        self.stats.borrow_mut().zeroes += 1;
+        if fua {
+            self.flush_inner().await?;
+        }
+        Ok(())
+    }
+
+    /// A discard is a hint: it is kept in the log, and acts on the primary when the log is evicted.
+    pub(crate) async fn trim(self: &Rc<Self>, offset: u64, len: u32) -> Result<()> {
+        let len = u64::from(len);
+        self.check_range(offset, len)?;
+        self.stats.borrow_mut().discards += 1;
+        // Only whole blocks: the rest of a block that the guest still uses must stay.
+        let cut = frame::cut(offset / SECTOR, len / SECTOR);
+        let (first, blocks) = cut.whole;
+        if blocks == 0 {
+            return Ok(());
+        }
+        match self.admit(Wanted { first, blocks: 0, payload: 0 }).await? {
+            Admitted::Journal(instant) => {
+                let ticket = {
+                    let mut state = self.state.borrow_mut();
+                    let log = self.record(&mut state, Wanted { first, blocks: 0, payload: 0 }, instant);
+                    log.state.borrow_mut().hints.insert(first, blocks, instant);
+                    let frame = self.open_frame(&mut state, &log, 0, true);
+                    frame.builder.push_discard(first * (BLOCK / SECTOR), blocks * (BLOCK / SECTOR), instant);
+                    Rc::clone(&frame.ticket)
+                };
+                self.kick.notify();
+                ticket.wait().await
+            }
+            Admitted::Direct => {
+                let result = self.primary.write_zeroes(first * BLOCK, blocks * BLOCK, true).await;
+                self.leave_direct(first, blocks, result.is_ok());
+                result.map_err(|e| Error::device("discard on", self.path(), &e))
+            }
+        }
+    }
+
+    /// Every write acked before this was called is durable when it ends.
+    pub(crate) async fn flush(self: &Rc<Self>) -> Result<()> {
+        let result = self.flush_inner().await;
+        let mut stats = self.stats.borrow_mut();
+        match result {
+            Ok(()) => stats.flushes += 1,
+            Err(_) => stats.errors += 1,
+        }
+        drop(stats);
+        result
+    }
+
+    async fn flush_inner(self: &Rc<Self>) -> Result<()> {
+        loop {
+            self.serving()?;
+            let mode = self.state.borrow().mode;
+            match mode {
+                Mode::Switching => {
+                    self.changed.until(|| (self.state.borrow().mode != Mode::Switching).then_some(())).await;
+                }
+                Mode::Journal => {
+                    let (disk, upto) = {
+                        let state = self.state.borrow();
+                        (state.attach.as_ref().map(|a| Rc::clone(&a.disk)), state.instant_last)
+                    };
+                    let Some(disk) = disk else { continue };
+                    if self.sync_journal(&disk, upto).await.is_err() {
+                        // The disk failed: the answer is the primary's, once the backlog is there.
+                        self.changed.until(|| (self.state.borrow().mode != Mode::Journal).then_some(())).await;
+                        continue;
+                    }
+                    self.note_flush_point();
+                    if self.engine()?.config().flush_primary {
+                        self.drained(upto).await?;
+                    }
+                    return Ok(());
+                }
+                _ => {
+                    return self.primary.sync().await.map_err(|e| Error::device("sync", self.path(), &e));
+                }
+            }
+        }
+    }
+
+    /// Waits for every frame up to `upto`, then syncs the journal; raises the durable point.
+    pub(crate) async fn sync_journal(self: &Rc<Self>, disk: &Rc<crate::disk::Disk>, upto: Instant) -> Result<()> {
+        if self.state.borrow().durable >= upto {
+            return Ok(());
+        }
+        self.kick.notify();
+        let failed = || disk.failure().map(|reason| Err(Error::Gone(reason)));
+        self.changed.until(|| if self.state.borrow().completed >= upto { Some(Ok(())) } else { failed() }).await?;
+        self.sync_completed(disk).await
+    }
+
+    /// Makes durable whatever has completed, and remembers how far that is.
+    pub(crate) async fn sync_completed(self: &Rc<Self>, disk: &Rc<crate::disk::Disk>) -> Result<()> {
+        let (completed, frames) = {
+            let state = self.state.borrow();
+            (state.completed, Self::completed_frames(&state))
+        };
+        let started = self.host.boot_ns();
+        disk.sync().await?;
+        self.stats.borrow_mut().sync_latency.record(self.host.boot_ns().saturating_sub(started));
+        let mut state = self.state.borrow_mut();
+        state.durable = state.durable.max(completed);
+        for (log, writes, before) in frames {
+            let mut log = log.state.borrow_mut();
+            log.writes.frames_durable = log.writes.frames_durable.max(writes);
+            log.before.frames_durable = log.before.frames_durable.max(before);
+        }
+        Ok(())
+    }
+
+    /// Of each unsealed log: how many frames of its streams have completed.
+    fn completed_frames(state: &State) -> Vec<(Rc<Log>, u64, u64)> {
+        state
+            .logs
+            .iter()
+            .rev()
+            .take_while(|l| !l.state.borrow().sealed)
+            .map(|l| {
+                let log = l.state.borrow();
+                (Rc::clone(l), log.writes.frames_completed, log.before.frames_completed)
+            })
+            .collect()
+    }
+
+    /// Records a flush in the open frame; it travels with the next write, or with the frame that marks an idle volume.
+    fn note_flush_point(self: &Rc<Self>) {
+        let Ok(engine) = self.engine() else { return };
+        let mut state = self.state.borrow_mut();
+        if state.mode != Mode::Journal || !state.wrote_since_marker {
+            return;
+        }
+        let Some(instant) = engine.try_tick() else { return };
+        let clean = state.writes_inflight == 0;
+        let Some(log) = state.logs.back().cloned() else { return };
+        if log.state.borrow().unframed > usable_bytes(log.disk.geometry.segment_size) / 4 {
+            return;
+        }
+        // Not an instant that a flush waits for: the point travels when something else does.
+        state.note_flush(instant, clean);
+        let frame = self.open_frame(&mut state, &log, 0, false);
+        frame.builder.push_flush_point(instant, clean);
+    }
+
+    /// Ends when every write at or before `upto` is durable on the primary.
+    pub(crate) async fn drained(self: &Rc<Self>, upto: Instant) -> Result<()> {
+        self.state.borrow_mut().drain_waiters += 1;
+        self.work.notify();
+        let result = self
+            .changed
+            .until(|| {
+                let state = self.state.borrow();
+                let patience = self.engine.upgrade().map_or(0, |e| e.config().stall_max_ns);
+                if let Some((since, error)) = &state.primary_failing
+                    && self.host.boot_ns().saturating_sub(*since) > patience
+                {
+                    return Some(Err(error.clone()));
+                }
+                match state.mode {
+                    Mode::Closed => Some(Err(Error::Gone("the volume is closed".into()))),
+                    _ => (Self::watermark(&state) >= upto || state.logs.is_empty()).then_some(Ok(())),
+                }
+            })
+            .await;
+        self.state.borrow_mut().drain_waiters -= 1;
+        result
+    }
+
+    pub(crate) fn path(&self) -> String {
+        self.state.borrow().path.clone()
+    }
+
+    /// Most blocks of a record: a request is charged at most 1/16 of the capacity at once, and must fit a frame.
+    fn piece_blocks_max(&self) -> u64 {
+        let state = self.state.borrow();
+        let Some(attach) = &state.attach else { return 8192 };
+        let frame = u64::from(frame_blocks_max(attach.disk.geometry.segment_size));
+        frame.min((attach.capacity_bytes() / 16 / (2 * BLOCK + 64)).max(1))
+    }
+
+    fn zero_piece_blocks_max(&self) -> u64 {
+        let state = self.state.borrow();
+        state.attach.as_ref().map_or(1 << 20, |a| (a.capacity_bytes() / 16 / (BLOCK + 64)).max(1))
+    }
+
+    /// Waits until the request may go on, and gives it its instant. With `Journal` the caller records it before its next await.
+    async fn admit(self: &Rc<Self>, wanted: Wanted) -> Result<Admitted> {
+        let engine = self.engine()?;
+        let mut throttled_since = None;
+        loop {
+            enum Next {
+                Wait,
+                Raise,
+                Throttle,
+            }
+            let next = {
+                let mut state = self.state.borrow_mut();
+                match state.mode {
+                    Mode::Refused | Mode::Closed => {
+                        drop(state);
+                        self.serving()?;
+                        return Err(Error::Gone("the volume is closed".into()));
+                    }
+                    Mode::Switching => Next::Wait,
+                    Mode::Direct => {
+                        state.direct_inflight += 1;
+                        return Ok(Admitted::Direct);
+                    }
+                    Mode::Journal => match self.room(&mut state, wanted, &engine)? {
+                        Room::Enough => match engine.try_tick() {
+                            Some(instant) => {
+                                if throttled_since.is_some() {
+                                    self.stats.borrow_mut().throttled += 1;
+                                }
+                                return Ok(Admitted::Journal(instant));
+                            }
+                            None => Next::Raise,
+                        },
+                        Room::Rotate => match engine.try_tick() {
+                            Some(instant) => {
+                                let recording = state.on;
+                                self.rotate(&mut state, instant, recording, CloseReason::Rotation);
+                                continue;
+                            }
+                            None => Next::Raise,
+                        },
+                        Room::Later => Next::Throttle,
+                    },
+                }
+            };
+            match next {
+                Next::Raise => engine.raise_clock().await,
+                Next::Wait => {
+                    self.changed.until(|| (self.state.borrow().mode != Mode::Switching).then_some(())).await;
+                }
+                Next::Throttle => {
+                    throttled_since.get_or_insert_with(|| self.host.boot_ns());
+                    self.work.notify();
+                    self.wait_for_room(&engine).await?;
+                }
+            }
+        }
+    }
+
+    /// Waits for a change that may make room; a primary that fails for longer than the stall bound answers with its own error.
+    async fn wait_for_room(self: &Rc<Self>, engine: &Rc<crate::engine::Engine>) -> Result<()> {
+        let mut first = true;
+        self.changed
+            .until(|| {
+                if std::mem::take(&mut first) {
+                    return None;
+                }
+                Some(())
+            })
+            .await;
+        let state = self.state.borrow();
+        if let Some((since, error)) = &state.primary_failing
+            && self.host.boot_ns().saturating_sub(*since) > engine.config().stall_max_ns
+        {
+            return Err(error.clone());
+        }
+        Ok(())
+    }
+
+    /// Whether a request may be admitted now. Starts what makes room.
+    fn room(self: &Rc<Self>, state: &mut State, wanted: Wanted, engine: &crate::engine::Engine) -> Result<Room> {
+        let Some(attach) = state.attach.clone() else { return Ok(Room::Later) };
+        let backlog = Self::backlog(state);
+        let backlog_max = engine.config().backlog_bytes_max;
+        if wanted.payload > 0 && backlog > 0 && backlog + wanted.payload > backlog_max {
+            if !state.backlog_full {
+                state.backlog_full = true;
+                self.event_later(EventKind::BacklogFull, "acks run at the destager's pace");
+            }
+            return Ok(Room::Later);
+        }
+        let Some(active) = state.logs.back().cloned() else { return Ok(Room::Later) };
+        let (fresh, charge) = {
+            let log = active.state.borrow();
+            let fresh = log.touched.missing(wanted.first, wanted.blocks);
+            (fresh, charge_of(wanted, fresh))
+        };
+        let charged = active.state.borrow().charged;
+        if charged > 0 && charged + charge > attach.capacity_bytes() / 8 {
+            return Ok(Room::Rotate);
+        }
+        // Segments that this request adds to the bound of the active log, rounded up.
+        let usable = usable_bytes(attach.disk.geometry.segment_size);
+        let more = (wanted.payload + 2 * BLOCK).div_ceil(usable) + (fresh * (BLOCK + 128)).div_ceil(usable);
+        let unsealed: u64 = state.logs.iter().filter(|l| !l.state.borrow().sealed).map(|l| l.segments_bound()).sum();
+        if unsealed + more > attach.capacity / 2 && state.logs.iter().filter(|l| !l.state.borrow().sealed).count() > 1 {
+            return Ok(Room::Later);
+        }
+        let revert = Self::revert_segments(state, usable);
+        let total = Self::total_bound(state) + revert;
+        if total + more + 1 > attach.capacity {
+            self.evict_for_capacity(state);
+            return Ok(Room::Later);
+        }
+        if total + more + 1 + attach.capacity / 16 > attach.capacity {
+            // Room is made ahead of need, so that the guest seldom waits for it.
+            self.evict_for_capacity(state);
+        }
+        Ok(Room::Enough)
+    }
+
+    /// Segments in use or promised, of all logs.
+    pub(crate) fn total_bound(state: &State) -> u64 {
+        state.logs.iter().map(|l| l.segments_bound()).sum::<u64>()
+            + state.leaving.iter().map(|l| l.segment_count()).sum::<u64>()
+    }
+
+    /// Segments that pending reverts still need for before-images.
+    pub(crate) fn revert_segments(state: &State, usable: u64) -> u64 {
+        state
+            .logs
+            .iter()
+            .map(|l| {
+                l.state.borrow().revert.as_ref().map_or(0, |r| (r.left.len() * (BLOCK + 128)).div_ceil(usable) + 1)
+            })
+            .sum()
+    }
+
+    /// The bookkeeping of an admitted request: charge, first touches, hints.
+    fn record(&self, state: &mut State, wanted: Wanted, instant: Instant) -> Rc<Log> {
+        debug_assert!(instant > state.instant_last);
+        state.instant_last = instant;
+        state.last_write_ns = self.host.boot_ns();
+        state.wrote_since_marker = true;
+        // Admission saw the active log in this same step.
+        let active = Rc::clone(state.logs.back().expect("journal mode has an active log"));
+        if let Some(lost) = &mut state.lost_blocks
+            && lost.remove_range(wanted.first, wanted.blocks) > 0
+        {
+            state.lost_changed = true;
+        }
+        for log in &state.logs {
+            let mut log = log.state.borrow_mut();
+            if !log.hints.is_empty() {
+                log.hints.remove(wanted.first, wanted.blocks);
+            }
+        }
+        {
+            let mut log = active.state.borrow_mut();
+            let fresh = if wanted.blocks == 0 { 0 } else { log.touched.insert_range(wanted.first, wanted.blocks) };
+            log.charged += charge_of(wanted, fresh);
+            if log.io_start == Instant::ZERO {
+                log.io_start = instant;
+            }
+            log.io_last = instant;
+        }
+        active
+    }
+
+    /// The open frame of a log, with room for `payload_blocks` more.
+    pub(crate) fn open_frame<'a>(
+        &self,
+        state: &'a mut State,
+        log: &Rc<Log>,
+        payload_blocks: u32,
+        urgent: bool,
+    ) -> &'a mut OpenFrame {
+        let blocks_max = frame_blocks_max(log.disk.geometry.segment_size);
+        let fits = state.open.back().is_some_and(|f| {
+            Rc::ptr_eq(&f.log, log)
+                && f.builder.payload_blocks() + payload_blocks <= blocks_max
+                && f.builder.descriptor_bytes() < DESCRIPTOR_BYTES_MAX / 4
+                && f.builder.side_bytes() < 16 << 10
+                && f.builder.entry_count() < 2048
+        });
+        let mut unframed = u64::from(payload_blocks) * BLOCK;
+        if !fits {
+            unframed += 2 * BLOCK;
+            log.state.borrow_mut().frames_pending += 1;
+            state.open.push_back(OpenFrame {
+                log: Rc::clone(log),
+                builder: FrameBuilder::default(),
+                ticket: Rc::default(),
+                urgent: false,
+                unframed: 0,
+            });
+        }
+        log.state.borrow_mut().unframed += unframed;
+        let frame = state.open.back_mut().expect("just ensured");
+        frame.unframed += unframed;
+        frame.urgent |= urgent;
+        frame
+    }
+
+    fn leave_direct(&self, first: u64, blocks: u64, written: bool) {
+        let mut guard = self.state.borrow_mut();
+        let state = &mut *guard;
+        state.direct_inflight -= 1;
+        if written && let Some(lost) = &mut state.lost_blocks {
+            // Whole or not: the sectors that were not written are gone for good, and the guest has seen the error that says so.
+            state.lost_changed |= lost.remove_range(first, blocks) > 0;
+        }
+        let idle = state.direct_inflight == 0;
+        drop(guard);
+        if idle {
+            self.changed.notify();
+        }
+    }
+
+    /// Tells an event from inside a borrow of the state.
+    pub(crate) fn event_later(self: &Rc<Self>, kind: EventKind, message: impl Into<String>) {
+        let (volume, message) = (Rc::clone(self), message.into());
+        self.host.spawn(Box::pin(async move { volume.event(kind, message) }));
+    }
+
+    /// The chain goes on across logs: the first frame of a log names the last frame of the log before it.
+    fn chain_across_logs(&self, log: &Rc<Log>) {
+        if log.state.borrow().writes.frame_next > 0 {
+            return;
+        }
+        let state = self.state.borrow();
+        let Some(position) = state.logs.iter().position(|l| Rc::ptr_eq(l, log)) else { return };
+        if let Some(previous) = position.checked_sub(1).map(|p| &state.logs[p]) {
+            log.state.borrow_mut().writes.previous_crc = previous.state.borrow().writes.previous_crc;
+        }
+    }
+
+    /// The appender: sends the open frames, one after the other, until the disk fails or the volume leaves the journal.
+    pub(crate) async fn run_appender(self: Rc<Self>) {
+        loop {
+            let next = self
+                .kick
+                .until(|| {
+                    let mut state = self.state.borrow_mut();
+                    let Some(attach) = state.attach.as_ref() else { return Some(None) };
+                    if attach.disk.failure().is_some() {
+                        return Some(None);
+                    }
+                    let ready = state.open.front().is_some_and(|f| f.urgent) || state.open.len() > 1;
+                    if !ready {
+                        return None;
+                    }
+                    let frame = state.open.pop_front()?;
+                    let point = VolumePoint {
+                        instant_last: state.framed.max(frame.builder.instant_last()),
+                        durable: state.durable,
+                        watermark: Self::watermark(&state),
+                    };
+                    state.framed = point.instant_last;
+                    state.recorded = (point.durable, point.watermark);
+                    state.inflight = Some(Rc::clone(&frame.ticket));
+                    Some(Some((frame, point)))
+                })
+                .await;
+            let Some((frame, point)) = next else { break };
+            self.chain_across_logs(&frame.log);
+            let started = self.host.boot_ns();
+            let appended = frame.log.append(&self.host, StreamKind::Writes, frame.builder, point).await;
+            match appended {
+                Ok(appended) => {
+                    let mut state = self.state.borrow_mut();
+                    state.completed = state.completed.max(point.instant_last);
+                    state.inflight = None;
+                    {
+                        let mut log = frame.log.state.borrow_mut();
+                        log.unframed = log.unframed.saturating_sub(frame.unframed);
+                        log.frames_pending -= 1;
+                    }
+                    let mut stats = self.stats.borrow_mut();
+                    stats.journal_bytes += appended.bytes;
+                    stats.append_latency.record(self.host.boot_ns().saturating_sub(started));
+                }
+                Err(error) => {
+                    // Whatever it was, the frame is not in the journal, and nothing behind it may be: the way out is to leave the disk.
+                    let disk = Rc::clone(&frame.log.disk);
+                    disk.fail(format!("append: {error}"));
+                    break;
+                }
+            }
+            frame.ticket.finish(Ok(()));
+            self.changed.notify();
+            self.work.notify();
+        }
+        let abandoned = {
+            let mut state = self.state.borrow_mut();
+            state.appender_running = false;
+            // Left in order, with everything on the primary: what comes after that (a row of a log that was just sealed, say) is not needed. After a
+            // failure the way out answers.
+            if state.attach.is_none() { std::mem::take(&mut state.open) } else { Default::default() }
+        };
+        for frame in abandoned {
+            frame.ticket.finish(Err(Error::Gone("the volume has left the journal".into())));
+        }
+        self.changed.notify();
+        self.work.notify();
+    }
+}
+
+/// Answer of [`Volume::room`].
+enum Room {
+    Enough,
+    Rotate,
+    Later,
+}
+
+/// What a request is charged: payload, frame and index overhead, a before-image for each block not touched yet.
+fn charge_of(wanted: Wanted, fresh: u64) -> u64 {
+    wanted.payload + 256 + wanted.blocks.min(wanted.payload / BLOCK + 64) * 40 + fresh * (BLOCK + 64)
+}
+
+/// A frame's ticket that is already done.
+pub(crate) fn done_ticket() -> Rc<Ticket> {
+    let ticket = Ticket::default();
+    ticket.finish(Ok(()));
+    Rc::new(ticket)
+}

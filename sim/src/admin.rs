@@ -1,0 +1,602 @@
+//! What admins do, and what they must be answered.
+
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+
+use cdp_journal::info::{CdpState, Health, MarkerKind, Priority, Settings};
+use cdp_journal::{Error, Instant, RevertRequest};
+
+use crate::boot;
+use crate::disk::Fault;
+use crate::guest::{barrier, read_view, sleep, submit, verify, watch, write_view};
+use crate::workload::{Action, Op, Then};
+use crate::world::{OpenView, SEGMENT, Vol, World};
+
+/// Most views that the workload keeps open.
+const VIEWS_OPEN_MAX: usize = 8;
+
+/// Runs one operation, as far as the next one waits for it.
+pub async fn execute(world: &Rc<World>, op: &Op) {
+    world.count(|counts| counts.ops += 1);
+    world.say(|| format!("--- {} {:?} {:?}", world.next.get() - 1, op.action, op.then));
+    let watched = watch(world, format!("{:?}", op.action));
+    if let Action::Write { vol, .. }
+    | Action::Zero { vol, .. }
+    | Action::Trim { vol, .. }
+    | Action::Flush { vol }
+    | Action::Read { vol, .. } = op.action
+    {
+        let done = submit(world, &world.volumes[vol], op.action.clone());
+        if op.then == Then::Wait || world.in_flight.get() > 24 {
+            done.await;
+        }
+        watched.set(true);
+    } else {
+        other(world, &op.action).await;
+        watched.set(true);
+    }
+    if op.then == Then::Barrier && world.running.borrow().is_some() {
+        barrier(world).await;
+    }
+    if world.running.borrow().is_some() && world.shared.rng.one_in(2) {
+        world.remember();
+    }
+}
+
+async fn other(world: &Rc<World>, action: &Action) {
+    match *action {
+        Action::Verify { vol } => {
+            barrier(world).await;
+            verify(world, &world.volumes[vol]).await;
+        }
+        Action::Status { vol, sector, count } => {
+            barrier(world).await;
+            status(world, &world.volumes[vol], sector, count).await;
+        }
+        Action::DryRun { vol, at } => dry_run(world, &world.volumes[vol], at).await,
+        Action::Freeze { ns } => {
+            world.shared.pass(ns);
+            world.frozen_ns.set(world.frozen_ns.get() + ns);
+        }
+        Action::Tick => world.remember(),
+        Action::Mark { vol, pick } => mark(world, vol, pick).await,
+        Action::OpenView { vol, at, writable } => open_view(world, &world.volumes[vol], at, writable).await,
+        Action::ReadView { pick, sector, count } => {
+            let Some(view) = pick_view(world, pick) else { return };
+            let sectors = world.volumes[view.vol].sectors;
+            let sector = sector % sectors;
+            let works = read_view(world, &view, sector, count.min(sectors - sector)).await;
+            if !works && !world.failed() {
+                close(world, &view).await;
+            }
+        }
+        Action::WriteView { pick, sector, count } => {
+            let Some(view) = pick_view(world, pick) else { return };
+            let sectors = world.volumes[view.vol].sectors;
+            let sector = sector % sectors;
+            write_view(world, &view, sector, count.min(sectors - sector)).await;
+        }
+        Action::CloseView { pick } => {
+            if let Some(view) = pick_view(world, pick) {
+                close(world, &view).await;
+            }
+        }
+        Action::CheckView { vol, at } => check_view(world, &world.volumes[vol], at).await,
+        Action::Revert { vol, at, force, release } => {
+            revert(world, &world.volumes[vol], at, None, force, release).await
+        }
+        Action::UndoRevert { vol } => {
+            let vol = &world.volumes[vol];
+            if vol.last_revert.get() > 0 {
+                revert(world, vol, 0, Some(vol.last_revert.get() - 1), true, true).await;
+            }
+        }
+        Action::Enable { vol } => enable(world, &world.volumes[vol]).await,
+        Action::Disable { vol } => disable(world, &world.volumes[vol]).await,
+        Action::Edit { vol, capacity, duration_s } => edit(world, &world.volumes[vol], capacity, duration_s).await,
+        Action::CleanAll { vol } => clean_all(world, &world.volumes[vol]).await,
+        Action::CleanLog { vol, pick } => clean_log(world, &world.volumes[vol], pick).await,
+        Action::Reopen { vol } => reopen(world, &world.volumes[vol]).await,
+        Action::Sleep { ns } => sleep(world, ns).await,
+        Action::StepClock { by_ns } => world.shared.step_wall(by_ns),
+        Action::Crash(crash) => {
+            let executor = &world.running().executor;
+            if !executor.crash_armed() {
+                world.armed.set(Some(crash));
+                executor.arm_crash(Some(crash.steps));
+            }
+        }
+        Action::Restart => {
+            barrier(world).await;
+            if !world.failed() {
+                stop(world).await;
+            }
+        }
+        Action::Fault { disk, on, kind, times, after } => {
+            fault_begins(world, disk);
+            world.disk(disk).fault(Fault { on, kind, times, after, within: None });
+        }
+        Action::Gone { disk } => {
+            fault_begins(world, disk);
+            world.disk(disk).set_gone(true);
+        }
+        Action::Heal => heal(world).await,
+        Action::Flip { disk, pick } => {
+            world.damaged.set(true);
+            let disk = world.disk(disk);
+            let pages = disk.pages();
+            // The superblock and the segment table have their own copies; what is tried here are the segments.
+            let pages: Vec<u64> = pages.into_iter().filter(|page| *page * 4096 >= SEGMENT).collect();
+            if !pages.is_empty() {
+                let page = pages[(pick % pages.len() as u64) as usize];
+                disk.flip_bit(page * 4096 + (pick >> 20) % 4096, (pick >> 40) as u8);
+            }
+            world.count(|counts| counts.faults += 1);
+        }
+        _ => {}
+    }
+}
+
+fn fault_begins(world: &World, disk: usize) {
+    world.count(|counts| counts.faults += 1);
+    if disk < world.cdp.len() {
+        world.cdp_faulty.set(true);
+    } else {
+        world.primary_faulty.set(true);
+    }
+    for vol in &world.volumes {
+        vol.unprotect();
+    }
+}
+
+async fn heal(world: &Rc<World>) {
+    for disk in world.cdp.iter().chain(world.volumes.iter().map(|vol| &vol.primary)) {
+        disk.heal();
+    }
+    // Volumes that lost their protection get it back by the admin's hand.
+    for vol in &world.volumes {
+        let info = vol.handle().info();
+        if info.state == CdpState::On && info.health == Health::Offline && world.shared.rng.one_in(2) {
+            enable(world, vol).await;
+        }
+    }
+}
+
+/// Ends this incarnation; the next one starts.
+pub fn leave(world: &World) {
+    world.previous.set(world.clock());
+    let running = world.running.take();
+    for vol in &world.volumes {
+        vol.guard.take();
+        vol.handle.take();
+    }
+    for view in world.views.borrow().iter() {
+        view.handle.take();
+    }
+    if let Some(running) = running {
+        running.executor.halt();
+    }
+}
+
+/// A clean stop; the primaries must hold everything, also through a power cut.
+pub async fn stop(world: &Rc<World>) {
+    world.running().executor.arm_crash(None);
+    world.armed.set(None);
+    let watched = watch(world, "stop".to_owned());
+    // A pending revert goes on after the next start: until then the primary is not all.
+    let whole: Vec<bool> = world.volumes.iter().map(|vol| vol.handle().info().revert.is_none()).collect();
+    let result = world.running().engine.stop().await;
+    watched.set(true);
+    match result {
+        Ok(()) => {
+            for (vol, whole) in world.volumes.iter().zip(whole) {
+                let began = world.now(vol);
+                let now = world.now(vol);
+                vol.oracle.borrow_mut().flushed(began, now);
+                if whole && !world.any_fault() {
+                    boot::check_primary(world, vol);
+                }
+            }
+            if world.shared.rng.one_in(2) && !world.any_fault() {
+                world.say(|| "power cut after a clean stop".to_owned());
+                for disk in world.cdp.iter().chain(world.volumes.iter().map(|vol| &vol.primary)) {
+                    disk.power_cut(&world.shared.rng);
+                }
+            }
+        }
+        Err(error) if world.any_fault() => world.say(|| format!("stop: {error}")),
+        Err(error) => return world.fail(format!("stop: {error}")),
+    }
+    world.count(|counts| counts.restarts += 1);
+    if !world.failed() {
+        crate::guest::forget_scratch(world);
+        leave(world);
+    }
+}
+
+async fn mark(world: &Rc<World>, vol: Option<usize>, pick: u64) {
+    let running = world.running();
+    let Some(instant) = running.clock.tick(world.shared.wall_ns()) else { return };
+    let name = format!("mark-{pick:x}");
+    for target in world.volumes.iter().filter(|target| vol.is_none_or(|vol| vol == target.index)) {
+        let result = target.handle().mark(&name, MarkerKind::Crash, instant).await;
+        match result {
+            Ok(marker) if marker.time != instant || marker.name != name => {
+                return world.fail(format!("marker {name} at {instant} came back as {marker:?}"));
+            }
+            Ok(_) => {
+                let info = target.handle().info();
+                if target.handle().marker(&name).map(|marker| marker.time) != Some(instant)
+                    && Vol::covers(&info, instant.0)
+                    && !world.any_fault()
+                {
+                    return world.fail(format!("marker {name} is not found"));
+                }
+            }
+            Err(Error::State(_) | Error::Exists { .. } | Error::NoSpace { .. }) => {}
+            Err(_) if world.any_fault() => {}
+            Err(error) => return world.fail(format!("marker {name}: {error}")),
+        }
+    }
+    world.instants.borrow_mut().push(instant.0);
+}
+
+fn pick_view(world: &World, pick: u64) -> Option<Rc<OpenView>> {
+    let views = world.views.borrow();
+    let count = views.len() as u64;
+    (count > 0).then(|| Rc::clone(&views[(pick % count) as usize]))
+}
+
+async fn close(world: &Rc<World>, view: &Rc<OpenView>) {
+    let vol = &world.volumes[view.vol];
+    world.views.borrow_mut().retain(|other| !Rc::ptr_eq(other, view));
+    view.handle.take();
+    match vol.handle().close_view(view.id).await {
+        Ok(()) | Err(Error::NotFound { .. }) => {}
+        Err(error) => world.fail(format!("close of view {}: {error}", view.time)),
+    }
+}
+
+/// Opens a view, or reports a refusal that is not right. `None`: rightly refused.
+async fn try_view(world: &Rc<World>, vol: &Rc<Vol>, time: u64, writable: bool) -> Option<Rc<OpenView>> {
+    let handle = vol.handle();
+    let before = Vol::covers(&handle.info(), time);
+    let result = handle.open_view(Instant(time), "", writable).await;
+    let info = handle.info();
+    let after = Vol::covers(&info, time);
+    match result {
+        Ok(view) => {
+            if !before && !after {
+                let text = format!("view at {time} was opened, outside the coverage {:?}", info.coverage);
+                world.fail(format!("volume {}: {text}", vol.index));
+                return None;
+            }
+            world.say(|| format!("view at {time} of volume {} is open", vol.index));
+            Some(Rc::new(OpenView {
+                vol: vol.index,
+                id: view.id(),
+                time,
+                writable,
+                scratch: RefCell::default(),
+                handle: RefCell::new(Some(view)),
+                busy: Cell::new(0),
+            }))
+        }
+        Err(error) => {
+            world.count(|counts| counts.views_refused += 1);
+            world.say(|| format!("view at {time} of volume {}: {error}", vol.index));
+            if before && after && !world.any_fault() {
+                let text = format!("view at {time} was refused inside the coverage {:?}: {error}", info.coverage);
+                world.fail(format!("volume {}: {text}", vol.index));
+            }
+            None
+        }
+    }
+}
+
+async fn open_view(world: &Rc<World>, vol: &Rc<Vol>, at: u64, writable: bool) {
+    if world.views.borrow().len() >= VIEWS_OPEN_MAX {
+        return;
+    }
+    let time = world.pick_instant(&vol.handle().info(), at);
+    let Some(view) = try_view(world, vol, time, writable).await else { return };
+    let known = world.views.borrow().iter().any(|other| other.id == view.id);
+    if !known {
+        world.views.borrow_mut().push(view);
+    }
+}
+
+/// Opens a view, reads all of it, closes it.
+pub async fn check_view(world: &Rc<World>, vol: &Rc<Vol>, at: u64) {
+    let time = world.pick_instant(&vol.handle().info(), at);
+    let Some(view) = try_view(world, vol, time, false).await else { return };
+    read_view(world, &view, 0, vol.sectors).await;
+    let known = world.views.borrow().iter().any(|other| other.id == view.id);
+    if !known && !world.failed() {
+        close(world, &view).await;
+    }
+}
+
+async fn revert(world: &Rc<World>, vol: &Rc<Vol>, at: u64, exact: Option<u64>, force: bool, release: bool) {
+    let handle = vol.handle();
+    let target = exact.unwrap_or_else(|| world.pick_instant(&handle.info(), at));
+    let leave_first = !force && at & 1 == 0;
+    if leave_first {
+        barrier(world).await;
+        vol.guard.take();
+    }
+    vol.forced.set(vol.forced.get() + 1);
+    let before = Vol::covers(&handle.info(), target);
+    let now = world.now(vol);
+    vol.oracle.borrow_mut().revert_begin(target, now);
+    let request = RevertRequest { target: Instant(target), force, release, dry_run: false, group: None };
+    if force && !release {
+        vol.held.set(None);
+    }
+    let result = handle.revert(request).await;
+    vol.held.set(Some(handle.info().held));
+    let after = Vol::covers(&handle.info(), target);
+    match result {
+        Ok(report) => {
+            world.say(|| format!("volume {}: reverted to {target}: {report:?}", vol.index));
+            world.count(|counts| counts.reverts += 1);
+            vol.last_revert.set(report.instant.0);
+            world.instants.borrow_mut().extend([report.instant.0 - 1, report.instant.0]);
+            let verdict = vol.oracle.borrow_mut().revert_done(report.instant.0);
+            if let Err(text) = verdict {
+                return world.fail(text);
+            }
+            if !force && !leave_first {
+                return world.fail("a revert without force went through while a client held the volume");
+            }
+            if !before && !after {
+                return world.fail(format!("a revert to {target}, outside the coverage, went through"));
+            }
+        }
+        Err(error) => {
+            world.say(|| format!("volume {}: revert to {target}: {error}", vol.index));
+            vol.oracle.borrow_mut().revert_refused();
+            let held = !force && !leave_first;
+            let expected = match error {
+                Error::State(_) => held || !before || handle.info().state == CdpState::Off,
+                Error::OutOfCoverage { .. } => !before || !after,
+                Error::NoSpace { .. } => true,
+                _ => false,
+            };
+            if !expected && !world.any_fault() {
+                return world.fail(format!("revert to {target}: {error}"));
+            }
+        }
+    }
+    verify(world, vol).await;
+    if world.failed() {
+        return;
+    }
+    if vol.disconnected.get() {
+        vol.guard.take();
+        let held = handle.info().held;
+        if held == release && !world.any_fault() {
+            return world.fail(format!("held: {held} after a forced revert with release: {release}"));
+        }
+        if held {
+            if handle.export().connect(true, Box::new(|| {})).is_ok() {
+                return world.fail("a client came in before the release");
+            }
+            boot::release(world, vol).await;
+            if world.failed() {
+                return;
+            }
+        }
+    }
+    if vol.guard.borrow().is_none() || vol.disconnected.get() {
+        boot::connect(world, vol);
+    }
+}
+
+/// A revert that is only asked about must change nothing.
+async fn dry_run(world: &Rc<World>, vol: &Rc<Vol>, at: u64) {
+    let handle = vol.handle();
+    let target = world.pick_instant(&handle.info(), at);
+    let before = Vol::covers(&handle.info(), target);
+    let request = RevertRequest { target: Instant(target), force: true, release: false, dry_run: true, group: None };
+    let result = handle.revert(request).await;
+    let info = handle.info();
+    if vol.disconnected.get() || info.held {
+        return world.fail("a dry run of a revert disconnected the client");
+    }
+    match result {
+        Ok(report) if report.target.0 != target => world.fail(format!("dry run to {target}: {report:?}")),
+        Ok(_) => {}
+        Err(Error::OutOfCoverage { .. }) if !before || !Vol::covers(&info, target) => {}
+        Err(Error::State(_) | Error::NoSpace { .. }) => {}
+        Err(_) if world.any_fault() => {}
+        Err(error) => world.fail(format!("dry run to {target}: {error}")),
+    }
+    verify(world, vol).await;
+}
+
+/// What is said to be zero must read as zeroes.
+async fn status(world: &Rc<World>, vol: &Rc<Vol>, sector: u64, count: u64) {
+    let export = vol.handle().export();
+    let (offset, len) = (sector * 512, count * 512);
+    let pieces = match export.status(offset, len).await {
+        Ok(pieces) => pieces,
+        Err(_) if world.any_fault() => return,
+        Err(error) => return world.fail(format!("status of volume {}: {error}", vol.index)),
+    };
+    let covered: u64 = pieces.iter().map(|piece| piece.len).sum();
+    if covered > len || covered == 0 {
+        return world.fail(format!("status of {len} bytes describes {covered}"));
+    }
+    let Ok(parts) = export.read(offset, len as u32).await else { return };
+    let bytes: Vec<u8> = parts.iter().flat_map(|part| part.iter().copied()).collect();
+    let mut at = 0;
+    for piece in pieces {
+        let end = at + piece.len as usize;
+        if piece.zero && bytes[at..end].iter().any(|byte| *byte != 0) {
+            return world.fail(format!("volume {}: {piece:?} at {} is not zero", vol.index, offset + at as u64));
+        }
+        at = end;
+    }
+}
+
+/// Switches CDP on.
+pub async fn enable(world: &Rc<World>, vol: &Rc<Vol>) {
+    let gap = vol.gap_open.take();
+    let began = world.clock();
+    let was = vol.expect_on.replace(None);
+    let result = vol.handle().enable().await;
+    match result {
+        Ok(()) => {
+            vol.expect_on.set(Some(true));
+            if let Some(from) = gap.filter(|from| *from < began) {
+                vol.gaps.borrow_mut().push((from, began));
+            }
+            let info = vol.handle().info();
+            if info.state != CdpState::On {
+                return world.fail("the switch is off after enable");
+            }
+            if info.health == Health::Ok && world.cdp.iter().all(|disk| !disk.is_faulty()) {
+                vol.protect();
+            }
+            world.remember();
+        }
+        Err(error) => {
+            vol.expect_on.set(was);
+            vol.gap_open.set(gap);
+            if !world.any_fault() {
+                world.fail(format!("enable of volume {}: {error}", vol.index));
+            }
+        }
+    }
+}
+
+async fn disable(world: &Rc<World>, vol: &Rc<Vol>) {
+    vol.unprotect();
+    let was = vol.expect_on.replace(None);
+    let result = vol.handle().disable().await;
+    match result {
+        Ok(()) => {
+            vol.expect_on.set(Some(false));
+            let from = vol.gap_open.get().unwrap_or_else(|| world.clock());
+            vol.gap_open.set(Some(from));
+            world.remember();
+        }
+        Err(error) => {
+            vol.expect_on.set(was);
+            let has_cdp = vol.handle().info().settings.is_some();
+            if has_cdp && !world.any_fault() {
+                world.fail(format!("disable of volume {}: {error}", vol.index));
+            }
+        }
+    }
+}
+
+async fn edit(world: &Rc<World>, vol: &Rc<Vol>, segments: u64, duration_s: u64) {
+    let settings = Settings {
+        reserve_capacity: segments * SEGMENT,
+        reserve_duration_s: duration_s,
+        priority: if segments.is_multiple_of(2) { Priority::Low } else { Priority::High },
+    };
+    vol.capacity.set(vol.capacity.get().max(settings.reserve_capacity));
+    let had = vol.handle().info().settings;
+    match vol.handle().edit(settings).await {
+        Ok(()) => {
+            let info = vol.handle().info();
+            if info.settings != Some(settings) {
+                world.fail(format!("settings after edit: {:?}, expected {settings:?}", info.settings));
+            }
+        }
+        Err(Error::NoSpace { .. } | Error::Invalid { .. } | Error::State(_)) => {
+            if vol.handle().info().settings != had {
+                world.fail("a refused edit changed the settings");
+            }
+        }
+        Err(_) if world.any_fault() => {}
+        Err(error) => world.fail(format!("edit of volume {}: {error}", vol.index)),
+    }
+}
+
+async fn clean_all(world: &Rc<World>, vol: &Rc<Vol>) {
+    let has_views = world.views.borrow().iter().any(|view| view.vol == vol.index);
+    let was_protected = vol.protected.get();
+    vol.unprotect();
+    let was = vol.expect_on.replace(None);
+    match vol.handle().clean(None).await {
+        Ok(()) => {
+            let now = world.clock();
+            let info = vol.handle().info();
+            if info.settings.is_some() || !info.coverage.is_empty() || !info.logs.is_empty() {
+                return world.fail(format!("volume {} after clean: {info:?}", vol.index));
+            }
+            vol.expect_on.set(Some(false));
+            vol.gaps.borrow_mut().push((0, now));
+            vol.gap_open.set(Some(now));
+            // Enable gives the defaults again.
+            let default = world.history.setup.reserve_segments * SEGMENT;
+            vol.capacity.set(vol.capacity.get().max(default));
+        }
+        Err(error) => {
+            vol.expect_on.set(was);
+            if was_protected {
+                vol.protect();
+            }
+            if !has_views && !matches!(error, Error::State(_)) && !world.any_fault() {
+                world.fail(format!("clean of volume {}: {error}", vol.index));
+            }
+        }
+    }
+}
+
+async fn clean_log(world: &Rc<World>, vol: &Rc<Vol>, pick: u64) {
+    let info = vol.handle().info();
+    if info.logs.is_empty() {
+        return;
+    }
+    let log = info.logs[(pick % info.logs.len() as u64) as usize].clone();
+    let began = world.clock();
+    match vol.handle().clean(Some(log.seq)).await {
+        Ok(()) => {
+            let end = log.end.map_or(began, |end| end.0);
+            world.say(|| format!("volume {}: cleaned log {} ({}, {end}]", vol.index, log.seq, log.start));
+            if end > log.start.0 {
+                vol.gaps.borrow_mut().push((log.start.0, end));
+            }
+        }
+        Err(Error::State(text)) => world.say(|| format!("clean of log {}: {text}", log.seq)),
+        // It was evicted meanwhile.
+        Err(Error::NotFound { .. }) => {}
+        Err(_) if world.any_fault() => {}
+        Err(error) => world.fail(format!("clean of log {} of volume {}: {error}", log.seq, vol.index)),
+    }
+}
+
+async fn reopen(world: &Rc<World>, vol: &Rc<Vol>) {
+    barrier(world).await;
+    if world.failed() {
+        return;
+    }
+    let views: Vec<_> = world.views.borrow().iter().filter(|view| view.vol == vol.index).cloned().collect();
+    for view in &views {
+        view.handle.take();
+    }
+    world.views.borrow_mut().retain(|view| view.vol != vol.index || !view.writable);
+    vol.guard.take();
+    let whole = vol.handle().info().revert.is_none();
+    match world.running().engine.close_volume(vol.id).await {
+        Ok(()) => {
+            let began = world.now(vol);
+            let now = world.now(vol);
+            vol.oracle.borrow_mut().flushed(began, now);
+            vol.handle.take();
+            if whole && !world.any_fault() {
+                boot::check_primary(world, vol);
+            }
+            boot::open(world, vol).await;
+        }
+        Err(_) if world.any_fault() => {
+            leave(world);
+        }
+        Err(error) => world.fail(format!("close of volume {}: {error}", vol.index)),
+    }
+}

@@ -1,0 +1,384 @@
+//! One incarnation of the agent: start, the operations, and the checks at the end.
+
+use std::rc::Rc;
+use std::sync::Arc;
+
+use cdp_journal::clock::HostClock;
+use cdp_journal::info::{CdpState, Health, Priority, Settings};
+use cdp_journal::{Engine, EngineConfig, Host, InitOptions, VolumeSpec};
+use uuid::Uuid;
+
+use crate::admin;
+use crate::executor::{Executor, SimHost};
+use crate::guest::{barrier, read_view, sleep, verify, watch};
+use crate::model::When;
+use crate::world::{Running, SEGMENT, Vol, World};
+
+/// The agent's life: until it has done everything, is told to halt, or dies.
+pub async fn live(world: Rc<World>, executor: Rc<Executor>) {
+    if !start(&world, &executor).await {
+        return;
+    }
+    let (w, host) = (Rc::clone(&world), SimHost(Rc::clone(&executor)));
+    host.spawn(Box::pin(async move { monitor(w).await }));
+    if world.finished.get() {
+        last_checks(&world).await;
+        world.completed.set(true);
+        return;
+    }
+    while let Some(op) = world.history.ops.get(world.next.get()).cloned() {
+        world.next.set(world.next.get() + 1);
+        admin::execute(&world, &op).await;
+        watch_bounds(&world);
+        if world.failed() {
+            return;
+        }
+        if world.running.borrow().is_none() {
+            return executor.halt();
+        }
+    }
+    finish(&world).await;
+    executor.halt();
+}
+
+fn config(world: &World) -> EngineConfig {
+    let setup = &world.history.setup;
+    EngineConfig {
+        backlog_bytes_max: setup.backlog_bytes,
+        marker_interval_s: setup.marker_interval_s,
+        default_settings: Settings {
+            reserve_capacity: setup.reserve_segments * SEGMENT,
+            reserve_duration_s: setup.duration_s,
+            priority: Priority::Mid,
+        },
+        flush_primary: setup.flush_primary,
+        index_cache_bytes: 64 << 10,
+        scratch_bytes_max: 256 << 10,
+        ..EngineConfig::default()
+    }
+}
+
+/// Starts the agent. Answers whether it serves.
+async fn start(world: &Rc<World>, executor: &Rc<Executor>) -> bool {
+    let watched = start_watch(world, executor);
+    let host = Rc::new(SimHost(Rc::clone(executor)));
+    let clock = Arc::new(HostClock::new(world.folder.clock()));
+    let weak = Rc::downgrade(world);
+    let events = Box::new(move |event: cdp_journal::info::Event| {
+        if let Some(world) = weak.upgrade() {
+            world.say(|| format!("event {:?}: {}", event.kind, event.message));
+        }
+    });
+    let store = world.folder.attach(executor);
+    let engine = Engine::new(host, Arc::clone(&clock), store, config(world), events);
+    let previous = world.clock();
+    *world.running.borrow_mut() =
+        Some(Rc::new(Running { executor: Rc::clone(executor), engine: Rc::clone(&engine), clock: Arc::clone(&clock) }));
+    for (i, disk) in world.cdp.iter().enumerate() {
+        let device = disk.attach(executor);
+        if !world.initialised.get() {
+            let options = InitOptions { segment_size: SEGMENT, force: false };
+            if let Err(error) = Engine::init_disk(Rc::clone(&device), options, disk_id(i), world.shared.wall_ns()).await
+            {
+                world.fail(format!("init of {}: {error}", disk.name));
+                return false;
+            }
+        }
+        match engine.add_disk(device, disk.name.clone()).await {
+            Ok(info) => world.say(|| format!("disk {i}: {} of {} segments free", info.segments_free, info.segments)),
+            Err(error) if disk.is_faulty() || world.damaged.get() => world.say(|| format!("disk {i}: {error}")),
+            Err(error) => {
+                world.fail(format!("disk {i} does not open: {error}"));
+                return false;
+            }
+        }
+    }
+    for vol in &world.volumes {
+        if !open(world, vol).await {
+            return false;
+        }
+    }
+    if clock.previous().0 < previous {
+        world.fail(format!("the clock stepped back over a restart: {} to {}", previous, clock.previous().0));
+        return false;
+    }
+    world.override_journal.set(false);
+    let first = !world.initialised.replace(true);
+    if first && world.history.setup.enabled {
+        for vol in &world.volumes {
+            admin::enable(world, vol).await;
+        }
+    }
+    watched.set(true);
+    !world.failed()
+}
+
+/// As [`watch`], while the engine is not there yet.
+fn start_watch(world: &Rc<World>, executor: &Rc<Executor>) -> Rc<std::cell::Cell<bool>> {
+    let done = Rc::new(std::cell::Cell::new(false));
+    let (flag, weak) = (Rc::clone(&done), Rc::downgrade(world));
+    executor.after(600_000_000_000, move || {
+        if let (false, Some(world)) = (flag.get(), weak.upgrade()) {
+            world.fail("the agent does not get to serving in 600 s");
+        }
+    });
+    done
+}
+
+fn disk_id(i: usize) -> Uuid {
+    Uuid::from_u64_pair(0x6469_736b, i as u64 + 1)
+}
+
+/// Opens a volume, checks what survived and reopens its views. Answers whether it is served.
+pub async fn open(world: &Rc<World>, vol: &Rc<Vol>) -> bool {
+    let running = world.running();
+    let spec = VolumeSpec {
+        id: vol.id,
+        name: format!("vol{}", vol.index),
+        path: vol.primary.name.clone(),
+        size: vol.sectors * 512,
+        primary: vol.primary.attach(&running.executor),
+        fence: world.folder.fence(vol.id),
+        override_journal: world.override_journal.get(),
+    };
+    let handle = match running.engine.open_volume(spec).await {
+        Ok(handle) => handle,
+        Err(error) if world.any_fault() => {
+            world.say(|| format!("volume {}: does not open: {error}", vol.index));
+            return unserved(world, vol);
+        }
+        Err(error) => {
+            world.fail(format!("volume {} does not open: {error}", vol.index));
+            return false;
+        }
+    };
+    let info = handle.info();
+    world.say(|| format!("volume {}: {:?} {:?} {}", vol.index, info.state, info.health, info.health_reason));
+    *vol.handle.borrow_mut() = Some(Rc::clone(&handle));
+    match info.health {
+        Health::Ok => {}
+        Health::Offline | Health::RevertIncomplete if world.cdp_faulty.get() => {}
+        Health::PrimaryFailing if world.primary_faulty.get() => {}
+        Health::NeedsJournal if world.any_fault() => return unserved(world, vol),
+        health => {
+            world.fail(format!("volume {}: {health:?} after a restart: {}", vol.index, info.health_reason));
+            return false;
+        }
+    }
+    match vol.expect_on.get() {
+        Some(on) if on != (info.state == CdpState::On) && !world.any_fault() => {
+            world.fail(format!(
+                "volume {}: the switch is {:?} after a restart, expected on: {on}",
+                vol.index, info.state
+            ));
+            return false;
+        }
+        _ => vol.expect_on.set(Some(info.state == CdpState::On)),
+    }
+    let healthy = info.health == Health::Ok && world.cdp.iter().all(|disk| !disk.is_faulty());
+    if info.state == CdpState::On && healthy {
+        vol.protect();
+        vol.gap_open.set(None);
+    } else {
+        vol.unprotect();
+    }
+    if vol.held.get().is_some_and(|held| held != info.held) && !world.any_fault() {
+        world.fail(format!("volume {}: held: {} after a restart, expected {:?}", vol.index, info.held, vol.held.get()));
+        return false;
+    }
+    if info.held {
+        release(world, vol).await;
+    }
+    connect(world, vol);
+    if world.override_journal.get() {
+        rebase(world, vol).await;
+    }
+    verify(world, vol).await;
+    reopen_views(world, vol).await;
+    !world.failed()
+}
+
+/// A volume that is not served for want of its journal: the disks come back, or the admin goes on without.
+fn unserved(world: &World, vol: &Vol) -> bool {
+    if world.cdp.iter().all(|disk| !disk.is_faulty()) {
+        if world.damaged.get() {
+            // The journal is damaged below its durable point: a person decides. Nothing was served.
+            world.say(|| "the journal is damaged; the history ends here".to_owned());
+            world.completed.set(true);
+            admin::leave(world);
+            return false;
+        }
+        world.fail(format!("volume {} is not served although all disks are there", vol.index));
+        return false;
+    }
+    if world.shared.rng.one_in(5) && vol.handle.borrow().is_some() {
+        world.say(|| "not served: the admin goes on without the journal".to_owned());
+        world.override_journal.set(true);
+    } else {
+        world.say(|| "not served: all disks are put back, the agent starts again".to_owned());
+        world.cdp.iter().for_each(|disk| disk.heal());
+    }
+    admin::leave(world);
+    false
+}
+
+/// The admin lets clients in again.
+pub async fn release(world: &World, vol: &Vol) {
+    vol.held.set(None);
+    match vol.handle().release().await {
+        Ok(()) => vol.held.set(Some(false)),
+        Err(error) => world.fail(format!("release of volume {}: {error}", vol.index)),
+    }
+}
+
+/// A client opens the volume for writing. Asked to go, it does so after a moment.
+pub fn connect(world: &Rc<World>, vol: &Rc<Vol>) {
+    vol.disconnected.set(false);
+    let (w, v) = (Rc::downgrade(world), Rc::clone(vol));
+    let leave = move || {
+        v.disconnected.set(true);
+        let Some(world) = w.upgrade().filter(|world| world.running.borrow().is_some()) else { return };
+        let host = SimHost(Rc::clone(&world.running().executor));
+        let ns = world.shared.rng.below(2_000_000);
+        host.0.after(ns, move || drop(v.guard.take()));
+    };
+    match vol.handle().export().connect(true, Box::new(leave)) {
+        Ok(guard) => *vol.guard.borrow_mut() = Some(guard),
+        Err(error) => world.fail(format!("volume {}: connect: {error}", vol.index)),
+    }
+}
+
+/// After an override the primary is what it is: each sector must be something that was once there.
+async fn rebase(world: &Rc<World>, vol: &Rc<Vol>) {
+    let bytes = vol.primary.peek(0, vol.sectors * 512);
+    let now = world.now(vol);
+    let verdict = vol.oracle.borrow_mut().rebase(0, &bytes, now);
+    if let Err(text) = verdict {
+        world.fail(text);
+    }
+}
+
+async fn reopen_views(world: &Rc<World>, vol: &Rc<Vol>) {
+    let views: Vec<_> = world.views.borrow().iter().filter(|view| view.vol == vol.index).cloned().collect();
+    for view in views {
+        let before = Vol::covers(&vol.handle().info(), view.time);
+        let result = vol.handle().reopen_view(view.id, cdp_journal::Instant(view.time), "").await;
+        let after = Vol::covers(&vol.handle().info(), view.time);
+        match result {
+            Ok(handle) => {
+                if handle.id() != view.id || handle.info().time.0 != view.time {
+                    return world.fail(format!("view {} came back as another: {:?}", view.id, handle.info()));
+                }
+                *view.handle.borrow_mut() = Some(handle);
+                let whole = read_view(world, &view, 0, vol.sectors).await;
+                world.say(|| format!("view {} of volume {} is back: {whole}", view.time, view.vol));
+            }
+            Err(error) => {
+                world.say(|| format!("view {} of volume {} is not back: {error}", view.time, view.vol));
+                if before && after && !world.any_fault() {
+                    return world.fail(format!("view {} does not come back after a restart: {error}", view.time));
+                }
+                world.views.borrow_mut().retain(|other| !Rc::ptr_eq(other, &view));
+            }
+        }
+    }
+}
+
+/// Looks at the bounds now and then.
+async fn monitor(world: Rc<World>) {
+    while !world.failed() && world.running.borrow().is_some() {
+        watch_bounds(&world);
+        let ns = world.shared.rng.range(100_000, 400_000_000);
+        sleep(&world, ns).await;
+    }
+}
+
+/// I9 and I10, whenever anybody looks.
+fn watch_bounds(world: &World) {
+    if world.failed() || world.running.borrow().is_none() {
+        return;
+    }
+    for vol in &world.volumes {
+        let Some(handle) = vol.handle.borrow().clone() else { continue };
+        let info = handle.info();
+        if info.health != Health::Ok && !world.any_fault() {
+            let text = format!("volume {} is {:?} without a fault: {}", vol.index, info.health, info.health_reason);
+            return world.fail(text);
+        }
+        if info.used_bytes > vol.capacity.get() {
+            let text = format!("volume {} uses {} of {} bytes", vol.index, info.used_bytes, vol.capacity.get());
+            return world.fail(format!("reserve_capacity is exceeded: {text}: {:?}", info.logs));
+        }
+        if let Some(settings) = info.settings
+            && info.used_bytes <= settings.reserve_capacity
+        {
+            vol.capacity.set(settings.reserve_capacity);
+        }
+        let now = world.clock();
+        let open = vol.gap_open.get().filter(|from| *from < now).map(|from| (from, now));
+        for interval in &info.coverage {
+            let end = interval.end.map_or(u64::MAX, |end| end.0);
+            let gaps = vol.gaps.borrow();
+            if let Some((from, to)) = gaps.iter().chain(&open).find(|(from, to)| interval.start.0 <= *to && end > *from)
+            {
+                let text = format!("{interval:?} covers instants in ({from}, {to}]");
+                return world.fail(format!("a gap is presented as history: volume {}: {text}", vol.index));
+            }
+        }
+    }
+}
+
+/// After the last operation: everything is checked, the agent stops, and the primaries must hold all by themselves.
+async fn finish(world: &Rc<World>) {
+    world.running().executor.arm_crash(None);
+    world.armed.set(None);
+    barrier(world).await;
+    if world.failed() {
+        return;
+    }
+    check_everything(world, 4).await;
+    world.finished.set(true);
+    admin::stop(world).await;
+}
+
+/// After the last start.
+async fn last_checks(world: &Rc<World>) {
+    check_everything(world, 2).await;
+    sleep(world, 3_000_000_000).await;
+    if !world.failed() {
+        admin::stop(world).await;
+    }
+}
+
+async fn check_everything(world: &Rc<World>, instants: u64) {
+    for vol in &world.volumes {
+        verify(world, vol).await;
+        for _ in 0..instants {
+            if world.failed() {
+                return;
+            }
+            let pick = world.shared.rng.bits();
+            admin::check_view(world, vol, pick).await;
+        }
+    }
+    let views = world.views.borrow().clone();
+    for view in views {
+        if world.failed() {
+            return;
+        }
+        let whole = world.volumes[view.vol].sectors;
+        read_view(world, &view, 0, whole).await;
+    }
+    let watched = watch(world, "the end".to_owned());
+    watched.set(true);
+}
+
+/// What the primary holds by itself, after a clean stop.
+pub fn check_primary(world: &World, vol: &Vol) {
+    let bytes = vol.primary.peek(0, vol.sectors * 512);
+    let now = world.now(vol);
+    let verdict = vol.oracle.borrow_mut().check(0, &bytes, When::Between(now, now));
+    if let Err(text) = verdict {
+        world.fail(format!("the primary after a clean stop: {text}"));
+    }
+}

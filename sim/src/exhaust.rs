@@ -1,0 +1,109 @@
+//! All short histories: every sequence of a few operations over a small alphabet, with a crash at every scheduler step, of
+//! both kinds and with several subsets of the unsynced writes.
+
+use crate::run::{Report, run};
+use crate::workload::{Action, Crash, History, Op, Setup, Then};
+
+/// The alphabet: on a volume of two blocks, so that nearly everything overlaps.
+pub const ALPHABET: [(&str, &[Action]); 10] = [
+    ("write A", &[Action::Write { vol: 0, sector: 0, count: 8, fua: false }]),
+    ("write A+B", &[Action::Write { vol: 0, sector: 0, count: 16, fua: false }]),
+    ("write B's middle", &[Action::Write { vol: 0, sector: 10, count: 3, fua: false }]),
+    ("zero A", &[Action::Zero { vol: 0, sector: 0, count: 8, no_hole: false, fua: false }]),
+    ("flush", &[Action::Flush { vol: 0 }]),
+    ("mark", &[Action::Mark { vol: Some(0), pick: 1 }]),
+    ("revert", &[Action::Revert { vol: 0, at: 1, force: true, release: true }]),
+    ("undo the revert", &[Action::UndoRevert { vol: 0 }]),
+    ("disable, enable", &[Action::Disable { vol: 0 }, Action::Enable { vol: 0 }]),
+    // Closes the active log and drops or thins it: rotation and eviction in one.
+    ("clean the newest log", &[Action::CleanLog { vol: 0, pick: u64::MAX }]),
+];
+
+/// One short history: the letters, and where and how it crashes.
+#[derive(Clone, Debug)]
+pub struct Case {
+    /// Letters of the alphabet.
+    pub letters: Vec<usize>,
+    /// Scheduler step of the crash, counted from the first operation; `None`: no crash.
+    pub crash: Option<(u64, bool)>,
+    /// Seed of the scheduler and of what survives.
+    pub seed: u64,
+}
+
+impl Case {
+    /// The history of this case.
+    pub fn history(&self) -> History {
+        let op = |action: &Action| Op { action: action.clone(), then: Then::Go };
+        let mut ops = Vec::new();
+        if let Some((steps, power)) = self.crash {
+            ops.push(op(&Action::Crash(Crash { power, steps, again: None, down_ns: 1_000_000 })));
+        }
+        ops.extend(self.letters.iter().flat_map(|letter| ALPHABET[*letter].1.iter().map(op)));
+        // What is in flight gets time to reach the primary, or to crash on the way.
+        ops.push(Op { action: Action::Tick, then: Then::Barrier });
+        ops.push(op(&Action::Sleep { ns: 30_000_000 }));
+        History { seed: self.seed, profile: "exhaust", setup: setup(), ops }
+    }
+
+    /// Runs it.
+    pub fn run(&self) -> Report {
+        run(self.history(), false)
+    }
+
+    /// In words.
+    pub fn name(&self) -> String {
+        let letters: Vec<&str> = self.letters.iter().map(|letter| ALPHABET[*letter].0).collect();
+        format!("[{}] crash {:?} seed {}", letters.join(", "), self.crash, self.seed)
+    }
+}
+
+fn setup() -> Setup {
+    Setup {
+        volumes: vec![16],
+        disks: vec![34],
+        physical: (4096, 512),
+        files: false,
+        reserve_segments: 32,
+        duration_s: 86400,
+        backlog_bytes: 1 << 20,
+        flush_primary: false,
+        marker_interval_s: 60,
+        enabled: true,
+    }
+}
+
+/// Sequences of `depth` letters.
+pub fn sequences(depth: u32) -> u64 {
+    (ALPHABET.len() as u64).pow(depth)
+}
+
+/// All cases of the sequence number `place` of `depth` letters: no crash, and a crash of each kind at every `stride`-th step,
+/// with `subsets` seeds for what survives. Answers how many cases ran and the first that failed.
+pub fn check(depth: u32, place: u64, stride: u64, subsets: u64) -> (u64, Option<(Case, Report)>) {
+    let n = ALPHABET.len() as u64;
+    let letters: Vec<usize> = (0..depth).map(|i| (place / n.pow(i) % n) as usize).collect();
+    let plain = Case { letters, crash: None, seed: 1 };
+    let report = plain.run();
+    let mut cases = 1;
+    if report.failure.is_some() {
+        return (cases, Some((plain, report)));
+    }
+    // The crash is counted from the first operation; later steps than these only repeat the idle agent.
+    let steps = report.counts.steps;
+    for at in (1..steps).step_by(stride.max(1) as usize) {
+        for power in [false, true] {
+            for seed in 0..if power { subsets } else { 1 } {
+                let case = Case { crash: Some((at, power)), seed: seed + 1, ..plain.clone() };
+                let report = case.run();
+                cases += 1;
+                if report.failure.is_some() {
+                    return (cases, Some((case, report)));
+                }
+                if report.counts.kills + report.counts.power_cuts == 0 {
+                    return (cases, None);
+                }
+            }
+        }
+    }
+    (cases, None)
+}

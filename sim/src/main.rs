@@ -1,0 +1,216 @@
+//! `cdp-sim`: runs seeded histories of the engine and judges every read. A seed replays its failure exactly.
+
+use std::process::{Command, ExitCode};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Instant;
+
+use anyhow::{Context, ensure};
+use cdp_sim::exhaust::{check, sequences};
+use cdp_sim::run::{Report, run};
+use cdp_sim::shrink::{pick, shrink};
+use cdp_sim::workload::{generate, profiles};
+use cdp_sim::world::Counts;
+use clap::Parser;
+
+/// Runs the real engine on a simulated host, disk and clock, and judges every read by a simple model.
+///
+/// Exit code 0: no violation. 1: a violation (its seed, the commit and a shortened history are printed). 2: bad arguments.
+#[derive(Parser)]
+#[command(version)]
+struct Args {
+    /// The first seed.
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Operations of each history.
+    #[arg(long, default_value_t = 60)]
+    ops: usize,
+    /// Histories to run, with seeds counting up.
+    #[arg(long, default_value_t = 1)]
+    histories: u64,
+    /// Run for so many seconds instead of a number of histories.
+    #[arg(long)]
+    seconds: Option<u64>,
+    /// Threads, each with a history of its own.
+    #[arg(long, default_value_t = 1)]
+    threads: usize,
+    /// Kind of history; `all` takes each in turn.
+    #[arg(long, default_value = "all")]
+    profile: String,
+    /// Only these operations (as a shortened history prints them).
+    #[arg(long, value_delimiter = ',')]
+    keep: Option<Vec<usize>>,
+    /// Instead of seeds: all sequences of so many operations, with a crash at every step (see --stride, --subsets).
+    #[arg(long)]
+    exhaust: Option<u32>,
+    /// With --exhaust: a crash at every so many steps only.
+    #[arg(long, default_value_t = 1)]
+    stride: u64,
+    /// With --exhaust: subsets of the unsynced writes tried at each power cut.
+    #[arg(long, default_value_t = 4)]
+    subsets: u64,
+    /// Print everything that happens.
+    #[arg(long)]
+    trace: bool,
+    /// Go on after a violation, print one line for each and do not shorten.
+    #[arg(long)]
+    keep_going: bool,
+}
+
+fn main() -> anyhow::Result<ExitCode> {
+    let args = Args::parse();
+    ensure!(
+        args.profile == "all" || profiles().contains(&args.profile.as_str()),
+        "--profile {}: one of all, {}",
+        args.profile,
+        profiles().join(", ")
+    );
+    ensure!(args.threads >= 1, "--threads 0: at least 1");
+    if !args.trace {
+        // A panic of the engine is reported as a violation; its own message would only come twice.
+        std::panic::set_hook(Box::new(|info| {
+            if let Some(place) = info.location() {
+                LAST_PANIC.with(|last| *last.borrow_mut() = place.to_string());
+            }
+        }));
+    }
+    if let Some(keep) = &args.keep {
+        return one(&args, keep);
+    }
+    if let Some(depth) = args.exhaust {
+        return exhaust(&args, depth);
+    }
+    many(&args)
+}
+
+fn exhaust(args: &Args, depth: u32) -> anyhow::Result<ExitCode> {
+    ensure!(depth <= 6, "--exhaust {depth}: at most 6");
+    let began = Instant::now();
+    let next = AtomicU64::new(0);
+    let totals = Mutex::new((0u64, 0u64));
+    std::thread::scope(|scope| {
+        for _ in 0..args.threads {
+            scope.spawn(|| {
+                loop {
+                    let place = next.fetch_add(1, Ordering::Relaxed);
+                    if place >= sequences(depth) {
+                        return;
+                    }
+                    let (cases, failure) = check(depth, place, args.stride, args.subsets);
+                    let mut totals = totals.lock().expect("no holder panics");
+                    totals.0 += cases;
+                    if let Some((case, report)) = failure {
+                        totals.1 += 1;
+                        println!("VIOLATION, commit {}: {}: {}", commit(), case.name(), in_words(&report));
+                    }
+                }
+            });
+        }
+    });
+    let (cases, failed) = *totals.lock().expect("no holder panics");
+    let seconds = began.elapsed().as_secs_f64();
+    println!("{} sequences of {depth}, {cases} cases, {failed} violations, {seconds:.1} s", sequences(depth));
+    Ok(if failed > 0 { ExitCode::from(1) } else { ExitCode::SUCCESS })
+}
+
+thread_local! {
+    static LAST_PANIC: std::cell::RefCell<String> = const { std::cell::RefCell::new(String::new()) };
+}
+
+fn one(args: &Args, keep: &[usize]) -> anyhow::Result<ExitCode> {
+    let history = generate(args.seed, &args.profile, args.ops).context("the profile exists")?;
+    let report = run(pick(&history, keep), args.trace);
+    println!("seed {} hash {:016x}: {}", args.seed, report.hash, report.failure.as_deref().unwrap_or("no violation"));
+    Ok(if report.failure.is_some() { ExitCode::from(1) } else { ExitCode::SUCCESS })
+}
+
+fn many(args: &Args) -> anyhow::Result<ExitCode> {
+    let began = Instant::now();
+    let next = AtomicU64::new(0);
+    let stop = AtomicBool::new(false);
+    let totals = Mutex::new((0u64, 0u64, Counts::default()));
+    std::thread::scope(|scope| {
+        for _ in 0..args.threads {
+            scope.spawn(|| {
+                while !stop.load(Ordering::Relaxed) {
+                    let place = next.fetch_add(1, Ordering::Relaxed);
+                    let over = match args.seconds {
+                        Some(seconds) => began.elapsed().as_secs() >= seconds,
+                        None => place >= args.histories,
+                    };
+                    if over {
+                        return;
+                    }
+                    let seed = args.seed + place;
+                    let Some(history) = generate(seed, &args.profile, args.ops) else { return };
+                    let report = run(history.clone(), args.trace);
+                    let failed = report.failure.is_some();
+                    {
+                        let mut totals = totals.lock().expect("no holder panics");
+                        totals.0 += 1;
+                        totals.1 += u64::from(failed);
+                        totals.2.add(&report.counts);
+                    }
+                    if failed && args.keep_going {
+                        println!("seed {seed} ({}): {}", history.profile, in_words(&report));
+                    } else if failed && !stop.swap(true, Ordering::Relaxed) {
+                        explain(args, seed, &report);
+                    } else if args.histories == 1 && args.seconds.is_none() {
+                        println!("seed {seed} hash {:016x}: no violation", report.hash);
+                    }
+                }
+            });
+        }
+    });
+    let (histories, failed, counts) = *totals.lock().expect("no holder panics");
+    let seconds = began.elapsed().as_secs_f64();
+    println!(
+        "{histories} histories, {failed} violations, {seconds:.1} s: {} operations, {} kills, {} power cuts, {} clean stops, \
+         {} reverts, {} reads and {} view reads checked, {} views refused, {} faults, {} steps, {:.1} h of virtual time",
+        counts.ops,
+        counts.kills,
+        counts.power_cuts,
+        counts.restarts,
+        counts.reverts,
+        counts.reads_checked,
+        counts.views_checked,
+        counts.views_refused,
+        counts.faults,
+        counts.steps,
+        counts.virtual_ns as f64 / 3.6e12,
+    );
+    Ok(if failed > 0 { ExitCode::from(1) } else { ExitCode::SUCCESS })
+}
+
+fn in_words(report: &Report) -> String {
+    let text = report.failure.clone().unwrap_or_default();
+    let place = LAST_PANIC.with(|last| last.borrow().clone());
+    if text.starts_with("panic") { format!("{text} at {place}") } else { text }
+}
+
+fn explain(args: &Args, seed: u64, report: &Report) {
+    let Some(history) = generate(seed, &args.profile, args.ops) else { return };
+    println!("VIOLATION in seed {seed}, profile {}, commit {}", history.profile, commit());
+    println!("  {}", in_words(report));
+    println!("  replay: cdp-sim --seed {seed} --ops {} --profile {} --trace", args.ops, args.profile);
+    let (keep, shorter) = shrink(&history, report);
+    println!("shortened to {} operations: {}", keep.len(), in_words(&shorter));
+    println!("  {:?}", history.setup);
+    for place in &keep {
+        println!("  {place:>4} {:?} then {:?}", history.ops[*place].action, history.ops[*place].then);
+    }
+    let list: Vec<String> = keep.iter().map(usize::to_string).collect();
+    let list = if list.is_empty() { "999999".to_owned() } else { list.join(",") };
+    println!("  replay: cdp-sim --seed {seed} --ops {} --profile {} --keep {list} --trace", args.ops, args.profile);
+}
+
+fn commit() -> String {
+    if let Some(commit) = option_env!("CDP_COMMIT") {
+        return commit.to_owned();
+    }
+    let output = Command::new("git").args(["rev-parse", "HEAD"]).output();
+    match output {
+        Ok(output) if output.status.success() => String::from_utf8_lossy(&output.stdout).trim().to_owned(),
+        _ => "unknown".to_owned(),
+    }
+}

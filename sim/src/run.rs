@@ -1,0 +1,141 @@
+//! One history from its first start to its last check: incarnations of the agent, and what a crash leaves between two.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::rc::Rc;
+
+use crate::boot;
+use crate::executor::{Executor, Outcome};
+use crate::guest;
+use crate::model::CrashKind;
+use crate::workload::{Crash, History};
+use crate::world::{Counts, World};
+
+/// How a history went.
+#[derive(Clone, Debug)]
+pub struct Report {
+    /// The violation, if any.
+    pub failure: Option<String>,
+    /// Operation that was running when it was found.
+    pub at: usize,
+    /// Hash of all events.
+    pub hash: u64,
+    /// Numbers for the summary.
+    pub counts: Counts,
+}
+
+/// Most incarnations of a history (each crash is one): more means that the agent cannot start.
+const INCARNATIONS_MAX: usize = 400;
+
+/// Runs a history. A panic of the engine is a violation.
+pub fn run(history: History, trace: bool) -> Report {
+    let world = World::new(history, trace);
+    let outcome = catch_unwind(AssertUnwindSafe(|| incarnations(&world)));
+    if let Err(panic) = outcome {
+        let text = panic
+            .downcast_ref::<String>()
+            .cloned()
+            .or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned()))
+            .unwrap_or_else(|| "a panic without words".to_owned());
+        // What the engine holds may be in any state: let it leak rather than run its destructors.
+        std::mem::forget(world.running.take());
+        let report = report(&world, Some(format!("panic: {text}")));
+        std::mem::forget(world);
+        return report;
+    }
+    report(&world, None)
+}
+
+fn report(world: &World, panic: Option<String>) -> Report {
+    let mut counts = *world.counts.borrow();
+    counts.steps = world.shared.steps();
+    counts.virtual_ns = world.shared.boot_ns();
+    Report {
+        failure: world.failure.borrow().clone().or(panic),
+        at: world.next.get(),
+        hash: world.shared.hash(),
+        counts,
+    }
+}
+
+fn incarnations(world: &Rc<World>) {
+    for _ in 0..INCARNATIONS_MAX {
+        let executor = Executor::new(Rc::clone(&world.shared));
+        if let Some(crash @ Crash { again: Some(steps), .. }) = world.armed.get() {
+            executor.arm_crash(Some(steps));
+            world.armed.set(Some(Crash { again: None, ..crash }));
+        }
+        let (w, e) = (Rc::clone(world), Rc::clone(&executor));
+        let outcome = executor.run(Box::pin(async move { boot::live(w, e).await }));
+        world.previous.set(world.clock());
+        let stopped = bury(world, &executor);
+        if world.failed() {
+            return;
+        }
+        match outcome {
+            Outcome::Crash => crash(world),
+            Outcome::Done | Outcome::Halted if world.completed.get() => return,
+            Outcome::Done | Outcome::Halted if stopped => {}
+            Outcome::Done | Outcome::Halted | Outcome::Stuck | Outcome::Spinning => {
+                world.fail(format!("{outcome:?}: the agent waits for something that never happens"));
+                return;
+            }
+        }
+    }
+    world.fail("the agent never gets to its end");
+}
+
+/// The process is gone: everything that it held is dropped. Answers whether it had stopped of its own will.
+fn bury(world: &World, executor: &Rc<Executor>) -> bool {
+    let clean = world.running.borrow().as_ref().is_none();
+    for disk in world.cdp.iter().chain(world.volumes.iter().map(|vol| &vol.primary)) {
+        if let Some(misuse) = disk.misuse() {
+            world.fail(misuse);
+        }
+    }
+    for vol in &world.volumes {
+        vol.guard.take();
+        vol.handle.take();
+    }
+    for view in world.views.borrow().iter() {
+        view.handle.take();
+    }
+    executor.kill();
+    world.running.take();
+    world.in_flight.set(0);
+    clean
+}
+
+/// What the disks, the state folder and the oracles make of the agent's death.
+fn crash(world: &World) {
+    let Some(crash) = world.armed.get() else { return };
+    world.say(|| format!("==== {} ====", if crash.power { "power cut" } else { "kill" }));
+    let rng = &world.shared.rng;
+    for disk in world.cdp.iter().chain(world.volumes.iter().map(|vol| &vol.primary)) {
+        if crash.power {
+            disk.power_cut(rng);
+        } else {
+            disk.kill(rng);
+        }
+    }
+    world.folder.crash(rng);
+    let kind = match (world.damaged.get(), crash.power) {
+        (true, _) => CrashKind::Damaged,
+        (false, true) => CrashKind::Power,
+        (false, false) => CrashKind::Kill,
+    };
+    for vol in &world.volumes {
+        let now = world.now(vol);
+        let physical = u64::from(vol.primary.physical);
+        vol.oracle.borrow_mut().crash(kind, physical, now);
+        vol.protected.set(false);
+    }
+    world.count(|counts| *if crash.power { &mut counts.power_cuts } else { &mut counts.kills } += 1);
+    world.shared.pass(crash.down_ns);
+    // The next incarnation dies too, if it was so ordered, but only once.
+    world.armed.set(crash.again.map(|_| crash));
+    guest::forget_scratch(world);
+    if world.cdp.iter().any(|disk| disk.is_faulty()) && !rng.one_in(4) {
+        world.say(|| "all disks work again".to_owned());
+        world.cdp.iter().for_each(|disk| disk.heal());
+    }
+}

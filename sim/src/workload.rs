@@ -1,0 +1,514 @@
+//! Histories: an explicit list of operations drawn from a seed, so that a failing one can be shortened by leaving some out.
+//!
+//! What an operation needs to know of the run (instants, open views, logs) it names by a random number that is taken modulo what
+//! there is when it runs: leaving out an operation leaves the others meaningful.
+
+use crate::disk::{FaultKind, FaultOn};
+use crate::rng::Rng;
+
+/// When the next operation starts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Then {
+    /// At once: this one is still in flight.
+    Go,
+    /// When this one has been acknowledged.
+    Wait,
+    /// When all in flight have been acknowledged.
+    Barrier,
+}
+
+/// How the agent dies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Crash {
+    /// The host's power goes, too.
+    pub power: bool,
+    /// Scheduler steps from now.
+    pub steps: u64,
+    /// Dies again this many steps into the recovery, if nobody has finished it by then.
+    pub again: Option<u64>,
+    /// How long the host is down, nanoseconds.
+    pub down_ns: u64,
+}
+
+/// One operation.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub enum Action {
+    Write {
+        vol: usize,
+        sector: u64,
+        count: u64,
+        fua: bool,
+    },
+    Zero {
+        vol: usize,
+        sector: u64,
+        count: u64,
+        no_hole: bool,
+        fua: bool,
+    },
+    Trim {
+        vol: usize,
+        sector: u64,
+        count: u64,
+    },
+    Flush {
+        vol: usize,
+    },
+    Read {
+        vol: usize,
+        sector: u64,
+        count: u64,
+    },
+    /// Reads the whole volume with nothing in flight.
+    Verify {
+        vol: usize,
+    },
+    /// Asks what is a hole or zero, with nothing in flight, and compares with a read.
+    Status {
+        vol: usize,
+        sector: u64,
+        count: u64,
+    },
+    /// Remembers the present instant.
+    Tick,
+    /// A marker on one volume, or at one instant on all.
+    Mark {
+        vol: Option<usize>,
+        pick: u64,
+    },
+    OpenView {
+        vol: usize,
+        at: u64,
+        writable: bool,
+    },
+    /// Reads a part of an open view (or all of it).
+    ReadView {
+        pick: u64,
+        sector: u64,
+        count: u64,
+    },
+    WriteView {
+        pick: u64,
+        sector: u64,
+        count: u64,
+    },
+    CloseView {
+        pick: u64,
+    },
+    /// Opens, reads all, closes.
+    CheckView {
+        vol: usize,
+        at: u64,
+    },
+    Revert {
+        vol: usize,
+        at: u64,
+        force: bool,
+        release: bool,
+    },
+    /// Only asks what a revert would need.
+    DryRun {
+        vol: usize,
+        at: u64,
+    },
+    /// Goes to the instant just before the newest revert.
+    UndoRevert {
+        vol: usize,
+    },
+    Enable {
+        vol: usize,
+    },
+    Disable {
+        vol: usize,
+    },
+    Edit {
+        vol: usize,
+        capacity: u64,
+        duration_s: u64,
+    },
+    CleanAll {
+        vol: usize,
+    },
+    CleanLog {
+        vol: usize,
+        pick: u64,
+    },
+    /// Closes the volume and opens it again.
+    Reopen {
+        vol: usize,
+    },
+    Sleep {
+        ns: u64,
+    },
+    StepClock {
+        by_ns: i64,
+    },
+    /// The agent is stopped and continued (SIGSTOP): time passes, the disks go on, nothing of the agent runs.
+    Freeze {
+        ns: u64,
+    },
+    Crash(Crash),
+    /// A clean stop and start of the agent.
+    Restart,
+    /// A fault on CDP disk `disk` (or, past those, on a primary).
+    Fault {
+        disk: usize,
+        on: FaultOn,
+        kind: FaultKind,
+        times: Option<u32>,
+        after: u32,
+    },
+    /// The disk is taken away.
+    Gone {
+        disk: usize,
+    },
+    /// All disks work again.
+    Heal,
+    /// One bit of a CDP disk flips at rest.
+    Flip {
+        disk: usize,
+        pick: u64,
+    },
+}
+
+/// An operation and what the next one waits for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Op {
+    /// What is done.
+    pub action: Action,
+    /// When the next starts.
+    pub then: Then,
+}
+
+/// The world of one history.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Setup {
+    /// Sectors of each volume.
+    pub volumes: Vec<u64>,
+    /// Segments of each CDP disk.
+    pub disks: Vec<u64>,
+    /// Physical block of CDP disks, of primaries.
+    pub physical: (u32, u32),
+    /// Primaries are files (with a modification time).
+    pub files: bool,
+    /// Segments that each volume may occupy.
+    pub reserve_segments: u64,
+    /// Seconds of history.
+    pub duration_s: u64,
+    /// Most bytes acked and not destaged.
+    pub backlog_bytes: u64,
+    /// `durability = "both"`.
+    pub flush_primary: bool,
+    /// Seconds between automatic markers.
+    pub marker_interval_s: u64,
+    /// CDP is enabled from the start.
+    pub enabled: bool,
+}
+
+/// A seed's history.
+#[derive(Clone, Debug)]
+pub struct History {
+    /// Seed of the scheduler, the disks and the clocks.
+    pub seed: u64,
+    /// Name of the profile.
+    pub profile: &'static str,
+    /// Its world.
+    pub setup: Setup,
+    /// What happens.
+    pub ops: Vec<Op>,
+}
+
+/// Kinds of history. Numbers are weights.
+struct Profile {
+    name: &'static str,
+    write: u64,
+    trim: u64,
+    flush: u64,
+    read: u64,
+    view: u64,
+    revert: u64,
+    switch: u64,
+    clean: u64,
+    crash: u64,
+    restart: u64,
+    fault: u64,
+    primary_fault: u64,
+    flip: u64,
+    clock: u64,
+    big: bool,
+    many: bool,
+}
+
+const BASE: Profile = Profile {
+    name: "mixed",
+    write: 40,
+    trim: 2,
+    flush: 6,
+    read: 6,
+    view: 14,
+    revert: 3,
+    switch: 2,
+    clean: 1,
+    crash: 3,
+    restart: 1,
+    fault: 0,
+    primary_fault: 0,
+    flip: 0,
+    clock: 2,
+    big: false,
+    many: false,
+};
+
+const PROFILES: [Profile; 12] = [
+    BASE,
+    Profile {
+        name: "writes",
+        view: 6,
+        trim: 0,
+        revert: 0,
+        switch: 0,
+        clean: 0,
+        crash: 0,
+        restart: 0,
+        clock: 0,
+        ..BASE
+    },
+    Profile { name: "crash", crash: 9, revert: 0, switch: 0, clean: 0, ..BASE },
+    Profile { name: "views", view: 30, revert: 0, switch: 0, clean: 0, crash: 1, ..BASE },
+    Profile { name: "revert", revert: 10, crash: 4, switch: 0, clean: 0, ..BASE },
+    Profile { name: "switch", switch: 10, clean: 5, ..BASE },
+    Profile { name: "wrap", write: 60, big: true, ..BASE },
+    Profile { name: "many", many: true, ..BASE },
+    Profile { name: "clock", clock: 14, ..BASE },
+    Profile { name: "cdp-fault", fault: 6, many: true, ..BASE },
+    Profile { name: "primary-fault", primary_fault: 6, ..BASE },
+    Profile { name: "damage", flip: 5, ..BASE },
+];
+
+/// Names of all profiles; `all` takes each in turn by the seed.
+pub fn profiles() -> Vec<&'static str> {
+    PROFILES.iter().map(|profile| profile.name).collect()
+}
+
+/// The history of a seed; `None` when there is no such profile.
+pub fn generate(seed: u64, profile: &str, ops: usize) -> Option<History> {
+    let place = match profile {
+        "all" => (seed % PROFILES.len() as u64) as usize,
+        name => PROFILES.iter().position(|profile| profile.name == name)?,
+    };
+    let profile = &PROFILES[place];
+    let rng = Rng::new(seed ^ (place as u64) << 56);
+    let setup = setup(profile, &rng);
+    let ops = (0..ops).map(|_| op(profile, &setup, &rng)).collect();
+    Some(History { seed, profile: profile.name, setup, ops })
+}
+
+fn setup(profile: &Profile, rng: &Rng) -> Setup {
+    let volumes = if profile.many || rng.one_in(6) { 2 } else { 1 };
+    let disks = if profile.many || rng.one_in(8) { 2 } else { 1 };
+    let reserve_segments = if profile.big { rng.range(32, 34) } else { rng.range(34, 44) };
+    let sectors = |_| {
+        let blocks = *rng.pick(&[1, 2, 4, 8, 16, 32, 64]) + if profile.big { 64 } else { 0 };
+        blocks * 8 + if rng.one_in(6) { rng.range(1, 7) } else { 0 }
+    };
+    Setup {
+        volumes: (0..volumes).map(sectors).collect(),
+        disks: vec![reserve_segments * volumes + rng.range(2, 6); disks],
+        physical: (*rng.pick(&[512, 4096]), *rng.pick(&[512, 4096])),
+        files: rng.one_in(2),
+        reserve_segments,
+        duration_s: if rng.one_in(4) { rng.range(5, 100) } else { 86400 },
+        backlog_bytes: *rng.pick(&[256 << 10, 1 << 20, 16 << 20]),
+        flush_primary: rng.one_in(8),
+        marker_interval_s: *rng.pick(&[1, 5, 60]),
+        enabled: !rng.one_in(10),
+    }
+}
+
+fn op(profile: &Profile, setup: &Setup, rng: &Rng) -> Op {
+    let weights = [
+        profile.write,
+        profile.trim,
+        profile.flush,
+        profile.read,
+        profile.view,
+        profile.revert,
+        profile.switch,
+        profile.clean,
+        profile.crash,
+        profile.restart,
+        profile.fault,
+        profile.primary_fault,
+        profile.flip,
+        profile.clock,
+        8,
+    ];
+    let mut draw = rng.below(weights.iter().sum());
+    let kind = weights.iter().position(|weight| match draw.checked_sub(*weight) {
+        Some(rest) => {
+            draw = rest;
+            false
+        }
+        None => true,
+    });
+    let vol = rng.below(setup.volumes.len() as u64) as usize;
+    let sectors = setup.volumes[vol];
+    let action = match kind.unwrap_or(0) {
+        0 => write(profile, vol, sectors, rng),
+        1 => {
+            let (sector, count) = range(profile, sectors, rng);
+            Action::Trim { vol, sector, count }
+        }
+        2 => Action::Flush { vol },
+        3 if rng.one_in(3) => Action::Verify { vol },
+        3 if rng.one_in(4) => {
+            let (sector, count) = range(profile, sectors, rng);
+            Action::Status { vol, sector, count }
+        }
+        3 => {
+            let (sector, count) = range(profile, sectors, rng);
+            Action::Read { vol, sector, count }
+        }
+        4 => view(profile, vol, sectors, rng),
+        5 if rng.one_in(4) => Action::UndoRevert { vol },
+        5 if rng.one_in(6) => Action::DryRun { vol, at: rng.bits() },
+        5 => Action::Revert { vol, at: rng.bits(), force: !rng.one_in(4), release: rng.one_in(2) },
+        6 => switch(setup, vol, rng),
+        7 if rng.one_in(4) => Action::CleanAll { vol },
+        7 => Action::CleanLog { vol, pick: rng.bits() },
+        8 => Action::Crash(Crash {
+            power: rng.one_in(2),
+            steps: if rng.one_in(4) { rng.range(1, 3000) } else { rng.range(1, 200) },
+            again: if rng.one_in(4) { Some(rng.range(1, 300)) } else { None },
+            down_ns: *rng.pick(&[1_000_000, 1_000_000_000, 100_000_000_000]),
+        }),
+        9 if rng.one_in(3) => Action::Reopen { vol },
+        9 => Action::Restart,
+        10 => fault(setup, rng),
+        11 => primary_fault(setup, rng),
+        12 => Action::Flip { disk: rng.below(setup.disks.len() as u64) as usize, pick: rng.bits() },
+        13 if rng.one_in(4) => Action::Freeze { ns: *rng.pick(&[2_000_000_000, 10_000_000_000, 100_000_000_000]) },
+        13 => Action::StepClock {
+            by_ns: *rng.pick(&[-3_600_000_000_000, -1_000_000_000, -1_000, 1_000, 1_000_000_000, 3_600_000_000_000]),
+        },
+        _ if rng.one_in(3) => {
+            Action::Sleep { ns: *rng.pick(&[1_000, 300_000, 20_000_000, 1_500_000_000, 30_000_000_000]) }
+        }
+        _ if rng.one_in(3) => Action::Mark { vol: if rng.one_in(3) { None } else { Some(vol) }, pick: rng.bits() },
+        _ => Action::Tick,
+    };
+    let then = match rng.below(8) {
+        0..4 => Then::Go,
+        4..7 => Then::Wait,
+        _ => Then::Barrier,
+    };
+    Op { action, then }
+}
+
+fn range(profile: &Profile, sectors: u64, rng: &Rng) -> (u64, u64) {
+    let sector = rng.below(sectors);
+    let most = sectors - sector;
+    match rng.below(8) {
+        0 => (sector, rng.range(1, most.min(16))),
+        1 => (sector, most),
+        2 | 3 if profile.big => (0, sectors),
+        _ => {
+            // Whole blocks, as most guests write.
+            let sector = sector / 8 * 8;
+            let most = sectors - sector;
+            (sector, (rng.range(1, 4) * 8).min(most))
+        }
+    }
+}
+
+fn write(profile: &Profile, vol: usize, sectors: u64, rng: &Rng) -> Action {
+    let (sector, count) = range(profile, sectors, rng);
+    let fua = rng.one_in(10);
+    if rng.one_in(8) {
+        Action::Zero { vol, sector, count, no_hole: rng.one_in(2), fua }
+    } else {
+        Action::Write { vol, sector, count, fua }
+    }
+}
+
+fn view(profile: &Profile, vol: usize, sectors: u64, rng: &Rng) -> Action {
+    let (sector, count) = range(profile, sectors, rng);
+    let (pick, at) = (rng.bits(), rng.bits());
+    match rng.below(10) {
+        0..3 => Action::OpenView { vol, at, writable: rng.one_in(4) },
+        3..6 => Action::ReadView { pick, sector, count },
+        6 => Action::WriteView { pick, sector, count },
+        7 => Action::CloseView { pick },
+        _ => Action::CheckView { vol, at },
+    }
+}
+
+fn switch(setup: &Setup, vol: usize, rng: &Rng) -> Action {
+    match rng.below(6) {
+        0 | 1 => Action::Disable { vol },
+        2..5 => Action::Enable { vol },
+        _ => Action::Edit {
+            vol,
+            capacity: rng.range(setup.reserve_segments - 2, setup.reserve_segments),
+            duration_s: *rng.pick(&[10, 100, 86400]),
+        },
+    }
+}
+
+fn fault(setup: &Setup, rng: &Rng) -> Action {
+    let disk = rng.below(setup.disks.len() as u64) as usize;
+    match rng.below(6) {
+        0 => Action::Gone { disk },
+        1 | 2 => Action::Heal,
+        _ => Action::Fault {
+            disk,
+            on: *rng.pick(&[FaultOn::Read, FaultOn::Write, FaultOn::Sync, FaultOn::Any]),
+            kind: *rng.pick(&[
+                FaultKind::Eio,
+                FaultKind::Eio,
+                FaultKind::Enospc,
+                FaultKind::Hang,
+                FaultKind::Slow(300_000_000),
+                FaultKind::Slow(20_000_000_000),
+            ]),
+            times: if rng.one_in(2) { Some(1) } else { None },
+            after: rng.below(6) as u32,
+        },
+    }
+}
+
+fn primary_fault(setup: &Setup, rng: &Rng) -> Action {
+    let disk = setup.disks.len() + rng.below(setup.volumes.len() as u64) as usize;
+    match rng.below(3) {
+        0 => Action::Heal,
+        _ => Action::Fault {
+            disk,
+            on: *rng.pick(&[FaultOn::Read, FaultOn::Write, FaultOn::Sync, FaultOn::Any]),
+            kind: *rng.pick(&[FaultKind::Eio, FaultKind::Enospc, FaultKind::Slow(300_000_000)]),
+            times: if rng.one_in(2) { Some(rng.range(1, 3) as u32) } else { None },
+            after: rng.below(6) as u32,
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_seed_fixes_the_history_and_every_range_lies_inside_its_volume() {
+        for seed in 0..500 {
+            let a = generate(seed, "all", 80).expect("a profile");
+            let b = generate(seed, "all", 80).expect("a profile");
+            assert_eq!(a.ops, b.ops);
+            assert_eq!(a.setup, b.setup);
+            for op in &a.ops {
+                if let Action::Write { vol, sector, count, .. } | Action::Zero { vol, sector, count, .. } = op.action {
+                    assert!(count > 0 && sector + count <= a.setup.volumes[vol], "{op:?}");
+                }
+            }
+        }
+        assert!(generate(1, "no such profile", 1).is_none());
+    }
+}

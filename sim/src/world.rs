@@ -1,0 +1,367 @@
+//! What a history is about, across all incarnations of the agent: disks, the state folder, volumes with their oracles, open
+//! views, and what was promised so far.
+
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use cdp_journal::clock::HostClock;
+use cdp_journal::info::VolumeInfo;
+use cdp_journal::{ClientGuard, Engine, View, Volume};
+use uuid::Uuid;
+
+use crate::disk::SimDisk;
+use crate::executor::{Executor, Shared};
+use crate::model::{Oracle, Time};
+use crate::rng::{Rng, mix};
+use crate::stamp;
+use crate::store::Folder;
+use crate::workload::History;
+
+/// Bytes of a segment: the least that the format allows.
+pub const SEGMENT: u64 = 1 << 20;
+
+/// Numbers for the summary.
+#[derive(Clone, Copy, Debug, Default)]
+#[allow(missing_docs)]
+pub struct Counts {
+    pub ops: u64,
+    pub kills: u64,
+    pub power_cuts: u64,
+    pub restarts: u64,
+    pub reads_checked: u64,
+    pub views_checked: u64,
+    pub views_refused: u64,
+    pub reverts: u64,
+    pub evicted: u64,
+    pub steps: u64,
+    pub faults: u64,
+    pub virtual_ns: u64,
+}
+
+impl Counts {
+    /// Adds another history's numbers.
+    pub fn add(&mut self, other: &Counts) {
+        self.ops += other.ops;
+        self.kills += other.kills;
+        self.power_cuts += other.power_cuts;
+        self.restarts += other.restarts;
+        self.reads_checked += other.reads_checked;
+        self.views_checked += other.views_checked;
+        self.views_refused += other.views_refused;
+        self.reverts += other.reverts;
+        self.evicted += other.evicted;
+        self.steps += other.steps;
+        self.faults += other.faults;
+        self.virtual_ns += other.virtual_ns;
+    }
+}
+
+/// The running agent.
+pub struct Running {
+    /// Its tasks.
+    pub executor: Rc<Executor>,
+    /// Its engine.
+    pub engine: Rc<Engine>,
+    /// Its clock.
+    pub clock: Arc<HostClock>,
+}
+
+/// One volume.
+pub struct Vol {
+    /// Place in the history's list; part of the stamps.
+    pub index: usize,
+    /// Its uuid.
+    pub id: Uuid,
+    /// Its own disk.
+    pub primary: Rc<SimDisk>,
+    /// Size in sectors.
+    pub sectors: u64,
+    /// What its reads must give.
+    pub oracle: RefCell<Oracle>,
+    /// Certainly journaled: enabled, and no fault since.
+    pub protected: Cell<bool>,
+    /// Raised whenever protection may change.
+    pub switches: Cell<u64>,
+    /// The user's switch as last acknowledged; `None`: a call was cut off by a crash.
+    pub expect_on: Cell<Option<bool>>,
+    /// Instants that no interval may cover: after the first, up to the second.
+    pub gaps: RefCell<Vec<(u64, u64)>>,
+    /// Not recording since this instant.
+    pub gap_open: Cell<Option<u64>>,
+    /// Bytes of CDP disk that it may occupy now.
+    pub capacity: Cell<u64>,
+    /// Instant of the newest revert.
+    pub last_revert: Cell<u64>,
+    /// The serving volume.
+    pub handle: RefCell<Option<Rc<Volume>>>,
+    /// The client's hold.
+    pub guard: RefCell<Option<ClientGuard>>,
+    /// The engine asked the client to go.
+    pub disconnected: Cell<bool>,
+    /// Held by a forced revert until the release; `None`: a call was cut off by a crash.
+    pub held: Cell<Option<bool>>,
+    /// Forced reverts begun: calls that overlap one may be refused.
+    pub forced: Cell<u64>,
+}
+
+impl Vol {
+    /// The serving volume.
+    ///
+    /// # Panics
+    /// When it is not open: a bug of the simulator.
+    pub fn handle(&self) -> Rc<Volume> {
+        Rc::clone(self.handle.borrow().as_ref().expect("operations run while the volume is open"))
+    }
+    /// Whether an instant lies in an interval that can be viewed.
+    pub fn covers(info: &VolumeInfo, instant: u64) -> bool {
+        info.coverage.iter().any(|i| i.start.0 <= instant && i.end.is_none_or(|end| instant <= end.0))
+    }
+    /// Certainly not journaled from here until [`Vol::protect`].
+    pub fn unprotect(&self) {
+        self.protected.set(false);
+        self.switches.set(self.switches.get() + 1);
+    }
+    /// Certainly journaled from here on.
+    pub fn protect(&self) {
+        self.protected.set(true);
+        self.switches.set(self.switches.get() + 1);
+    }
+}
+
+/// An open view.
+pub struct OpenView {
+    /// Place of its volume.
+    pub vol: usize,
+    /// Its id.
+    pub id: Uuid,
+    /// The instant that it shows.
+    pub time: u64,
+    /// Takes writes into scratch.
+    pub writable: bool,
+    /// Sectors written into it, with the stamp's operation number.
+    pub scratch: RefCell<BTreeMap<u64, u32>>,
+    /// The serving view.
+    pub handle: RefCell<Option<Rc<View>>>,
+    /// Calls in flight on it.
+    pub busy: Cell<u32>,
+}
+
+/// All of it.
+pub struct World {
+    /// What is to happen.
+    pub history: History,
+    /// Time and chance.
+    pub shared: Rc<Shared>,
+    /// The state directory.
+    pub folder: Rc<Folder>,
+    /// The CDP disks.
+    pub cdp: Vec<Rc<SimDisk>>,
+    /// The volumes.
+    pub volumes: Vec<Rc<Vol>>,
+    /// Instants worth going back to.
+    pub instants: RefCell<Vec<u64>>,
+    /// Open views.
+    pub views: RefCell<Vec<Rc<OpenView>>>,
+    /// Stamps given out for scratch.
+    pub scratch_stamps: Cell<u32>,
+    /// The next operation.
+    pub next: Cell<usize>,
+    /// The crash that is armed.
+    pub armed: Cell<Option<crate::workload::Crash>>,
+    /// The first violation.
+    pub failure: RefCell<Option<String>>,
+    /// A CDP disk has failed at some time: views may be gone.
+    pub cdp_faulty: Cell<bool>,
+    /// A primary has failed at some time: the guest may get its errors.
+    pub primary_faulty: Cell<bool>,
+    /// Bits were flipped: errors are right, wrong bytes are not.
+    pub damaged: Cell<bool>,
+    /// The CDP disks have their superblocks.
+    pub initialised: Cell<bool>,
+    /// All operations are done and the agent has stopped: one more start checks what it left.
+    pub finished: Cell<bool>,
+    /// The history has come to its end (or cannot go on: a damaged journal refuses).
+    pub completed: Cell<bool>,
+    /// The next start overrides a missing journal.
+    pub override_journal: Cell<bool>,
+    /// The running agent.
+    pub running: RefCell<Option<Rc<Running>>>,
+    /// The newest instant of the last incarnation.
+    pub previous: Cell<u64>,
+    /// Time that the agent was stopped (SIGSTOP) so far.
+    pub frozen_ns: Cell<u64>,
+    /// Guest requests in flight.
+    pub in_flight: Cell<u32>,
+    /// Numbers for the summary.
+    pub counts: RefCell<Counts>,
+    /// Print what happens.
+    pub trace: bool,
+}
+
+/// Stamps in the scratch of writable views bear this volume number.
+pub const SCRATCH_VOLUME: u32 = 1000;
+
+impl World {
+    /// The world of a history, before the agent's first start.
+    pub fn new(history: History, trace: bool) -> Rc<Self> {
+        let setup = history.setup.clone();
+        let rng = Rng::new(mix(history.seed));
+        let wall_ns = 1_700_000_000_000_000_000 + rng.below(1_000_000_000);
+        let shared = Shared::new(history.seed, wall_ns);
+        let cdp = setup.disks.iter().enumerate().map(|(i, segments)| {
+            // Superblock, table and a remainder besides the segments.
+            let size = (segments + 2) * SEGMENT + rng.below(200) * 4096;
+            SimDisk::new(i as u64, &format!("cdp{i}"), size, setup.physical.0, false)
+        });
+        let volumes = setup.volumes.iter().enumerate().map(|(i, sectors)| {
+            let size = sectors * 512;
+            let primary = SimDisk::new(100 + i as u64, &format!("primary{i}"), size, setup.physical.1, setup.files);
+            let blocks = sectors.div_ceil(8);
+            let initial: Vec<bool> = (0..blocks).map(|_| rng.one_in(2)).collect();
+            for block in (0..blocks).filter(|block| initial[*block as usize]) {
+                let count = (sectors - block * 8).min(8) as usize;
+                let mut bytes = vec![0; count * stamp::SECTOR];
+                stamp::fill_all(i as u32, 0, block * 8, &mut bytes);
+                primary.poke(block * 4096, &bytes, wall_ns);
+            }
+            Rc::new(Vol {
+                index: i,
+                id: Uuid::from_u64_pair(0x766f_6c00, i as u64 + 1),
+                primary,
+                sectors: *sectors,
+                oracle: RefCell::new(Oracle::new(i as u32, *sectors, initial)),
+                protected: Cell::new(false),
+                switches: Cell::new(0),
+                expect_on: Cell::new(Some(false)),
+                gaps: RefCell::default(),
+                gap_open: Cell::new(Some(0)),
+                capacity: Cell::new(setup.reserve_segments * SEGMENT),
+                last_revert: Cell::new(0),
+                handle: RefCell::default(),
+                guard: RefCell::default(),
+                disconnected: Cell::new(false),
+                held: Cell::new(Some(false)),
+                forced: Cell::new(0),
+            })
+        });
+        Rc::new(Self {
+            cdp: cdp.collect(),
+            volumes: volumes.collect(),
+            history,
+            shared,
+            folder: Rc::default(),
+            instants: RefCell::default(),
+            views: RefCell::default(),
+            scratch_stamps: Cell::new(1),
+            next: Cell::new(0),
+            armed: Cell::new(None),
+            failure: RefCell::default(),
+            cdp_faulty: Cell::new(false),
+            primary_faulty: Cell::new(false),
+            damaged: Cell::new(false),
+            initialised: Cell::new(false),
+            finished: Cell::new(false),
+            completed: Cell::new(false),
+            override_journal: Cell::new(false),
+            running: RefCell::default(),
+            previous: Cell::new(0),
+            frozen_ns: Cell::new(0),
+            in_flight: Cell::new(0),
+            counts: RefCell::default(),
+            trace,
+        })
+    }
+
+    /// The running agent.
+    ///
+    /// # Panics
+    /// When none runs: a bug of the simulator.
+    pub fn running(&self) -> Rc<Running> {
+        Rc::clone(self.running.borrow().as_ref().expect("called while the agent runs"))
+    }
+
+    /// The newest instant that was given out.
+    pub fn clock(&self) -> u64 {
+        self.running.borrow().as_ref().map_or(self.previous.get(), |running| running.clock.previous().0)
+    }
+
+    /// The present place on a volume's time line.
+    pub fn now(&self, vol: &Vol) -> Time {
+        vol.oracle.borrow_mut().now(self.clock())
+    }
+
+    /// Remembers the present instant.
+    pub fn remember(&self) {
+        let now = self.clock();
+        let mut instants = self.instants.borrow_mut();
+        if now > 0 && instants.last().is_none_or(|last| *last < now) {
+            instants.push(now);
+        }
+    }
+
+    /// An instant to look at or go back to: mostly one that was remembered and is in the volume's history.
+    pub fn pick_instant(&self, info: &VolumeInfo, pick: u64) -> u64 {
+        let now = self.clock();
+        let instants = self.instants.borrow();
+        let inside: Vec<u64> = instants.iter().copied().filter(|instant| Vol::covers(info, *instant)).collect();
+        let choice = match (pick >> 56) % 8 {
+            0 => &*instants,
+            _ if inside.is_empty() => &*instants,
+            _ => &inside,
+        };
+        if choice.is_empty() {
+            return now;
+        }
+        let place = (pick % choice.len() as u64) as usize;
+        let base = choice[place];
+        let next = choice.get(place + 1).copied().unwrap_or(now).max(base);
+        match (pick >> 48) % 8 {
+            0 | 1 => base + (pick >> 8) % (next - base + 1),
+            2 => info.coverage.get(place % info.coverage.len().max(1)).map_or(base, |i| i.start.0),
+            3 => info.coverage.get(place % info.coverage.len().max(1)).and_then(|i| i.end).map_or(base, |end| end.0),
+            _ => base,
+        }
+    }
+
+    /// Some disk does not do what a disk should, or has not done so.
+    pub fn any_fault(&self) -> bool {
+        self.cdp_faulty.get() || self.primary_faulty.get() || self.damaged.get()
+    }
+
+    /// Records a violation (the first counts) and stops the run.
+    pub fn fail(&self, text: impl Into<String>) {
+        let text = text.into();
+        self.say(|| format!("VIOLATION: {text}"));
+        self.failure.borrow_mut().get_or_insert(text);
+        if let Some(running) = self.running.borrow().as_ref() {
+            running.executor.halt();
+        }
+    }
+
+    /// Whether a violation was found.
+    pub fn failed(&self) -> bool {
+        self.failure.borrow().is_some()
+    }
+
+    /// A line of the trace.
+    pub fn say(&self, text: impl FnOnce() -> String) {
+        if self.trace {
+            println!("[{:>14} {:>7}] {}", self.shared.boot_ns(), self.shared.steps(), text());
+        }
+    }
+
+    /// Changes the numbers of the summary.
+    pub fn count(&self, change: impl FnOnce(&mut Counts)) {
+        change(&mut self.counts.borrow_mut());
+    }
+
+    /// Disk number `disk`: CDP disks first, then primaries.
+    pub fn disk(&self, disk: usize) -> &Rc<SimDisk> {
+        match disk.checked_sub(self.cdp.len()) {
+            None => &self.cdp[disk],
+            Some(volume) => &self.volumes[volume % self.volumes.len()].primary,
+        }
+    }
+}

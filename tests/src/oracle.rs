@@ -1,0 +1,400 @@
+//! What each sector may hold, now or at an instant, given what was sent, what was acked and when.
+//!
+//! A write is *certainly in* a state that is taken after its ack, *certainly not in* one taken before it was sent, and may be
+//! either in between. Where two writes were in flight at the same time, or one was cut off by a crash, more than one content
+//! is right, until somebody has looked: [`Oracle::settle`] pins what was seen, so that it can never come back different.
+//!
+//! Every sector says which write it comes from, so a wrong one names its origin.
+
+use std::collections::HashMap;
+
+use crate::now_ns;
+
+/// Bytes of a sector.
+pub const SECTOR: usize = 512;
+/// A write of at most this many bytes is expected to be in a view whole or not at all.
+pub const ATOMIC_BYTES_MAX: u64 = 64 << 10;
+
+const MAGIC: u32 = 0xC0DA_7A5E;
+
+/// Index of an operation.
+pub type OpId = u32;
+
+/// Zeroes: what a fresh volume, or a write of zeroes, holds.
+const ZEROES: u32 = 0;
+
+#[derive(Clone, Copy, Debug)]
+struct Op {
+    /// Wall clock before it was sent.
+    submit: u64,
+    /// Wall clock after its ack (`u64::MAX`: none came).
+    ack: u64,
+    /// After this it has happened or never will.
+    end: u64,
+    first: u32,
+    sectors: u32,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Version {
+    op: OpId,
+    content: u32,
+}
+
+/// See the module's text.
+#[derive(Debug)]
+pub struct Oracle {
+    seed: u32,
+    ops: Vec<Op>,
+    sectors: Vec<Vec<Version>>,
+}
+
+impl Oracle {
+    /// For a volume of `size` bytes that reads as zeroes.
+    pub fn new(seed: u64, size: u64) -> Self {
+        let sectors = usize::try_from(size).expect("fits memory") / SECTOR;
+        // Operation 0 never happens: its number means zeroes.
+        let nothing = Op { submit: 0, ack: 0, end: 0, first: 0, sectors: 0 };
+        let seed = u32::try_from(seed & 0xFFFF_FFFF).expect("32 bits");
+        Self { seed, ops: vec![nothing], sectors: vec![Vec::new(); sectors] }
+    }
+
+    /// Bytes of the volume.
+    pub fn size(&self) -> u64 {
+        (self.sectors.len() * SECTOR) as u64
+    }
+
+    /// Operations so far.
+    pub fn ops(&self) -> usize {
+        self.ops.len() - 1
+    }
+
+    /// Notes a write that is about to be sent; its data come from [`Oracle::data`].
+    pub fn begin_write(&mut self, offset: u64, len: u64) -> OpId {
+        let op = self.push(offset, len);
+        self.add_versions(op, op);
+        op
+    }
+
+    /// Notes a write of zeroes that is about to be sent.
+    pub fn begin_zeroes(&mut self, offset: u64, len: u64) -> OpId {
+        let op = self.push(offset, len);
+        self.add_versions(op, ZEROES);
+        op
+    }
+
+    /// Notes the ack of an operation, just received.
+    pub fn ack(&mut self, op: OpId) {
+        let now = now_ns();
+        let op = &mut self.ops[op as usize];
+        op.ack = now;
+        op.end = now;
+    }
+
+    /// Notes that an operation was answered with an error: it may have happened in part, and nothing more will.
+    pub fn fail(&mut self, op: OpId) {
+        self.ops[op as usize].end = now_ns();
+    }
+
+    /// What the write `op` writes.
+    pub fn data(&self, op: OpId) -> Vec<u8> {
+        let Op { first, sectors, .. } = self.ops[op as usize];
+        let mut out = vec![0; sectors as usize * SECTOR];
+        for (sector, bytes) in (first..).zip(out.chunks_exact_mut(SECTOR)) {
+            fill(self.seed, op, sector, bytes);
+        }
+        out
+    }
+
+    /// Nothing that was sent can still happen: the agent is dead, or its connections were cut and their requests ended.
+    pub fn cut(&mut self) {
+        let now = now_ns();
+        for op in &mut self.ops {
+            op.end = op.end.min(now);
+        }
+    }
+
+    /// Checks `data`, read from `offset` in the span of time from `from` to `to`. A view's span is its instant.
+    pub fn check(&self, offset: u64, data: &[u8], from: u64, to: u64) -> Result<(), String> {
+        self.contents(offset, data, from, to).map(drop)
+    }
+
+    /// Checks a whole image as [`Oracle::check`] does, and that no small write is in it by halves.
+    pub fn check_image(&self, image: &[u8], from: u64, to: u64) -> Result<(), String> {
+        if image.len() as u64 != self.size() {
+            return Err(format!("an image of {} bytes, expected {}", image.len(), self.size()));
+        }
+        let contents = self.contents(0, image, from, to)?;
+        self.check_whole(&contents)
+    }
+
+    /// Pins what `image`, read since `from`, shows wherever more than one content would be right, after checking it.
+    /// No write may be in flight. Call [`Oracle::cut`] before reading it when some never got an answer.
+    pub fn settle(&mut self, image: &[u8], from: u64) -> Result<usize, String> {
+        let now = now_ns();
+        self.check_image(image, from, now)?;
+        let mut op = None;
+        let mut pinned = 0;
+        for (sector, bytes) in image.chunks_exact(SECTOR).enumerate() {
+            if self.candidates(sector, from, now).nth(1).is_none() {
+                continue;
+            }
+            let content = decode(bytes);
+            let op = *op.get_or_insert_with(|| {
+                self.ops.push(Op { submit: from, ack: now, end: now, first: 0, sectors: 0 });
+                u32::try_from(self.ops.len() - 1).expect("fewer than 2^32 operations")
+            });
+            self.sectors[sector].push(Version { op, content });
+            pinned += 1;
+        }
+        Ok(pinned)
+    }
+
+    /// Notes a revert, sent at `submit` and answered now, that made the volume equal `image` (which the caller has checked
+    /// as the view of the target).
+    pub fn reverted(&mut self, image: &[u8], submit: u64) {
+        let now = now_ns();
+        self.ops.push(Op { submit, ack: now, end: now, first: 0, sectors: 0 });
+        let op = u32::try_from(self.ops.len() - 1).expect("fewer than 2^32 operations");
+        for (versions, bytes) in self.sectors.iter_mut().zip(image.chunks_exact(SECTOR)) {
+            versions.push(Version { op, content: decode(bytes) });
+        }
+    }
+
+    fn push(&mut self, offset: u64, len: u64) -> OpId {
+        let (first, sectors) = (offset / SECTOR as u64, len / SECTOR as u64);
+        self.ops.push(Op {
+            submit: now_ns(),
+            ack: u64::MAX,
+            end: u64::MAX,
+            first: u32::try_from(first).expect("a small volume"),
+            sectors: u32::try_from(sectors).expect("a small volume"),
+        });
+        u32::try_from(self.ops.len() - 1).expect("fewer than 2^32 operations")
+    }
+
+    fn add_versions(&mut self, op: OpId, content: u32) {
+        let Op { first, sectors, .. } = self.ops[op as usize];
+        for versions in &mut self.sectors[first as usize..(first + sectors) as usize] {
+            versions.push(Version { op, content });
+        }
+    }
+
+    /// Contents that a read of `sector` in the span may give, without repetition.
+    fn candidates(&self, sector: usize, from: u64, to: u64) -> impl Iterator<Item = u32> + '_ {
+        let versions = &self.sectors[sector];
+        // The newest start of a write that is certainly in: whatever ended before it is gone.
+        let floor =
+            versions.iter().map(|v| self.ops[v.op as usize]).filter(|op| op.ack <= from).map(|op| op.submit).max();
+        let floor = floor.unwrap_or(0);
+        let possible = move |version: &Version| {
+            let op = self.ops[version.op as usize];
+            op.submit <= to && op.end >= floor
+        };
+        let initial = (floor == 0).then_some(ZEROES);
+        let mut seen: Vec<u32> = Vec::new();
+        initial.into_iter().chain(versions.iter().filter(move |v| possible(v)).map(|v| v.content)).filter(
+            move |content| {
+                let new = !seen.contains(content);
+                if new {
+                    seen.push(*content);
+                }
+                new
+            },
+        )
+    }
+
+    fn contents(&self, offset: u64, data: &[u8], from: u64, to: u64) -> Result<Vec<u32>, String> {
+        let first = usize::try_from(offset).expect("fits memory") / SECTOR;
+        let mut contents = Vec::with_capacity(data.len() / SECTOR);
+        let mut wrong = 0;
+        let mut first_wrong = None;
+        for (sector, bytes) in (first..).zip(data.chunks_exact(SECTOR)) {
+            let content = decode(bytes);
+            let mut expected = [0; SECTOR];
+            if content != ZEROES {
+                fill(self.seed, content, u32::try_from(sector).expect("a small volume"), &mut expected);
+            }
+            if bytes != expected || !self.candidates(sector, from, to).any(|candidate| candidate == content) {
+                wrong += 1;
+                if first_wrong.is_none() {
+                    first_wrong = Some(self.describe(sector, bytes, bytes == expected, from, to));
+                }
+            }
+            contents.push(content);
+        }
+        match first_wrong {
+            None => Ok(contents),
+            Some(text) => Err(format!("{wrong} of {} sectors are wrong; {text}", data.len() / SECTOR)),
+        }
+    }
+
+    fn check_whole(&self, contents: &[u32]) -> Result<(), String> {
+        let mut shown: HashMap<u32, usize> = HashMap::new();
+        for (sector, content) in contents.iter().enumerate() {
+            if *content != ZEROES {
+                shown.entry(*content).or_insert(sector);
+            }
+        }
+        // Pins and reverts bring back old contents; what they cover is judged by the version, not by the write.
+        for (op_id, sector) in shown {
+            let op = self.ops[op_id as usize];
+            if u64::from(op.sectors) * SECTOR as u64 > ATOMIC_BYTES_MAX {
+                continue;
+            }
+            let latest = self.latest_showing(sector, op_id);
+            if latest != op_id {
+                continue;
+            }
+            let covered = contents.iter().enumerate().skip(op.first as usize).take(op.sectors as usize);
+            for (other, &content) in covered {
+                if content == op_id {
+                    continue;
+                }
+                let may_be_later = self.sectors[other]
+                    .iter()
+                    .any(|v| v.content == content && v.op != op_id && self.ops[v.op as usize].end >= op.submit);
+                if !may_be_later {
+                    return Err(format!(
+                        "write {op_id} (sectors {} to {}) is in sector {sector} and not in sector {other}",
+                        op.first,
+                        op.first + op.sectors - 1
+                    ));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The newest operation that gave `sector` the content of `content`.
+    fn latest_showing(&self, sector: usize, content: u32) -> OpId {
+        self.sectors[sector].iter().rev().find(|v| v.content == content).map_or(content, |v| v.op)
+    }
+
+    fn describe(&self, sector: usize, bytes: &[u8], intact: bool, from: u64, to: u64) -> String {
+        let found = match (decode(bytes), intact) {
+            (ZEROES, true) => "zeroes".to_owned(),
+            (content, true) if (content as usize) < self.ops.len() => {
+                let op = self.ops[content as usize];
+                format!("write {content} (sent {}, acked {})", op.submit, show(op.ack))
+            }
+            (content, _) => format!("garbage (claims to be write {content}): {:02x?}", &bytes[..32]),
+        };
+        let allowed: Vec<String> = self
+            .candidates(sector, from, to)
+            .map(|content| match content {
+                ZEROES => "zeroes".to_owned(),
+                content => {
+                    let op = self.ops[content as usize];
+                    format!("write {content} (sent {}, acked {})", op.submit, show(op.ack))
+                }
+            })
+            .collect();
+        format!("sector {sector} read from {from} to {to} holds {found}, expected {}", allowed.join(" or "))
+    }
+}
+
+fn show(instant: u64) -> String {
+    if instant == u64::MAX { "never".to_owned() } else { instant.to_string() }
+}
+
+/// Fills one sector: who wrote it, where it belongs, and noise that depends on both.
+fn fill(seed: u32, content: u32, sector: u32, out: &mut [u8]) {
+    let mut state = (u64::from(seed) << 32 | u64::from(content)) ^ (u64::from(sector) << 17) | 1;
+    for word in out.chunks_exact_mut(8) {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        word.copy_from_slice(&state.to_le_bytes());
+    }
+    out[..4].copy_from_slice(&MAGIC.to_le_bytes());
+    out[4..8].copy_from_slice(&seed.to_le_bytes());
+    out[8..12].copy_from_slice(&content.to_le_bytes());
+    out[12..16].copy_from_slice(&sector.to_le_bytes());
+}
+
+/// Which write a sector claims to come from.
+fn decode(bytes: &[u8]) -> u32 {
+    u32::from_le_bytes(bytes[8..12].try_into().expect("four bytes"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn image_of(oracle: &Oracle, ops: &[OpId]) -> Vec<u8> {
+        let mut image = vec![0; usize::try_from(oracle.size()).unwrap()];
+        for &op in ops {
+            let start = oracle.ops[op as usize].first as usize * SECTOR;
+            let data = oracle.data(op);
+            image[start..start + data.len()].copy_from_slice(&data);
+        }
+        image
+    }
+
+    #[test]
+    fn an_acked_write_must_be_in_and_an_unsent_one_must_not() {
+        let mut oracle = Oracle::new(1, 1 << 20);
+        let before = now_ns();
+        let op = oracle.begin_write(4096, 8192);
+        oracle.ack(op);
+        let after = now_ns();
+        let empty = image_of(&oracle, &[]);
+        let written = image_of(&oracle, &[op]);
+        oracle.check_image(&empty, before, before).unwrap();
+        oracle.check_image(&written, after, after).unwrap();
+        assert!(oracle.check_image(&empty, after, after).unwrap_err().contains("holds zeroes, expected write 1"));
+        assert!(oracle.check_image(&written, before, before).is_err());
+        let mut bad = written;
+        bad[4096 + 100] ^= 1;
+        assert!(oracle.check_image(&bad, after, after).unwrap_err().contains("garbage"));
+    }
+
+    #[test]
+    fn a_write_in_flight_may_be_in_or_not_but_not_by_halves() {
+        let mut oracle = Oracle::new(1, 1 << 20);
+        let old = oracle.begin_write(0, 8192);
+        oracle.ack(old);
+        let new = oracle.begin_write(0, 8192);
+        let now = now_ns();
+        let with = image_of(&oracle, &[old, new]);
+        let without = image_of(&oracle, &[old]);
+        oracle.check_image(&with, now, now).unwrap();
+        oracle.check_image(&without, now, now).unwrap();
+        let mut half = with;
+        half[4096..8192].copy_from_slice(&without[4096..8192]);
+        assert!(oracle.check_image(&half, now, now).unwrap_err().contains("and not in sector"));
+    }
+
+    #[test]
+    fn what_was_seen_after_a_crash_stays() {
+        let mut oracle = Oracle::new(1, 1 << 20);
+        let old = oracle.begin_write(0, 4096);
+        oracle.ack(old);
+        let new = oracle.begin_write(0, 4096);
+        oracle.cut();
+        let from = now_ns();
+        let without = image_of(&oracle, &[old]);
+        assert_eq!(oracle.settle(&without, from).unwrap(), 8);
+        let now = now_ns();
+        oracle.check_image(&without, now, now).unwrap();
+        let with = image_of(&oracle, &[old, new]);
+        assert!(oracle.check_image(&with, now, now).is_err(), "a cut-off write came back");
+    }
+
+    #[test]
+    fn an_overwritten_content_is_gone_and_a_reverted_one_is_back() {
+        let mut oracle = Oracle::new(1, 1 << 20);
+        let first = oracle.begin_write(0, 4096);
+        oracle.ack(first);
+        let target = image_of(&oracle, &[first]);
+        let second = oracle.begin_write(0, 4096);
+        oracle.ack(second);
+        let now = now_ns();
+        assert!(oracle.check_image(&target, now, now).is_err());
+        oracle.reverted(&target, now);
+        let now = now_ns();
+        oracle.check_image(&target, now, now).unwrap();
+        assert!(oracle.check_image(&image_of(&oracle, &[first, second]), now, now).is_err());
+    }
+}

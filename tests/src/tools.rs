@@ -1,0 +1,56 @@
+//! Other people's tools: they have no idea of how the agent works, so what they say counts.
+
+use std::ffi::OsStr;
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+
+/// Runs a program that must succeed and returns its standard output.
+pub fn run<S: AsRef<OsStr>>(program: &str, args: impl IntoIterator<Item = S>) -> String {
+    let output = output(program, args);
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(output.status.success(), "{}\n{text}", describe(program, &output));
+    text
+}
+
+/// Runs a program that must fail and returns its standard error.
+pub fn run_refused<S: AsRef<OsStr>>(program: &str, args: impl IntoIterator<Item = S>) -> String {
+    let output = output(program, args);
+    assert!(!output.status.success(), "{} should have failed", describe(program, &output));
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+/// Runs a program.
+pub fn output<S: AsRef<OsStr>>(program: &str, args: impl IntoIterator<Item = S>) -> Output {
+    Command::new(program)
+        .args(args)
+        .stdin(Stdio::null())
+        // mkfs and friends live there, and not everybody's PATH has it.
+        .env("PATH", format!("{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_default()))
+        .output()
+        .unwrap_or_else(|e| panic!("{program} cannot be run ({e}); scripts/setup.sh installs what the tests need"))
+}
+
+/// Checks an ext4 image: replays its log on a copy, as a mount would, and then finds no fault.
+pub fn assert_ext4_sound(image: &Path, what: &str) {
+    // -E journal_only replays and does nothing else; 0 and 1 are its good ends.
+    let replay = output("e2fsck", [OsStr::new("-fy"), "-E".as_ref(), "journal_only".as_ref(), image.as_os_str()]);
+    assert!(matches!(replay.status.code(), Some(0 | 1)), "{what}: {}", describe("e2fsck journal_only", &replay));
+    let check = output("e2fsck", [OsStr::new("-fn"), image.as_os_str()]);
+    assert_eq!(
+        check.status.code(),
+        Some(0),
+        "{what}: {}\n{}",
+        describe("e2fsck -fn", &check),
+        String::from_utf8_lossy(&check.stdout)
+    );
+}
+
+/// Checks an XFS image that was unmounted cleanly.
+pub fn assert_xfs_sound(image: &Path, what: &str) {
+    let check = output("xfs_repair", [OsStr::new("-n"), "-f".as_ref(), image.as_os_str()]);
+    assert_eq!(check.status.code(), Some(0), "{what}: {}", describe("xfs_repair -n", &check));
+}
+
+fn describe(program: &str, output: &Output) -> String {
+    format!("{program}: {}\n{}", output.status, String::from_utf8_lossy(&output.stderr))
+}

@@ -1,0 +1,335 @@
+//! Promise: the agent starts, stops, refuses and recovers as the design says: never two on the same disks, never past a
+//! primary that somebody else has written, never without a journal that holds acked writes.
+
+use std::fs::{self, OpenOptions};
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::net::TcpStream;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use cdp_tests::load::{Load, Plan};
+use cdp_tests::nbd::Client;
+use cdp_tests::oracle::Oracle;
+use cdp_tests::process::{Agent, exit};
+use cdp_tests::{now_ns, tools};
+use nix::sys::signal::Signal;
+
+const SIZE: u64 = 8 << 20;
+
+const CONFIG: &str = r#"
+state_dir = "DIR/state"
+[grpc]
+unix = "DIR/agent.sock"
+[nbd]
+unix = "DIR/nbd.sock"
+[metrics]
+listen = "off"
+"#;
+
+fn some_writes(agent: &Agent, seed: u64) -> Oracle {
+    let oracle = Arc::new(Mutex::new(Oracle::new(seed, SIZE)));
+    let plan = Plan { writes_max: 500, ..Plan::mixed(SIZE, seed) };
+    Load::start(&oracle, &agent.socket(), "demo", plan).finish();
+    let mut oracle = Arc::into_inner(oracle).expect("the load has ended").into_inner().unwrap();
+    let from = now_ns();
+    oracle.settle(&agent.live_image("demo"), from).unwrap();
+    oracle
+}
+
+fn health(agent: &Agent) -> String {
+    agent.info("demo")["health"].as_str().expect("a word").to_owned()
+}
+
+fn assert_live(agent: &Agent, oracle: &Oracle) {
+    let from = now_ns();
+    oracle.check_image(&agent.live_image("demo"), from, now_ns()).unwrap();
+}
+
+#[test]
+fn a_second_agent_on_the_same_folder_is_refused_and_the_first_goes_on() {
+    let agent = Agent::dev("8MiB", "512MiB");
+    let oracle = some_writes(&agent, 1);
+    let output = tools::output(
+        cdp_tests::process::binaries().join("cdp-agent").to_str().unwrap(),
+        ["--dev", agent.dir().to_str().unwrap()],
+    );
+    assert!(!output.status.success(), "a second agent started");
+    let said = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(said.contains(agent.dir().to_str().unwrap()), "it names what is in use: {said}");
+    assert!(!said.contains("panicked"), "{said}");
+    assert_live(&agent, &oracle);
+}
+
+/// Goal: another agent, with a state of its own, gets neither the CDP disk nor the primary of the first.
+#[test]
+fn a_second_agent_with_its_own_state_gets_no_disk_of_the_first() {
+    let agent = Agent::dev("8MiB", "512MiB");
+    let oracle = some_writes(&agent, 2);
+    let (cdp, primary) = (agent.file("cdp.img"), agent.file("primary.img"));
+    let config = format!("{CONFIG}\n[[disk]]\npath = {cdp:?}\n[[volume]]\nname = \"stolen\"\npath = {primary:?}\n");
+    let mut thief = Agent::configured(&config);
+    thief.spawn();
+    // It either refuses to start, or starts and serves neither; both are honest.
+    let begun = std::time::Instant::now();
+    loop {
+        if let Ok(list) = thief.try_ctl(&["disk", "list"]) {
+            let disks = list["disks"].as_array().unwrap();
+            assert!(disks.iter().all(|disk| disk["online"] == false), "it opened the other's CDP disk: {list}");
+            assert!(Client::connect(&thief.socket(), "stolen").is_err(), "it serves the other's primary");
+            break;
+        }
+        if begun.elapsed() > Duration::from_secs(2) {
+            let status = thief.wait_for_end();
+            assert!(!status.success());
+            assert!(
+                thief.log_tail().contains(agent.dir().to_str().unwrap()),
+                "it names what is in use:\n{}",
+                thief.log_tail()
+            );
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    assert_live(&agent, &oracle);
+}
+
+/// Goal: QEMU's tools see the lock on the primary and keep off, too.
+#[test]
+fn other_programs_see_that_the_primary_is_in_use() {
+    let agent = Agent::dev("8MiB", "512MiB");
+    let primary = agent.file("primary.img");
+    let said = tools::run_refused("qemu-io", ["-f", "raw", "-c", "write 0 512", primary.to_str().unwrap()]);
+    assert!(said.contains("lock"), "{said}");
+}
+
+/// Goal: SIGTERM and SIGINT leave everything on the primary, where anybody can read it without the agent.
+#[test]
+fn a_stop_drains_to_the_primary() {
+    for signal in [Signal::SIGTERM, Signal::SIGINT] {
+        let mut agent = Agent::dev("8MiB", "512MiB");
+        let oracle = some_writes(&agent, 3);
+        agent.signal(signal);
+        assert!(agent.wait_for_end().success(), "{}", agent.log_tail());
+        let image = fs::read(agent.file("primary.img")).unwrap();
+        let now = now_ns();
+        oracle.check_image(&image, now, now).unwrap();
+        agent.start();
+        assert_eq!(health(&agent), "ok");
+        assert_live(&agent, &oracle);
+    }
+}
+
+/// Goal: a stop ends with clients connected and writing; what was acked is on the primary.
+#[test]
+fn a_stop_under_load_loses_no_acked_write() {
+    let mut agent = Agent::dev("8MiB", "512MiB");
+    let oracle = Arc::new(Mutex::new(Oracle::new(4, SIZE)));
+    // A write that comes too late may be answered with an error (shutting down) instead of silence.
+    let plan = Plan { errors_fail: false, ..Plan::mixed(SIZE, 4) };
+    let load = Load::start(&oracle, &agent.socket(), "demo", plan);
+    load.wait_for(1000);
+    agent.stop();
+    load.stop();
+    oracle.lock().unwrap().cut();
+    let image = fs::read(agent.file("primary.img")).unwrap();
+    let from = now_ns();
+    oracle.lock().unwrap().settle(&image, from).unwrap();
+    agent.start();
+    assert_live(&agent, &oracle.lock().unwrap());
+}
+
+/// Goal: an agent that was stopped and continued for longer than `stall_max` keeps its protection.
+#[test]
+fn a_stopped_and_continued_agent_keeps_its_protection() {
+    let agent = Agent::dev("8MiB", "512MiB");
+    let oracle = Arc::new(Mutex::new(Oracle::new(5, SIZE)));
+    let load = Load::start(&oracle, &agent.socket(), "demo", Plan::mixed(SIZE, 5));
+    load.wait_for(200);
+    let before = now_ns();
+    agent.signal(Signal::SIGSTOP);
+    std::thread::sleep(Duration::from_millis(6500)); // the default of stall_max is 5 s
+    agent.signal(Signal::SIGCONT);
+    load.wait_for(200);
+    load.stop();
+    let info = agent.info("demo");
+    assert_eq!(info["health"], "ok", "{info}");
+    let coverage = agent.coverage("demo");
+    assert!(coverage.iter().any(|interval| interval.contains(before) && interval.end.is_none()), "{coverage:?}");
+    let image = agent.view_image("demo", before);
+    oracle.lock().unwrap().check_image(&image, before, before).unwrap();
+}
+
+#[test]
+fn a_bad_configuration_is_refused_by_line_and_key() {
+    let table: &[(&str, &[&str])] = &[
+        ("stat_dir = \"DIR/state\"\n", &["config.toml:1", "stat_dir", "state_dir"]),
+        ("[nbd]\nconnections_max = 0\n", &["config.toml:2", "nbd.connections_max", "65536"]),
+        ("[grpc]\ntcp = \"127.0.0.1:0\"\n", &["config.toml:2", "grpc.tcp", "insecure"]),
+        ("[engine]\nbacklog = \"a lot\"\n", &["config.toml:2", "engine.backlog", "a lot"]),
+        ("this is no TOML\n", &["config.toml:1"]),
+    ];
+    for (text, words) in table {
+        let mut agent = Agent::configured(text);
+        let (status, said) = agent.run_to_end();
+        assert!(!status.success(), "{text:?} was accepted");
+        for word in *words {
+            assert!(said.contains(word), "{text:?}: it should say {word:?}: {said}");
+        }
+        assert!(!said.contains("panicked"), "{text:?}: {said}");
+    }
+}
+
+/// Goal: the way of an admin on a fresh host: configuration, a CDP disk, a volume, history, restart.
+#[test]
+fn a_configured_agent_takes_disks_and_volumes_and_has_them_again_after_a_restart() {
+    let mut agent = Agent::configured(&format!("{CONFIG}\n[engine]\nreserve_capacity = \"256MiB\"\n"));
+    agent.start_unserved();
+    let (cdp, primary) = (agent.file("cdp.img"), agent.file("vm.img"));
+    let primary = primary.to_str().unwrap();
+    agent.ctl(&["volume", "add", "demo", "--path", primary, "--size", "8MiB", "--create"]);
+    agent.ctl(&["volume", "add", "demo", "--path", primary]);
+    agent.ctl_refused(&["enable", "demo"], &["disk"]);
+    agent.ctl(&["disk", "init", cdp.to_str().unwrap(), "--size", "512MiB"]);
+    agent.ctl(&["enable", "demo"]);
+    let oracle = some_writes(&agent, 6);
+    let at = now_ns();
+    for kill in [true, false] {
+        if kill {
+            agent.kill();
+        } else {
+            agent.stop();
+        }
+        agent.start();
+        assert_eq!(health(&agent), "ok");
+        assert_eq!(agent.info("demo")["cdp_state"], "on");
+        let image = agent.view_image("demo", at);
+        oracle.check_image(&image, at, at).unwrap();
+    }
+    let refusal = {
+        let _client = agent.connect("demo");
+        agent.ctl_refused(&["volume", "remove", "demo"], &["demo"])
+    };
+    assert_eq!(refusal.code, Some(exit::REFUSED));
+    agent.ctl(&["volume", "remove", "demo"]);
+    assert!(Client::connect(&agent.socket(), "demo").is_err());
+    let image = fs::read(primary).unwrap();
+    let now = now_ns();
+    oracle.check_image(&image, now, now).expect("a removed volume's data are on its primary");
+}
+
+/// Goal: when somebody wrote to the primary behind the agent's back, nothing is redone over it and no old history is shown
+/// for it, until the admin decides; then protection goes on.
+#[test]
+fn a_primary_that_was_written_past_the_agent_is_noticed() {
+    let mut agent = Agent::dev("8MiB", "512MiB");
+    let oracle = some_writes(&agent, 7);
+    let old = now_ns();
+    agent.stop();
+    let mut file = OpenOptions::new().write(true).open(agent.file("primary.img")).unwrap();
+    file.seek(SeekFrom::Start(123 * 4096)).unwrap();
+    file.write_all(&[0x5A; 4096]).unwrap();
+    file.sync_all().unwrap();
+    drop(file);
+    let intruder = fs::read(agent.file("primary.img")).unwrap();
+    agent.start_unserved();
+    let info = agent.info("demo");
+    assert_eq!(info["health"], "primary_changed", "{info}");
+    assert_ne!(info["health_reason"], "", "{info}");
+    agent.ctl_refused(&["view", "open", "demo", "--at", &old.to_string()], &[]);
+    agent.ctl_refused(&["volume", "override", "demo", "--accept", "needs_journal"], &["primary_changed"]);
+    agent.ctl(&["volume", "override", "demo", "--accept", "primary_changed"]);
+    assert!(agent.live_image("demo") == intruder, "the intruder's bytes are what there is");
+    agent.ctl(&["enable", "demo"]);
+    let mut client = agent.connect("demo");
+    let between = now_ns();
+    client.write(0, &[1; 4096]).unwrap();
+    assert!(agent.view_image("demo", between) == intruder, "protection goes on from there");
+    agent.ctl_refused(&["view", "open", "demo", "--at", &old.to_string()], &["retained"]);
+    drop(oracle);
+}
+
+/// Goal: without the CDP disk that holds acked writes, the volume is not served; with it again, nothing is missing; only a
+/// named override goes on without.
+#[test]
+fn without_the_journal_that_holds_acked_writes_the_volume_is_not_served() {
+    let mut agent = Agent::dev("8MiB", "512MiB");
+    let oracle = some_writes(&agent, 8);
+    agent.kill();
+    let (disk, hidden) = (agent.file("cdp.img"), agent.file("hidden.img"));
+    fs::rename(&disk, &hidden).unwrap();
+    agent.start_unserved();
+    let info = agent.info("demo");
+    assert_eq!(info["health"], "needs_journal", "{info}");
+    assert!(Client::connect(&agent.socket(), "demo").is_err(), "its newest acked writes are elsewhere");
+    agent.stop();
+    if disk.exists() {
+        fs::remove_file(&disk).unwrap();
+    }
+    fs::rename(&hidden, &disk).unwrap();
+    agent.start();
+    assert_eq!(health(&agent), "ok");
+    assert_live(&agent, &oracle);
+
+    some_more(&agent);
+    agent.kill();
+    fs::rename(&disk, &hidden).unwrap();
+    agent.start_unserved();
+    agent.ctl_refused(&["volume", "override", "demo", "--accept", "primary_changed"], &["needs_journal"]);
+    agent.ctl(&["volume", "override", "demo", "--accept", "needs_journal"]);
+    let mut client = agent.connect("demo");
+    client.write(0, &[9; 4096]).unwrap();
+    client.close();
+    // The journal that was given up never comes back over what was written since.
+    agent.stop();
+    if disk.exists() {
+        fs::remove_file(&disk).unwrap();
+    }
+    fs::rename(&hidden, &disk).unwrap();
+    agent.start_unserved();
+    let mut client = agent.connect("demo");
+    assert!(client.read(0, 4096).unwrap() == [9; 4096], "a journal that was given up was redone");
+}
+
+fn some_more(agent: &Agent) {
+    let mut client = agent.connect("demo");
+    client.write(0, &[7; 65536]).unwrap();
+    client.close();
+}
+
+/// Goal: metrics are there for a scraper, on loopback, with the volume's name.
+#[test]
+fn metrics_are_served_over_http() {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    drop(listener);
+    let config = CONFIG.replace("\"off\"", &format!("\"{address}\""));
+    let mut agent = Agent::configured(&config);
+    agent.start_unserved();
+    let primary = agent.file("vm.img");
+    let cdp = agent.file("cdp.img");
+    agent.ctl(&["disk", "init", cdp.to_str().unwrap(), "--size", "512MiB"]);
+    agent.ctl(&["volume", "add", "demo", "--path", primary.to_str().unwrap(), "--size", "8MiB", "--create"]);
+    agent.ctl(&["edit", "demo", "--reserve-capacity", "256MiB", "--reserve-duration", "1h"]);
+    agent.ctl(&["enable", "demo"]);
+    let mut client = agent.connect("demo");
+    for block in 0..10_u64 {
+        client.write(block * 4096, &[1; 4096]).unwrap();
+    }
+    let begun = std::time::Instant::now();
+    loop {
+        let mut stream = TcpStream::connect(address).unwrap();
+        stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n").unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        let mut text = String::new();
+        stream.read_to_string(&mut text).unwrap();
+        assert!(text.starts_with("HTTP/1.1 200"), "{text}");
+        let counted = text.lines().any(|line| {
+            !line.starts_with('#') && line.contains("write") && line.contains("demo") && line.ends_with(" 10")
+        });
+        if counted {
+            break;
+        }
+        assert!(begun.elapsed() < Duration::from_secs(30), "no counter shows the ten writes:\n{text}");
+        std::thread::sleep(Duration::from_millis(200));
+    }
+}
