@@ -217,7 +217,11 @@ fn read_root(root: &mut Section<'_>, config: &mut Config) -> Result<(), ConfigEr
     if let Some(mut section) = root.section("log")? {
         if let Some(value) = section.string("level")? {
             if value.text.parse::<tracing_subscriber::EnvFilter>().is_err() {
-                return Err(section.refuse("level", &value, "error, warn, info, debug or trace, or a list such as info,cdp_journal=debug"));
+                return Err(section.refuse(
+                    "level",
+                    &value,
+                    "error, warn, info, debug or trace, or a list such as info,cdp_journal=debug",
+                ));
             }
             config.log_filter = value.text;
         }
@@ -254,7 +258,8 @@ fn read_listen(section: &mut Section<'_>, listen: &mut Listen) -> Result<(), Con
     }
     if let Some(value) = section.string("unix_mode")? {
         let mode = u32::from_str_radix(value.text.trim_start_matches("0o"), 8).ok().filter(|mode| *mode <= 0o777);
-        let mode = mode.ok_or_else(|| section.refuse("unix_mode", &value, "permissions in octal, \"0000\" to \"0777\""))?;
+        let mode =
+            mode.ok_or_else(|| section.refuse("unix_mode", &value, "permissions in octal, \"0000\" to \"0777\""))?;
         if let Some(unix) = &mut listen.unix {
             unix.mode = mode;
         }
@@ -311,7 +316,8 @@ fn read_engine(section: &mut Section<'_>, engine: &mut EngineConfig) -> Result<(
         engine.default_settings.reserve_capacity = bytes;
     }
     if let Some(value) = section.string_or_number("reserve_duration")? {
-        let seconds = parse::duration_s(&value.text).map_err(|error| section.refuse("reserve_duration", &value, &error.bound))?;
+        let seconds =
+            parse::duration_s(&value.text).map_err(|error| section.refuse("reserve_duration", &value, &error.bound))?;
         if !(1..=parse::RESERVE_DURATION_S_MAX).contains(&seconds) {
             return Err(section.refuse("reserve_duration", &value, "1s to 3153600000s (100 years)"));
         }
@@ -352,7 +358,11 @@ fn read_volume(section: &mut Section<'_>) -> Result<VolumeConfig, ConfigError> {
     let path = section.required_path("path")?;
     let uuid = match section.string("uuid")? {
         Some(value) => Some(Uuid::parse_str(&value.text).ok().filter(|id| !id.is_nil()).ok_or_else(|| {
-            section.refuse("uuid", &value, "32 hexadecimal digits in groups, not all zero: \"6f1c1e0a-3d5b-4d62-9d1e-6f3f1d0f7b11\"")
+            section.refuse(
+                "uuid",
+                &value,
+                "32 hexadecimal digits in groups, not all zero: \"6f1c1e0a-3d5b-4d62-9d1e-6f3f1d0f7b11\"",
+            )
         })?),
         None => None,
     };
@@ -387,7 +397,10 @@ fn check_paths(source: &Source<'_>, root: &DeTable<'_>, config: &Config) -> Resu
             return fault("volume", index, format!("volume[{index}].uuid is given twice"));
         }
         if config.disks.contains(&volume.path) {
-            let message = format!("volume[{index}].path: {:?} is a CDP disk too: a volume cannot be its own journal", volume.path);
+            let message = format!(
+                "volume[{index}].path: {:?} is a CDP disk too: a volume cannot be its own journal",
+                volume.path
+            );
             return fault("volume", index, message);
         }
     }
@@ -498,7 +511,9 @@ impl<'a> Section<'a> {
         let line = self.source.line(value.span().start);
         match value.get_ref() {
             DeValue::String(text) => Ok(Some(Value { text: text.to_string(), line })),
-            DeValue::Integer(number) if number.radix() == 10 => Ok(Some(Value { text: number.as_str().to_owned(), line })),
+            DeValue::Integer(number) if number.radix() == 10 => {
+                Ok(Some(Value { text: number.as_str().to_owned(), line }))
+            }
             _ => Err(self.wrong_type(key, value, "a text with a unit, such as \"64MiB\" or \"24h\"")),
         }
     }
@@ -517,7 +532,9 @@ impl<'a> Section<'a> {
 
     fn integer(&mut self, key: &'static str, min: u64, max: u64) -> Result<Option<u64>, ConfigError> {
         let Some(value) = self.get(key) else { return Ok(None) };
-        let DeValue::Integer(number) = value.get_ref() else { return Err(self.wrong_type(key, value, "a whole number")) };
+        let DeValue::Integer(number) = value.get_ref() else {
+            return Err(self.wrong_type(key, value, "a whole number"));
+        };
         let text = Value { text: number.as_str().to_owned(), line: self.source.line(value.span().start) };
         match u64::from_str_radix(number.as_str(), number.radix()) {
             Ok(number) if (min..=max).contains(&number) => Ok(Some(number)),
@@ -565,7 +582,8 @@ impl<'a> Section<'a> {
             return Ok(address);
         }
         let resolved = value.text.to_socket_addrs().ok().and_then(|mut addresses| addresses.next());
-        resolved.ok_or_else(|| self.refuse(key, value, "address and port, such as \"127.0.0.1:9187\" or \"[::1]:9187\""))
+        resolved
+            .ok_or_else(|| self.refuse(key, value, "address and port, such as \"127.0.0.1:9187\" or \"[::1]:9187\""))
     }
 
     fn section(&mut self, key: &'static str) -> Result<Option<Section<'a>>, ConfigError> {
@@ -599,7 +617,9 @@ impl<'a> Section<'a> {
             }
             let nearest = self.asked.iter().map(|known| (edit_distance(name, known), *known)).min();
             let hint = match nearest {
-                Some((distance, known)) if distance <= (known.len() / 2).max(2) => format!("; did you mean {:?}?", self.key(known)),
+                Some((distance, known)) if distance <= (known.len() / 2).max(2) => {
+                    format!("; did you mean {:?}?", self.key(known))
+                }
                 _ => format!("; known here: {}", self.asked.join(", ")),
             };
             let line = self.source.line(key.span().start);
@@ -700,7 +720,10 @@ mod tests {
         assert!(config.nbd.unix.is_none() && config.nbd.tcp.is_some_and(|tcp| tcp.tls.is_none()));
         assert_eq!((config.metrics, config.log_format), (None, LogFormat::Json));
         let engine = config.engine;
-        assert_eq!((engine.backlog_bytes_max, engine.stall_max_ns, engine.marker_interval_s), (128 << 20, 250_000_000, 10));
+        assert_eq!(
+            (engine.backlog_bytes_max, engine.stall_max_ns, engine.marker_interval_s),
+            (128 << 20, 250_000_000, 10)
+        );
         let settings = Settings { reserve_capacity: 50 << 30, reserve_duration_s: 172_800, priority: Priority::High };
         assert_eq!(engine.default_settings, settings);
         assert!(engine.overcommit && engine.flush_primary);
@@ -778,7 +801,9 @@ mod tests {
 
     #[test]
     fn edit_distance_counts_single_slips() {
-        for (a, b, distance) in [("", "abc", 3), ("unix", "unix", 0), ("uinx", "unix", 1), ("unx", "unix", 1), ("kitten", "sitting", 3)] {
+        for (a, b, distance) in
+            [("", "abc", 3), ("unix", "unix", 0), ("uinx", "unix", 1), ("unx", "unix", 1), ("kitten", "sitting", 3)]
+        {
             assert_eq!(edit_distance(a, b), distance, "{a} {b}");
         }
     }
@@ -787,11 +812,10 @@ mod tests {
     #[test]
     fn the_sample_is_valid_as_it_is_and_with_every_key_uncommented() {
         Config::parse("sample", SAMPLE).expect("the sample as shipped");
-        let uncommented: String =
-            SAMPLE.lines().map(|line| line.strip_prefix('#').filter(|rest| !rest.starts_with([' ', '#'])).unwrap_or(line)).fold(
-                String::new(),
-                |text, line| text + line + "\n",
-            );
+        let uncommented: String = SAMPLE
+            .lines()
+            .map(|line| line.strip_prefix('#').filter(|rest| !rest.starts_with([' ', '#'])).unwrap_or(line))
+            .fold(String::new(), |text, line| text + line + "\n");
         let config = Config::parse("sample", &uncommented.replace("unix_group = \"cdp\"", "unix_group = \"root\""))
             .unwrap_or_else(|error| panic!("{error}"));
         assert_eq!((config.disks.len(), config.volumes.len()), (1, 1));

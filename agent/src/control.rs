@@ -402,7 +402,8 @@ impl Control {
         if let Ok(info) = &status.info {
             let views = self.on_volume(volume, |volume| async move { Ok(volume.views()) }).await?;
             if !force && info.clients > 0 {
-                let text = format!("volume {:?} is open by {} clients: disconnect them or use force", info.name, info.clients);
+                let text =
+                    format!("volume {:?} is open by {} clients: disconnect them or use force", info.name, info.clients);
                 return Err(Error::State(text));
             }
             if !force && !views.is_empty() {
@@ -424,7 +425,13 @@ impl Control {
         if let Err(error) = self.record_volumes().await {
             // It is not served any more; the record still says so until it can be written.
             self.registry.write().volumes.extend(slot.map(|slot| {
-                (volume, VolumeSlot { failed: Some("it was removed, but the record could not be written".to_owned()), ..slot })
+                (
+                    volume,
+                    VolumeSlot {
+                        failed: Some("it was removed, but the record could not be written".to_owned()),
+                        ..slot
+                    },
+                )
             }));
             return Err(error);
         }
@@ -461,7 +468,10 @@ impl Control {
         };
         let info = self.info(volume).await?;
         if info.health != health {
-            return Err(Error::State(format!("volume {:?} is in state {:?}, not in {health:?}", info.name, info.health)));
+            return Err(Error::State(format!(
+                "volume {:?} is in state {:?}, not in {health:?}",
+                info.name, info.health
+            )));
         }
         let fence = self.state.fence(volume).map_err(|error| Error::State(error.to_string()))?;
         let reopened = self.shards[shard].call(move |local, _| async move {
@@ -646,7 +656,8 @@ impl Control {
             registry.disks.push(slot);
         }
         self.record_disks().await?;
-        let message = format!("CDP disk {shown} taken into use: {} segments of {} bytes", info.segments, info.segment_size);
+        let message =
+            format!("CDP disk {shown} taken into use: {} segments of {} bytes", info.segments, info.segment_size);
         self.events.publish_now(EventKind::DiskAdded, None, Some(shown), message);
         Ok(DiskStatus { info, direct })
     }
@@ -711,7 +722,8 @@ impl Control {
             let (id, direct, failed) = match opened {
                 Ok((id, direct)) => (Some(id), direct, None),
                 Err(error) => {
-                    let (shown, message) = (path.display().to_string(), format!("the CDP disk cannot be used: {error}"));
+                    let (shown, message) =
+                        (path.display().to_string(), format!("the CDP disk cannot be used: {error}"));
                     self.events.publish_now(EventKind::Damage, None, Some(shown), message);
                     (None, false, Some(error.to_string()))
                 }
@@ -724,8 +736,21 @@ impl Control {
     // ---- views ----
 
     /// Opens a view, or answers the one that is open.
-    pub async fn open_view(&self, volume: Uuid, time: Instant, name: String, writable: bool) -> Result<(ViewInfo, u64)> {
+    pub async fn open_view(
+        &self,
+        volume: Uuid,
+        time: Instant,
+        name: String,
+        writable: bool,
+    ) -> Result<(ViewInfo, u64)> {
         let _changing = self.changing.lock().await;
+        if writable {
+            // The engine answers an open read-only view again by itself; this is the same for writable ones.
+            let open = |(view, _): &(ViewInfo, u64)| view.writable && view.time == time && view.lost.is_none();
+            if let Some(view) = self.views(Some(volume)).await.into_iter().find(open) {
+                return Ok(view);
+            }
+        }
         let (info, size) = self
             .on_volume(volume, move |volume| async move {
                 let view = volume.open_view(time, &name, writable).await?;
@@ -780,7 +805,8 @@ impl Control {
             wanted.map(|(id, slot)| (*id, slot.shard)).collect()
         };
         let asked = places.into_iter().map(|(id, shard)| {
-            self.shards[shard].call(move |local, _| async move { local.engine.view(id).map(|view| info_and_size(&view)) })
+            self.shards[shard]
+                .call(move |local, _| async move { local.engine.view(id).map(|view| info_and_size(&view)) })
         });
         let mut views: Vec<_> = join_all(asked).await.into_iter().flatten().flatten().collect();
         views.sort_by_key(|(info, _)| (info.opened_ns, info.id));
@@ -877,7 +903,8 @@ impl Control {
         let asked = self.shards.iter().map(|shard| {
             shard.call(|local, _| async move {
                 let volumes = local.engine.volumes();
-                let volumes = volumes.iter().map(|volume| (volume.info(), volume.stats(), volume.views().len())).collect();
+                let volumes =
+                    volumes.iter().map(|volume| (volume.info(), volume.stats(), volume.views().len())).collect();
                 ShardStats { volumes, disks: local.engine.disks() }
             })
         });
@@ -916,7 +943,10 @@ impl ExportDirectory<Local> for Control {
         let registry = self.registry.read();
         let served = registry.volumes.values().filter(|slot| slot.failed.is_none());
         let mut entries: Vec<ExportEntry> = served
-            .map(|slot| ExportEntry { name: slot.record.name.clone(), description: format!("volume {}", slot.record.uuid) })
+            .map(|slot| ExportEntry {
+                name: slot.record.name.clone(),
+                description: format!("volume {}", slot.record.uuid),
+            })
             .collect();
         entries.sort_by(|a, b| a.name.cmp(&b.name));
         entries.extend(registry.views.iter().map(|(id, slot)| {
@@ -929,7 +959,8 @@ impl ExportDirectory<Local> for Control {
     fn find<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Option<ExportInfo<Local>>> {
         let found = {
             let registry = self.registry.read();
-            let volume = |slot: &VolumeSlot| (slot.record.name.clone(), slot.record.uuid, slot.shard, "volume".to_owned());
+            let volume =
+                |slot: &VolumeSlot| (slot.record.name.clone(), slot.record.uuid, slot.shard, "volume".to_owned());
             let mut served = registry.volumes.values().filter(|slot| slot.failed.is_none());
             match (name, Uuid::parse_str(name)) {
                 // The default export is the only volume, where there is just one.
@@ -1037,13 +1068,18 @@ async fn prepare_disk_file(path: &Path, size: u64, force: bool) -> Result<()> {
         match std::fs::metadata(&path) {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
                 if size == 0 {
-                    return Err(Error::invalid("size", 0, format!("there is no {shown} yet: a file is made with the size given")));
+                    return Err(Error::invalid(
+                        "size",
+                        0,
+                        format!("there is no {shown} yet: a file is made with the size given"),
+                    ));
                 }
                 preallocate(&path, size)
             }
             Err(error) => Err(Error::device("look at", shown, &error)),
             Ok(found) => {
-                let is = signature::size(&path).map_err(|error| Error::device("ask for the size of", shown.clone(), &error))?;
+                let is = signature::size(&path)
+                    .map_err(|error| Error::device("ask for the size of", shown.clone(), &error))?;
                 if size != 0 && size != is {
                     return Err(Error::invalid("size", size, format!("{shown} is there and has {is} bytes")));
                 }

@@ -13,9 +13,9 @@ use cdp_journal::info::{Event as EngineEvent, EventKind as EngineKind};
 use cdp_proto::v1::{Event, EventKind};
 use parking_lot::Mutex;
 use tokio::sync::broadcast;
+use tokio_stream::Stream;
 use tokio_stream::wrappers::BroadcastStream;
 use tokio_stream::wrappers::errors::BroadcastStreamRecvError;
-use tokio_stream::{Stream, StreamExt as _};
 use uuid::Uuid;
 
 /// Events kept for replay, and the number by which a watcher may fall behind.
@@ -35,7 +35,8 @@ struct Recent {
 
 impl Default for EventHub {
     fn default() -> Self {
-        let recent = Recent { events: VecDeque::with_capacity(EVENTS_MAX), names: HashMap::new(), counts: HashMap::new() };
+        let recent =
+            Recent { events: VecDeque::with_capacity(EVENTS_MAX), names: HashMap::new(), counts: HashMap::new() };
         Self { recent: Mutex::new(recent), sender: broadcast::channel(EVENTS_MAX).0 }
     }
 }
@@ -113,7 +114,7 @@ impl Stream for Watch {
         let this = &mut *self;
         let Some(live) = &mut this.live else { return Poll::Ready(None) };
         loop {
-            return match live.poll_next_unpin(context) {
+            return match Pin::new(&mut *live).poll_next(context) {
                 Poll::Pending => Poll::Pending,
                 Poll::Ready(None) => Poll::Ready(None),
                 Poll::Ready(Some(Ok(event))) if !wanted(&this.volumes, &event) => continue,
@@ -196,6 +197,7 @@ pub fn wall_ns() -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use tokio_stream::StreamExt as _;
 
     fn publish(hub: &EventHub, volume: u128, message: impl ToString) {
         hub.publish_engine(EngineEvent {

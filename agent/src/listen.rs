@@ -67,7 +67,8 @@ pub fn unix(listen: &UnixListen) -> Result<(UnixListener, SocketFile)> {
             let group = found.with_context(|| format!("group {group:?} does not exist"))?;
             nix::unistd::chown(&beside, None, Some(group.gid)).with_context(|| format!("give {shown} its group"))?;
         }
-        fs::set_permissions(&beside, fs::Permissions::from_mode(listen.mode)).context("set the socket's permissions")?;
+        fs::set_permissions(&beside, fs::Permissions::from_mode(listen.mode))
+            .context("set the socket's permissions")?;
         let made = fs::symlink_metadata(&beside).context("look at the new socket")?;
         fs::rename(&beside, path).with_context(|| format!("put the socket to {shown}"))?;
         Ok(SocketFile { path: path.clone(), made: (made.dev(), made.ino()) })
@@ -89,7 +90,9 @@ fn beside(path: &Path) -> Result<PathBuf> {
         match fs::symlink_metadata(&candidate) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(candidate),
             // Left by an agent that was killed between the two steps.
-            Ok(found) if found.file_type().is_socket() && std::os::unix::net::UnixStream::connect(&candidate).is_err() => {
+            Ok(found)
+                if found.file_type().is_socket() && std::os::unix::net::UnixStream::connect(&candidate).is_err() =>
+            {
                 fs::remove_file(&candidate).with_context(|| format!("remove {}", candidate.display()))?;
                 return Ok(candidate);
             }
@@ -112,7 +115,8 @@ pub async fn tcp(listen: &TcpListen, what: &str, protocols: &[&[u8]]) -> Result<
             None
         }
     };
-    let listener = TcpListener::bind(listen.address).await.with_context(|| format!("{what}: listen on {}", listen.address))?;
+    let listener =
+        TcpListener::bind(listen.address).await.with_context(|| format!("{what}: listen on {}", listen.address))?;
     Ok((listener, acceptor))
 }
 
@@ -156,7 +160,12 @@ pub fn accept_unix(listener: UnixListener) -> ReceiverStream<io::Result<Connecti
                 Ok((stream, _)) => {
                     match stream.peer_cred() {
                         Ok(peer) => {
-                            tracing::info!(pid = peer.pid(), uid = peer.uid(), gid = peer.gid(), "gRPC client connected");
+                            tracing::info!(
+                                pid = peer.pid(),
+                                uid = peer.uid(),
+                                gid = peer.gid(),
+                                "gRPC client connected"
+                            );
                         }
                         Err(error) => tracing::warn!(%error, "gRPC client connected; the system does not say who"),
                     }

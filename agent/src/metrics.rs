@@ -108,12 +108,26 @@ fn render_volumes(page: &mut Page, volumes: &[&Row]) {
         ("cdp_volume_zeroes_total", "Write-zeroes requests acked.", |s| s.zeroes),
         ("cdp_volume_discards_total", "Discards acked.", |s| s.discards),
         ("cdp_volume_flushes_total", "Flushes acked.", |s| s.flushes),
-        ("cdp_volume_errors_total", "Requests that ended in an error. A rise means that the guest sees errors.", |s| s.errors),
-        ("cdp_volume_journal_bytes_total", "Bytes appended to the CDP disk for the guest's writes.", |s| s.journal_bytes),
-        ("cdp_volume_before_image_bytes_total", "Bytes appended to the CDP disk for before-images.", |s| s.before_image_bytes),
+        ("cdp_volume_errors_total", "Requests that ended in an error. A rise means that the guest sees errors.", |s| {
+            s.errors
+        }),
+        ("cdp_volume_journal_bytes_total", "Bytes appended to the CDP disk for the guest's writes.", |s| {
+            s.journal_bytes
+        }),
+        ("cdp_volume_before_image_bytes_total", "Bytes appended to the CDP disk for before-images.", |s| {
+            s.before_image_bytes
+        }),
         ("cdp_volume_destaged_bytes_total", "Bytes written to the primary behind the ack.", |s| s.destaged_bytes),
-        ("cdp_volume_throttled_total", "Requests that waited for room. A rise means that the primary or the CDP disk is too slow.", |s| s.throttled),
-        ("cdp_volume_evicted_capacity_total", "Logs evicted for capacity. A rise means that history is shorter than asked for.", |s| s.evicted_capacity),
+        (
+            "cdp_volume_throttled_total",
+            "Requests that waited for room. A rise means that the primary or the CDP disk is too slow.",
+            |s| s.throttled,
+        ),
+        (
+            "cdp_volume_evicted_capacity_total",
+            "Logs evicted for capacity. A rise means that history is shorter than asked for.",
+            |s| s.evicted_capacity,
+        ),
         ("cdp_volume_evicted_duration_total", "Logs evicted because of their age.", |s| s.evicted_duration),
     ];
     for (name, help, value) in counters {
@@ -132,10 +146,14 @@ fn render_volumes(page: &mut Page, volumes: &[&Row]) {
         ("cdp_volume_reserve_duration_seconds", "Seconds of history asked for; 0: no CDP.", |r| {
             r.0.settings.map_or(0, |settings| settings.reserve_duration_s)
         }),
-        ("cdp_volume_window_seconds", "Seconds of history that can be viewed without a gap up to now.", |r| window_s(&r.0)),
-        ("cdp_volume_window_forecast_seconds", "Seconds of history that capacity allows at the current rate; 0: not known.", |r| {
-            r.0.window_forecast_s
+        ("cdp_volume_window_seconds", "Seconds of history that can be viewed without a gap up to now.", |r| {
+            window_s(&r.0)
         }),
+        (
+            "cdp_volume_window_forecast_seconds",
+            "Seconds of history that capacity allows at the current rate; 0: not known.",
+            |r| r.0.window_forecast_s,
+        ),
         ("cdp_volume_logs", "Logs, thin ones included.", |r| r.0.logs.len() as u64),
         ("cdp_volume_views", "Open views.", |r| r.2 as u64),
         ("cdp_volume_clients", "Clients that have it open for writing.", |r| r.0.clients.into()),
@@ -150,11 +168,19 @@ fn render_volumes(page: &mut Page, volumes: &[&Row]) {
             page.sample(name, &labels(row), value(row));
         }
     }
-    page.metric("cdp_volume_before_image_ratio", "Share of before-images in the CDP disk space in use, 0 to 1.", "gauge");
+    page.metric(
+        "cdp_volume_before_image_ratio",
+        "Share of before-images in the CDP disk space in use, 0 to 1.",
+        "gauge",
+    );
     for row in volumes {
         let images: u64 = row.0.logs.iter().map(|log| log.before_image_bytes).sum();
         let used: u64 = row.0.logs.iter().map(|log| log.use_bytes).sum();
-        page.sample("cdp_volume_before_image_ratio", &labels(row), if used == 0 { 0.0 } else { images as f64 / used as f64 });
+        page.sample(
+            "cdp_volume_before_image_ratio",
+            &labels(row),
+            if used == 0 { 0.0 } else { images as f64 / used as f64 },
+        );
     }
     page.metric("cdp_volume_health", "1 for the state that the volume is in; anything but ok needs a person.", "gauge");
     for row in volumes {
@@ -225,7 +251,11 @@ fn render_agent(page: &mut Page, control: &Control, volumes: &[&Row]) {
     page.sample("cdp_agent_info", &[("version", env!("CARGO_PKG_VERSION").to_owned())], 1_u64);
     page.metric("cdp_agent_time_seconds", "The wall clock, to see that a scrape is fresh.", "gauge");
     page.sample("cdp_agent_time_seconds", &[], wall_ns() as f64 / 1e9);
-    page.metric("cdp_agent_clock_lead_seconds", "By how much the clock of instants runs ahead of the wall clock.", "gauge");
+    page.metric(
+        "cdp_agent_clock_lead_seconds",
+        "By how much the clock of instants runs ahead of the wall clock.",
+        "gauge",
+    );
     page.sample("cdp_agent_clock_lead_seconds", &[], control.clock_lead_ns() as f64 / 1e9);
     page.metric("cdp_agent_backlog_bytes", "Acked bytes of all volumes that are not on their primaries yet.", "gauge");
     page.sample("cdp_agent_backlog_bytes", &[], volumes.iter().map(|row| row.0.backlog_bytes).sum::<u64>());
@@ -234,12 +264,20 @@ fn render_agent(page: &mut Page, control: &Control, volumes: &[&Row]) {
         page.sample("cdp_agent_events_total", &[("kind", kind.word())], count);
     }
     let shards: [(&str, &str, &str, fn(&crate::control::Shard) -> u64); 8] = [
-        ("cdp_shard_heartbeat_total", "Turns of a shard's loop. Standing still means stuck.", "counter", |s| s.heartbeat()),
+        ("cdp_shard_heartbeat_total", "Turns of a shard's loop. Standing still means stuck.", "counter", |s| {
+            s.heartbeat()
+        }),
         ("cdp_nbd_connections", "NBD connections.", "gauge", |s| s.client_stats().connections.load(Relaxed)),
-        ("cdp_nbd_connections_total", "NBD connections ever.", "counter", |s| s.client_stats().connections_total.load(Relaxed)),
+        ("cdp_nbd_connections_total", "NBD connections ever.", "counter", |s| {
+            s.client_stats().connections_total.load(Relaxed)
+        }),
         ("cdp_nbd_requests_total", "NBD requests.", "counter", |s| s.client_stats().requests.load(Relaxed)),
-        ("cdp_nbd_errors_total", "NBD requests answered with an error.", "counter", |s| s.client_stats().errors.load(Relaxed)),
-        ("cdp_nbd_received_bytes_total", "Bytes of payload received.", "counter", |s| s.client_stats().bytes_in.load(Relaxed)),
+        ("cdp_nbd_errors_total", "NBD requests answered with an error.", "counter", |s| {
+            s.client_stats().errors.load(Relaxed)
+        }),
+        ("cdp_nbd_received_bytes_total", "Bytes of payload received.", "counter", |s| {
+            s.client_stats().bytes_in.load(Relaxed)
+        }),
         ("cdp_nbd_sent_bytes_total", "Bytes of replies sent.", "counter", |s| s.client_stats().bytes_out.load(Relaxed)),
         ("cdp_nbd_sends_total", "System calls that sent replies.", "counter", |s| s.client_stats().sends.load(Relaxed)),
     ];
@@ -263,7 +301,8 @@ impl Page {
     }
 
     fn sample(&mut self, name: &str, labels: &[(&str, String)], value: impl std::fmt::Display) {
-        let shown: Vec<String> = labels.iter().map(|(label, value)| format!("{label}=\"{}\"", escaped(value))).collect();
+        let shown: Vec<String> =
+            labels.iter().map(|(label, value)| format!("{label}=\"{}\"", escaped(value))).collect();
         let labels = if shown.is_empty() { String::new() } else { format!("{{{}}}", shown.join(",")) };
         let _ = writeln!(self.text, "{name}{labels} {value}");
     }
@@ -321,7 +360,14 @@ mod tests {
     #[test]
     fn every_health_has_its_series() {
         let words: Vec<&str> = HEALTH.iter().map(|(_, word)| *word).collect();
-        for health in [Health::Ok, Health::Offline, Health::NeedsJournal, Health::PrimaryChanged, Health::RevertIncomplete, Health::PrimaryFailing] {
+        for health in [
+            Health::Ok,
+            Health::Offline,
+            Health::NeedsJournal,
+            Health::PrimaryChanged,
+            Health::RevertIncomplete,
+            Health::PrimaryFailing,
+        ] {
             assert!(words.contains(&crate::grpc::convert::health(health).word().as_str()), "{health:?}");
         }
     }

@@ -216,7 +216,9 @@ impl StateStore for ShardStore {
     fn put_fence(&self, volume: Uuid, fence: Option<Fence>) -> LocalFuture<'static, io::Result<()>> {
         let path = self.0.fence_path(volume);
         let done = match fence {
-            Some(fence) => self.0.writer.send(path, Change::Replace(encode("fence", &FenceRecord::new(volume, &fence)))),
+            Some(fence) => {
+                self.0.writer.send(path, Change::Replace(encode("fence", &FenceRecord::new(volume, &fence))))
+            }
             None => self.0.writer.send(path, Change::Remove),
         };
         Box::pin(answer(done))
@@ -351,7 +353,10 @@ fn first_start(dir: &Path) -> Result<Uuid, StateError> {
     let clock = read_file::<u64>(&dir.join("clock"), "clock")?.unwrap_or(0);
     let files: [(&str, Vec<u8>); 5] = [
         ("clock", encode("clock", &clock)),
-        ("volumes", encode("volumes", &read_file::<Vec<VolumeRecord>>(&dir.join("volumes"), "volumes")?.unwrap_or_default())),
+        (
+            "volumes",
+            encode("volumes", &read_file::<Vec<VolumeRecord>>(&dir.join("volumes"), "volumes")?.unwrap_or_default()),
+        ),
         ("disks", encode("disks", &read_file::<Vec<DiskRecord>>(&dir.join("disks"), "disks")?.unwrap_or_default())),
         ("views", encode("views", &read_file::<Vec<ViewRecord>>(&dir.join("views"), "views")?.unwrap_or_default())),
         ("host", encode("host", &host)),
@@ -384,7 +389,10 @@ fn read_fence(path: &Path, volume: Uuid) -> Result<Option<Fence>, StateError> {
     if record.volume != volume {
         return Err(damaged(path, format!("it is the fence of volume {}", record.volume)));
     }
-    record.fence().map(Some).ok_or_else(|| damaged(path, "it names a state or a priority that this agent does not know"))
+    record
+        .fence()
+        .map(Some)
+        .ok_or_else(|| damaged(path, "it names a state or a priority that this agent does not know"))
 }
 
 fn required<T: DeserializeOwned>(path: &Path, kind: &str) -> Result<T, StateError> {
@@ -494,7 +502,8 @@ struct Writer {
 impl Writer {
     fn start(high_water: Instant) -> io::Result<Self> {
         let (jobs, received) = crossbeam_channel::unbounded();
-        let thread = std::thread::Builder::new().name("cdp-state".into()).spawn(move || write_all(&received, high_water.0))?;
+        let thread =
+            std::thread::Builder::new().name("cdp-state".into()).spawn(move || write_all(&received, high_water.0))?;
         Ok(Self { jobs: Some(jobs), thread: Some(thread) })
     }
 

@@ -128,6 +128,8 @@ pub struct Engine {
     raising: Cell<bool>,
     raised: Signal,
     clock_ready: Cell<bool>,
+    /// How long the last raise took.
+    raise_took_ns: Cell<u64>,
     /// Wall and boot clock when the engine began: age runs on the boot clock from there.
     began: (u64, u64),
     step_told: Cell<bool>,
@@ -155,6 +157,7 @@ impl Engine {
             raising: Cell::new(false),
             raised: Signal::default(),
             clock_ready: Cell::new(false),
+            raise_took_ns: Cell::new(0),
             began,
             step_told: Cell::new(false),
         })
@@ -319,7 +322,9 @@ impl Engine {
             self.clock_ready.set(true);
         }
         let now = self.host.wall_ns().max(self.clock.previous().0);
-        let mark = Instant(now + RESERVE_AHEAD_NS);
+        // Slow disks: the mark must still lie ahead when it is durable.
+        let began = self.host.boot_ns();
+        let mark = Instant(now + RESERVE_AHEAD_NS.max(4 * self.raise_took_ns.get()));
         let disks = self.disk_list();
         // A disk that fails here is latched, and leaves by its own way.
         join_all(disks.iter().filter(|d| d.failure().is_none()).map(|d| d.put_clock(mark))).await;
@@ -329,6 +334,7 @@ impl Engine {
             self.host.sleep(pause).await;
             pause = (pause * 2).min(1_000_000_000);
         }
+        self.raise_took_ns.set(self.host.boot_ns().saturating_sub(began));
         self.clock.raised(mark);
         self.raising.set(false);
         self.raised.notify();
@@ -436,8 +442,16 @@ impl Volume {
             disk.sync().await?;
         }
         self.primary.sync().await.map_err(|e| Error::device("sync", self.path(), &e))?;
-        let pending = self.state.borrow().logs.iter().any(|l| l.state.borrow().revert.is_some());
-        let fence = if pending { FenceState::Dirty } else { FenceState::Clean };
+        // Looked at in one step, and only now: what the destager did meanwhile counts.
+        let clean = {
+            let state = self.state.borrow();
+            state.punch.is_empty()
+                && state.logs.iter().all(|l| {
+                    let log = l.state.borrow();
+                    log.sealed || (log.overlay.is_empty() && log.revert.is_none())
+                })
+        };
+        let fence = if clean { FenceState::Clean } else { FenceState::Dirty };
         self.put_fence(fence, disk.id, "").await
     }
 }

@@ -74,6 +74,7 @@ async fn start(world: &Rc<World>, executor: &Rc<Executor>) -> bool {
     let previous = world.clock();
     *world.running.borrow_mut() =
         Some(Rc::new(Running { executor: Rc::clone(executor), engine: Rc::clone(&engine), clock: Arc::clone(&clock) }));
+    let mut missing = false;
     for (i, disk) in world.cdp.iter().enumerate() {
         let device = disk.attach(executor);
         if !world.initialised.get() {
@@ -86,13 +87,17 @@ async fn start(world: &Rc<World>, executor: &Rc<Executor>) -> bool {
         }
         match engine.add_disk(device, disk.name.clone()).await {
             Ok(info) => world.say(|| format!("disk {i}: {} of {} segments free", info.segments_free, info.segments)),
-            Err(error) if disk.is_faulty() || world.damaged.get() => world.say(|| format!("disk {i}: {error}")),
+            Err(error) if world.cdp_faulty.get() || world.damaged.get() => {
+                world.say(|| format!("disk {i}: {error}"));
+                missing = true;
+            }
             Err(error) => {
                 world.fail(format!("disk {i} does not open: {error}"));
                 return false;
             }
         }
     }
+    world.disk_missing.set(missing);
     for vol in &world.volumes {
         if !open(world, vol).await {
             return false;
@@ -110,6 +115,7 @@ async fn start(world: &Rc<World>, executor: &Rc<Executor>) -> bool {
         }
     }
     watched.set(true);
+    world.retries.set(0);
     !world.failed()
 }
 
@@ -157,7 +163,10 @@ pub async fn open(world: &Rc<World>, vol: &Rc<Vol>) -> bool {
     *vol.handle.borrow_mut() = Some(Rc::clone(&handle));
     match info.health {
         Health::Ok => {}
-        Health::Offline | Health::RevertIncomplete if world.cdp_faulty.get() => {}
+        Health::RevertIncomplete if world.any_fault() => return unserved(world, vol),
+        Health::Offline if world.cdp_faulty.get() => {}
+        // An enable was cut off after its fence; protection comes on by itself.
+        Health::Offline if vol.expect_on.get().is_none() || vol.cut_off.get() => vol.cut_off.set(true),
         Health::PrimaryFailing if world.primary_faulty.get() => {}
         Health::NeedsJournal if world.any_fault() => return unserved(world, vol),
         health => {
@@ -190,7 +199,8 @@ pub async fn open(world: &Rc<World>, vol: &Rc<Vol>) -> bool {
         release(world, vol).await;
     }
     connect(world, vol);
-    if world.override_journal.get() {
+    // Where the journal was there after all, the override changed nothing.
+    if world.override_journal.get() && info.coverage.is_empty() {
         rebase(world, vol).await;
     }
     verify(world, vol).await;
@@ -200,20 +210,22 @@ pub async fn open(world: &Rc<World>, vol: &Rc<Vol>) -> bool {
 
 /// A volume that is not served for want of its journal: the disks come back, or the admin goes on without.
 fn unserved(world: &World, vol: &Vol) -> bool {
-    if world.cdp.iter().all(|disk| !disk.is_faulty()) {
-        if world.damaged.get() {
-            // The journal is damaged below its durable point: a person decides. Nothing was served.
-            world.say(|| "the journal is damaged; the history ends here".to_owned());
-            world.completed.set(true);
-            admin::leave(world);
-            return false;
-        }
-        world.fail(format!("volume {} is not served although all disks are there", vol.index));
-        return false;
-    }
-    if world.shared.rng.one_in(5) && vol.handle.borrow().is_some() {
+    let health = vol.handle.borrow().as_ref().map(|handle| handle.info().health);
+    let all_there = !world.disk_missing.get() && world.cdp.iter().all(|disk| !disk.is_faulty());
+    if health == Some(Health::RevertIncomplete) || (health.is_some() && !all_there && world.shared.rng.one_in(5)) {
         world.say(|| "not served: the admin goes on without the journal".to_owned());
         world.override_journal.set(true);
+    } else if all_there && world.damaged.get() {
+        // The journal is damaged below its durable point: a person decides. Nothing was served.
+        world.say(|| "the journal is damaged; the history ends here".to_owned());
+        world.completed.set(true);
+    } else if all_there && world.cdp_faulty.get() && world.retries.get() < 5 {
+        world.retries.set(world.retries.get() + 1);
+        world.say(|| "not served: a CDP disk failed just now; the agent starts again".to_owned());
+    } else if all_there {
+        let reason = vol.handle.borrow().as_ref().map(|handle| handle.info().health_reason);
+        world.fail(format!("volume {} is not served although all disks are there: {reason:?}", vol.index));
+        return false;
     } else {
         world.say(|| "not served: all disks are put back, the agent starts again".to_owned());
         world.cdp.iter().for_each(|disk| disk.heal());
@@ -301,7 +313,9 @@ fn watch_bounds(world: &World) {
     for vol in &world.volumes {
         let Some(handle) = vol.handle.borrow().clone() else { continue };
         let info = handle.info();
-        if info.health != Health::Ok && !world.any_fault() {
+        if info.health == Health::Ok {
+            vol.cut_off.set(false);
+        } else if !world.any_fault() && !vol.cut_off.get() {
             let text = format!("volume {} is {:?} without a fault: {}", vol.index, info.health, info.health_reason);
             return world.fail(text);
         }

@@ -61,8 +61,12 @@ pub fn submit(world: &Rc<World>, vol: &Rc<Vol>, action: Action) -> Completion<()
 fn forgiven(world: &World, vol: &Vol, forced: u64, error: &Error) -> bool {
     let held = vol.forced.get() != forced || vol.disconnected.get();
     let refused = matches!(error, Error::State(_) | Error::Gone(_));
-    let bad_health = vol.handle().info().health == Health::RevertIncomplete;
-    world.primary_faulty.get() || (held && refused) || (world.cdp_faulty.get() && bad_health)
+    // Blocks of a pending revert that were on the lost disk only.
+    let bad_health = matches!(vol.handle().info().health, Health::RevertIncomplete | Health::Offline)
+        || matches!(error, Error::Device { message, .. } if message.contains("lost with the CDP disk"));
+    // Damage on the CDP disk shows where a pending revert or the overlay needs it: an error, never wrong bytes.
+    let damage = world.damaged.get() && matches!(error, Error::Damaged { .. } | Error::Device { .. });
+    world.primary_faulty.get() || damage || (held && refused) || (world.cdp_faulty.get() && bad_health)
 }
 
 async fn request(world: &Rc<World>, vol: &Rc<Vol>, action: &Action) {

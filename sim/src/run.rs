@@ -118,11 +118,7 @@ fn crash(world: &World) {
         }
     }
     world.folder.crash(rng);
-    let kind = match (world.damaged.get(), crash.power) {
-        (true, _) => CrashKind::Damaged,
-        (false, true) => CrashKind::Power,
-        (false, false) => CrashKind::Kill,
-    };
+    let kind = if crash.power { CrashKind::Power } else { CrashKind::Kill };
     for vol in &world.volumes {
         let now = world.now(vol);
         let physical = u64::from(vol.primary.physical);

@@ -21,7 +21,7 @@ pub fn shrink(history: &History, failing: &Report) -> (Vec<usize>, Report) {
             shorter.drain(start..(start + chunk).min(keep.len()));
             runs += 1;
             let report = run(pick(history, &shorter), false);
-            if report.failure.is_some() {
+            if report.failure.as_deref().map(class) == failing.failure.as_deref().map(class) {
                 shorter.truncate(report.at);
                 (keep, best, progress) = (shorter, report, true);
             } else {
@@ -33,6 +33,11 @@ pub fn shrink(history: &History, failing: &Report) -> (Vec<usize>, Report) {
         }
         chunk = (chunk / 2).max(1);
     }
+}
+
+/// What kind of failure it is: its words without the numbers.
+fn class(text: &str) -> String {
+    text.split(|c: char| !c.is_alphabetic()).filter(|word| word.len() > 2).take(6).collect::<Vec<_>>().join(" ")
 }
 
 /// The history with these operations only.

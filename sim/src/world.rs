@@ -86,6 +86,8 @@ pub struct Vol {
     pub switches: Cell<u64>,
     /// The user's switch as last acknowledged; `None`: a call was cut off by a crash.
     pub expect_on: Cell<Option<bool>>,
+    /// Offline until protection comes on by itself: an enable was cut off by a crash.
+    pub cut_off: Cell<bool>,
     /// Instants that no interval may cover: after the first, up to the second.
     pub gaps: RefCell<Vec<(u64, u64)>>,
     /// Not recording since this instant.
@@ -184,6 +186,10 @@ pub struct World {
     pub finished: Cell<bool>,
     /// The history has come to its end (or cannot go on: a damaged journal refuses).
     pub completed: Cell<bool>,
+    /// A CDP disk did not open at this start.
+    pub disk_missing: Cell<bool>,
+    /// Starts in a row at which a CDP disk failed.
+    pub retries: Cell<u32>,
     /// The next start overrides a missing journal.
     pub override_journal: Cell<bool>,
     /// The running agent.
@@ -235,6 +241,7 @@ impl World {
                 protected: Cell::new(false),
                 switches: Cell::new(0),
                 expect_on: Cell::new(Some(false)),
+                cut_off: Cell::new(false),
                 gaps: RefCell::default(),
                 gap_open: Cell::new(Some(0)),
                 capacity: Cell::new(setup.reserve_segments * SEGMENT),
@@ -264,6 +271,8 @@ impl World {
             initialised: Cell::new(false),
             finished: Cell::new(false),
             completed: Cell::new(false),
+            disk_missing: Cell::new(false),
+            retries: Cell::new(0),
             override_journal: Cell::new(false),
             running: RefCell::default(),
             previous: Cell::new(0),

@@ -213,6 +213,62 @@ fn qemu_is_refused_while_the_disk_is_open_and_the_other_way_round() {
     DiskFile::open(file.path()).unwrap();
 }
 
+/// A loop device over a file, where the machine lets us have one.
+struct Loop(String);
+
+impl Loop {
+    fn over(path: &Path) -> Option<Self> {
+        let output = Command::new("losetup").args(["--find", "--show"]).arg(path).output();
+        match output {
+            Ok(output) if output.status.success() => {
+                Some(Self(String::from_utf8(output.stdout).unwrap().trim().to_owned()))
+            }
+            refused => {
+                eprintln!("no loop device to be had: block devices are not checked ({refused:?})");
+                None
+            }
+        }
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        let _ = Command::new("losetup").args(["--detach", &self.0]).status();
+    }
+}
+
+#[test]
+fn a_block_device_is_a_disk_of_its_own_kind() {
+    let size = (8 << 20) + 512;
+    let file = file_of(size);
+    let Some(device) = Loop::over(file.path()) else { return };
+    let path = PathBuf::from(&device.0);
+    let second = path.clone();
+    with_disk(&path, move |disk| async move {
+        let error = DiskFile::open(&second).unwrap_err();
+        assert!(matches!(error, OpenError::Busy { .. }), "{error}");
+        assert_eq!((disk.size(), disk.current_size().unwrap()), (size, size));
+        assert!(disk.identity().unwrap().id.starts_with("block:7:") && disk.identity().unwrap().mtime_ns == 0);
+        assert!(disk.physical_block() >= 512);
+        let data = pattern(10, size as usize).share();
+        for punch in [true, false] {
+            disk.write(0, vec![data.clone()]).await.unwrap();
+            disk.write_zeroes(4096, 1 << 20, punch).await.unwrap();
+            disk.write_zeroes(size - 512, 512, punch).await.unwrap();
+            disk.sync().await.unwrap();
+            let (result, read) = disk.read(0, IoBuf::zeroed(size as usize)).await;
+            result.unwrap();
+            let (start, end) = (4096, 4096 + (1 << 20));
+            assert!(read[..start] == data[..start] && read[end..size as usize - 512] == data[end..size as usize - 512]);
+            assert!(read[start..end].iter().chain(&read[size as usize - 512..]).all(|&byte| byte == 0));
+        }
+        assert_eq!(disk.allocation(0, size).await.unwrap(), [Allocation { len: size, hole: false }]);
+        let (result, _) = disk.read(size - 512, IoBuf::zeroed(1024)).await;
+        assert_eq!(result.unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
+    });
+    DiskFile::open(&path).unwrap();
+}
+
 #[test]
 fn what_cannot_be_a_disk_is_refused_with_its_path() {
     let folder = tempfile::tempdir().unwrap();

@@ -22,8 +22,8 @@ use cdp_proto::{FILE_DESCRIPTOR_SET, v1};
 use futures::future::join_all;
 use futures::{FutureExt as _, StreamExt as _};
 use tokio::sync::{mpsc, watch};
+use tokio_stream::Stream;
 use tokio_stream::wrappers::ReceiverStream;
-use tokio_stream::{Stream, StreamExt as _};
 use tonic::metadata::MetadataMap;
 use tonic::transport::Server;
 use tonic::{Code, Request, Response, Status};
@@ -121,7 +121,9 @@ impl Service {
             Some(deadline) => match tokio::time::timeout(deadline, task).await {
                 Ok(ended) => ended,
                 Err(_) => {
-                    return Err(Status::deadline_exceeded("the deadline passed; what the call began goes on to its end"));
+                    return Err(Status::deadline_exceeded(
+                        "the deadline passed; what the call began goes on to its end",
+                    ));
                 }
             },
         };
@@ -151,7 +153,11 @@ impl Service {
             if let Ok(volume) = &resolved
                 && !seen.insert(volume.uuid)
             {
-                let twice = Error::invalid("volumes", format!("{name:?}, which is given under its other name too"), "each volume once");
+                let twice = Error::invalid(
+                    "volumes",
+                    format!("{name:?}, which is given under its other name too"),
+                    "each volume once",
+                );
                 return Err(status(&twice));
             }
             volumes.push((name.clone(), resolved));
@@ -287,7 +293,9 @@ impl CdpAgent for Service {
             let volumes = this.resolve_all(&wire.volumes)?;
             let default = this.control.engine_config().default_settings;
             let done = this
-                .batch(volumes, |volume| this.control.on_volume(volume.uuid, move |volume| edit_one(volume, edit, default)))
+                .batch(volumes, |volume| {
+                    this.control.on_volume(volume.uuid, move |volume| edit_one(volume, edit, default))
+                })
                 .await;
             let (success, fail) = tally(done.iter().map(|(result, _)| result));
             let results = done.into_iter().map(|(result, info)| v1::EditResult {
@@ -340,7 +348,9 @@ impl CdpAgent for Service {
             let (success, fail) = tally(done.iter().map(|(result, _)| result));
             let results = done.into_iter().map(|(result, info)| v1::DisableResult {
                 result: Some(result),
-                time: info.and_then(|info| info.coverage.last().map(|last| last.end.unwrap_or(info.now).0)).unwrap_or(0),
+                time: info
+                    .and_then(|info| info.coverage.last().map(|last| last.end.unwrap_or(info.now).0))
+                    .unwrap_or(0),
             });
             Ok(v1::DisableResponse { success, fail, results: results.collect() })
         })
@@ -603,7 +613,8 @@ impl CdpAgent for Service {
         let (metadata, _, wire) = call.into_parts();
         let this = self.clone();
         self.run(&metadata, async move {
-            let NewDisk { path, size, segment_size, force } = NewDisk::try_from(wire).map_err(|error| status(&error))?;
+            let NewDisk { path, size, segment_size, force } =
+                NewDisk::try_from(wire).map_err(|error| status(&error))?;
             let disk = this.control.init_disk(path, size, InitOptions { segment_size, force }).await;
             Ok(v1::InitDiskResponse { disk: Some(convert::disk(&disk.map_err(|error| status(&error))?)) })
         })
@@ -646,8 +657,7 @@ impl CdpAgent for Service {
             let _ = stopping.wait_for(|stopping| *stopping).await; // its sender is gone: the agent ends too
         };
         let events = self.control.events().watch(volumes, replay, wire.follow);
-        let stream: Self::WatchEventsStream =
-            Box::pin(futures::StreamExt::map(events, Ok).take_until(stopped.boxed()));
+        let stream: Self::WatchEventsStream = Box::pin(events.map(Ok).take_until(stopped.boxed()));
         Ok(Response::new(stream))
     }
 
@@ -747,7 +757,7 @@ impl Service {
 
     /// Tells how far each pending revert is until there is none; ends early when nobody listens or the agent stops.
     async fn tell_progress(
-        self,
+        mut self,
         mut waiting: Vec<Resolved>,
         interval: Duration,
         progress: mpsc::Sender<std::result::Result<v1::RevertProgress, Status>>,
@@ -772,11 +782,14 @@ impl Service {
                 tokio::select! {
                     () = tokio::time::sleep(interval) => {}
                     () = progress.closed() => return,
+                    _ = self.stopping.wait_for(|stopping| *stopping) => {}
                 }
             }
         }
         if !waiting.is_empty() {
-            let _ = progress.send(Err(Status::unavailable("the agent is stopping; the copying goes on after its start"))).await;
+            let _ = progress
+                .send(Err(Status::unavailable("the agent is stopping; the copying goes on after its start")))
+                .await;
         }
     }
 
@@ -851,7 +864,10 @@ mod tests {
         assert_eq!(of("100m"), Some(Duration::from_millis(95)));
         assert_eq!(of("200u"), Some(Duration::from_micros(190)));
         assert_eq!(of("20n"), Some(Duration::from_nanos(19)));
-        assert_eq!((of("0S"), of("5"), of("S"), of("5x"), of("999999999S")), (Some(Duration::ZERO), None, None, None, None));
+        assert_eq!(
+            (of("0S"), of("5"), of("S"), of("5x"), of("999999999S")),
+            (Some(Duration::ZERO), None, None, None, None)
+        );
         assert_eq!(deadline(&MetadataMap::new()), None);
     }
 

@@ -41,7 +41,9 @@ impl TryFrom<&v1::EditRequest> for Edit {
     fn try_from(wire: &v1::EditRequest) -> Result<Self> {
         let word = wire.cdp_priority.as_deref();
         let priority = word
-            .map(|word| priority(word).ok_or_else(|| Error::invalid("cdp_priority", format!("{word:?}"), "low, mid or high")))
+            .map(|word| {
+                priority(word).ok_or_else(|| Error::invalid("cdp_priority", format!("{word:?}"), "low, mid or high"))
+            })
             .transpose()?;
         let edit = Self { capacity: wire.reserve_capacity, duration_s: wire.reserve_duration, priority };
         if edit == (Self { capacity: None, duration_s: None, priority: None }) {
@@ -73,7 +75,9 @@ impl TryFrom<&v1::MarkRequest> for Mark {
         let kind = match v1::MarkerKind::try_from(wire.kind) {
             Ok(v1::MarkerKind::Unspecified | v1::MarkerKind::Crash) => MarkerKind::Crash,
             Ok(v1::MarkerKind::Application) => MarkerKind::Application,
-            Ok(v1::MarkerKind::Flush) => return Err(Error::invalid("kind", "FLUSH", "CRASH or APPLICATION: the agent sets FLUSH itself")),
+            Ok(v1::MarkerKind::Flush) => {
+                return Err(Error::invalid("kind", "FLUSH", "CRASH or APPLICATION: the agent sets FLUSH itself"));
+            }
             Err(_) => return Err(Error::invalid("kind", wire.kind, "CRASH or APPLICATION")),
         };
         Ok(Self { name: wire.name.clone(), kind })
@@ -128,7 +132,11 @@ impl TryFrom<&v1::ViewRequest> for View {
         };
         let at = At::new(&wire.snapshot_name, wire.timestamp, wire.ago_ns)?;
         if let (true, At::Ago(ago)) = (off, &at) {
-            return Err(Error::invalid("ago_ns", ago, "not with op \"off\": name the view by timestamp or snapshot_name"));
+            return Err(Error::invalid(
+                "ago_ns",
+                ago,
+                "not with op \"off\": name the view by timestamp or snapshot_name",
+            ));
         }
         Ok(Self { off, at, writable: wire.writable })
     }
@@ -233,7 +241,10 @@ pub fn wait_interval(wire: u32) -> Result<std::time::Duration> {
 /// Events to begin with.
 pub fn replay(wire: u32) -> Result<usize> {
     let max = EVENTS_MAX;
-    usize::try_from(wire).ok().filter(|count| *count <= max).ok_or_else(|| Error::invalid("replay", wire, format!("0 to {max}")))
+    usize::try_from(wire)
+        .ok()
+        .filter(|count| *count <= max)
+        .ok_or_else(|| Error::invalid("replay", wire, format!("0 to {max}")))
 }
 
 /// Pieces of a timeline.
@@ -304,7 +315,12 @@ mod tests {
     #[test]
     fn a_view_is_opened_or_closed_and_nothing_else() {
         let view = |op: &str, ago| {
-            View::try_from(&v1::ViewRequest { op: op.into(), timestamp: u64::from(ago == 0) * 9, ago_ns: (ago > 0).then_some(ago), ..Default::default() })
+            View::try_from(&v1::ViewRequest {
+                op: op.into(),
+                timestamp: u64::from(ago == 0) * 9,
+                ago_ns: (ago > 0).then_some(ago),
+                ..Default::default()
+            })
         };
         assert!(!view("", 0).expect("valid").off && view("off", 0).expect("valid").off);
         refused(view("toggle", 0), &["op", "toggle"]);
@@ -323,7 +339,13 @@ mod tests {
     #[test]
     fn disks_and_volumes_are_checked_field_by_field() {
         let volume = |name: &str, path: &str, uuid: &str, size, create| {
-            NewVolume::try_from(v1::AddVolumeRequest { name: name.into(), path: path.into(), uuid: uuid.into(), size, create })
+            NewVolume::try_from(v1::AddVolumeRequest {
+                name: name.into(),
+                path: path.into(),
+                uuid: uuid.into(),
+                size,
+                create,
+            })
         };
         assert!(volume("a", "/p", "", 0, false).is_ok() && volume("a", "/p", "", 512, true).is_ok());
         refused(volume("a/b", "/p", "", 0, false), &["name", "a/b"]);

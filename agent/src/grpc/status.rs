@@ -32,7 +32,11 @@ mod tests {
     #[test]
     fn each_kind_of_error_has_its_code_and_keeps_its_words() {
         let table = [
-            (Error::invalid("size", 5, "a multiple of 512"), Code::InvalidArgument, vec!["size", "5", "a multiple of 512"]),
+            (
+                Error::invalid("size", 5, "a multiple of 512"),
+                Code::InvalidArgument,
+                vec!["size", "5", "a multiple of 512"],
+            ),
             (Error::NotFound { what: "volume", name: "x".into() }, Code::NotFound, vec!["volume", "\"x\""]),
             (Error::Exists { what: "marker", name: "m".into() }, Code::AlreadyExists, vec!["marker", "\"m\""]),
             (Error::State("enable it first".into()), Code::FailedPrecondition, vec!["enable it first"]),
@@ -41,7 +45,11 @@ mod tests {
                 Code::OutOfRange,
                 vec!["7", "10 to 20"],
             ),
-            (Error::NoSpace { what: "revert", needed: 30, free: 20 }, Code::ResourceExhausted, vec!["revert", "30", "20"]),
+            (
+                Error::NoSpace { what: "revert", needed: 30, free: 20 },
+                Code::ResourceExhausted,
+                vec!["revert", "30", "20"],
+            ),
             (
                 Error::Device { op: "write", device: "/dev/x".into(), message: "broken".into(), errno: 5 },
                 Code::Internal,

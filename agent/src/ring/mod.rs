@@ -5,8 +5,8 @@
 //!
 //! Invariants:
 //! * Memory that the kernel may touch belongs to the operation's slot until its completion was reaped, also when the future
-//!   that waits for it is dropped ([`op`]).
-//! * Tasks are polled, and dropped, on the ring's thread only; wakers may be used from any thread ([`remote`]).
+//!   that waits for it is dropped (`op.rs`).
+//! * Tasks are polled, and dropped, on the ring's thread only; wakers may be used from any thread (`remote.rs`).
 //! * A full submission queue never blocks and never loses an entry: entries wait in `overflow`, in order.
 
 mod op;
@@ -320,7 +320,9 @@ fn open_uring() -> io::Result<IoUring> {
             }
         }
     }
-    Err(refused.unwrap_or_else(|| io::ErrorKind::Unsupported.into()))
+    let reason = refused.unwrap_or_else(|| io::ErrorKind::Unsupported.into());
+    let advice = "needed: Linux 5.11 or newer, kernel.io_uring_disabled = 0, a seccomp filter that lets io_uring pass";
+    Err(io::Error::new(reason.kind(), format!("io_uring is not available: {reason} ({advice})")))
 }
 
 /// See [`Ring::sleep_ns`].

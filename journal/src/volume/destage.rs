@@ -84,7 +84,7 @@ impl Volume {
         let work = self
             .work
             .until(|| {
-                let mut state = self.state.borrow_mut();
+                let state = self.state.borrow();
                 if state.attach.is_none() {
                     return Some(Work::Stop);
                 }
@@ -92,7 +92,7 @@ impl Volume {
                     return Some(Work::Stop);
                 }
                 if !state.punch.is_empty() {
-                    return Some(Work::Punch(std::mem::take(&mut state.punch)));
+                    return Some(Work::Punch(state.punch.clone()));
                 }
                 let log = state.logs.iter().find(|l| !l.state.borrow().sealed)?;
                 let inner = log.state.borrow();
@@ -118,6 +118,7 @@ impl Volume {
             Work::Copy(log) => self.copy_revert(disk, &log).await?,
             Work::Seal(log) => self.seal(disk, &log).await?,
             Work::Punch(ranges) => {
+                let punched = ranges.len();
                 for (block, count) in ranges {
                     let (start, len) = self.bytes_of(block, count);
                     if len > 0 {
@@ -125,6 +126,8 @@ impl Volume {
                         let _ = self.primary.write_zeroes(start, len, true).await;
                     }
                 }
+                self.state.borrow_mut().punch.drain(..punched);
+                self.changed.notify();
             }
         }
         Ok(ControlFlow::Continue(()))

@@ -1077,7 +1077,8 @@ impl Volume {
             log.sealed || (log.overlay.is_empty() && log.revert.is_none())
         };
         let mut logs = state.logs.iter().take_while(|l| reverts || l.state.borrow().revert.is_none());
-        (state.open.is_empty() && state.inflight.is_none() && logs.all(on_primary)).then_some(Ok(()))
+        (state.open.is_empty() && state.inflight.is_none() && state.punch.is_empty() && logs.all(on_primary))
+            .then_some(Ok(()))
     }
 
     async fn try_protect_again(self: &Rc<Self>) {
@@ -1184,9 +1185,15 @@ impl Volume {
         self.work.notify();
         let result = self
             .changed
-            .until(|| match log.disk.failure() {
-                Some(reason) => Some(Err(Error::Gone(reason))),
-                None => log.state.borrow().sealed.then_some(Ok(())),
+            .until(|| {
+                let patience = self.engine.upgrade().map_or(0, |e| e.config().stall_max_ns);
+                match (log.disk.failure(), &self.state.borrow().primary_failing) {
+                    (Some(reason), _) => Some(Err(Error::Gone(reason))),
+                    (None, Some((since, error))) if self.host.boot_ns().saturating_sub(*since) > patience => {
+                        Some(Err(error.clone()))
+                    }
+                    _ => log.state.borrow().sealed.then_some(Ok(())),
+                }
             })
             .await;
         self.state.borrow_mut().drain_waiters -= 1;

@@ -277,7 +277,12 @@ impl Volume {
                     place: disk.path.clone(),
                 });
             }
-            return self.go_on_without("the journal was not begun").await;
+            self.go_on_without("the journal was not begun").await?;
+            return match fence.settings {
+                // The call that switched protection on was cut off: it is brought to its end.
+                Some(settings) if fence.on => self.attach_to(Some(Rc::clone(disk)), settings).await,
+                _ => Ok(()),
+            };
         };
         let control = fold(&base_scan.side, base_seq, &disk.path)?;
         if control.settings.generation.get() != fence.generation {

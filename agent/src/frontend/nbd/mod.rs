@@ -1,7 +1,7 @@
-//! The NBD server: https://github.com/NetworkBlockDevice/nbd/blob/master/doc/proto.md
+//! The NBD server: <https://github.com/NetworkBlockDevice/nbd/blob/master/doc/proto.md>
 //!
-//! A connection is accepted and negotiated on tokio ([`handshake`]), where a slow or hostile client costs nothing but its
-//! seat; then its socket moves to the shard of the export and is served there, on the ring ([`transmission`]). A TLS connection
+//! A connection is accepted and negotiated on tokio (`handshake.rs`), where a slow or hostile client costs nothing but its
+//! seat; then its socket moves to the shard of the export and is served there, on the ring (`transmission.rs`). A TLS connection
 //! stays on tokio as a pump between the TLS stream and a socket pair, whose other end moves.
 //!
 //! Bounds: connections in total ([`NbdConfig::connections_max`]), time of a handshake, bytes of an option, requests and bytes
@@ -20,9 +20,11 @@ use std::time::Duration;
 
 use futures::future::BoxFuture;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, setsockopt, socketpair, sockopt};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::task::JoinSet;
 use tokio_rustls::TlsAcceptor;
+use tokio_rustls::server::TlsStream;
 use uuid::Uuid;
 
 use crate::shard::ShardHandle;
@@ -38,6 +40,8 @@ pub const BLOCK_PREFERRED: u32 = 4096;
 
 /// How long to wait when the process is out of descriptors or memory, before accepting again.
 const ACCEPT_RETRY: Duration = Duration::from_millis(100);
+/// Bytes that a TLS connection carries at once in each direction.
+const PUMP_BYTES: usize = 256 << 10;
 /// A TCP peer that does not acknowledge for so long is gone, milliseconds.
 const TCP_USER_TIMEOUT_MS: u32 = 30_000;
 
@@ -228,19 +232,14 @@ impl<S: ExportSource + Clone + 'static> NbdServer<S> {
                     }
                     Some(acceptor) => {
                         let negotiation = handshake::encrypted(stream, &acceptor, directory);
-                        let Some((claim, session, mut stream)) = within(end, negotiation).await? else {
+                        let Some((claim, session, stream)) = within(end, negotiation).await? else {
                             return Ok(false);
                         };
                         let (near, far) =
                             socketpair(AddressFamily::Unix, SockType::Stream, None, SockFlag::SOCK_CLOEXEC)?;
                         let far = std::os::unix::net::UnixStream::from(far);
                         far.set_nonblocking(true)?;
-                        let mut far = UnixStream::from_std(far)?;
-                        tokio::spawn(async move {
-                            // Ends when both directions have: the client's end of file reaches the shard, the shard's reaches the client.
-                            let _ =
-                                tokio::io::copy_bidirectional_with_sizes(&mut stream, &mut far, 1 << 18, 1 << 18).await;
-                        });
+                        tokio::spawn(pump(stream, UnixStream::from_std(far)?));
                         (claim, session, near)
                     }
                 }
@@ -248,6 +247,39 @@ impl<S: ExportSource + Clone + 'static> NbdServer<S> {
         };
         claim.adopt(socket, session.with_limits(&self.config, seat));
         Ok(true)
+    }
+}
+
+/// Carries bytes between an encrypted stream and the shard, until the shard has closed its end: so the last replies reach the
+/// client also when the shard takes no more requests.
+async fn pump(client: TlsStream<TcpStream>, shard: UnixStream) {
+    let (mut from_client, mut to_client) = tokio::io::split(client);
+    let (mut from_shard, mut to_shard) = shard.into_split();
+    let requests = async {
+        // An error means the same as the end: no more requests. The shard answers what it has.
+        let _ = copy_all(&mut from_client, &mut to_shard).await;
+        let _ = to_shard.shutdown().await;
+        std::future::pending().await
+    };
+    let replies = async {
+        let _ = copy_all(&mut from_shard, &mut to_client).await;
+        let _ = to_client.shutdown().await;
+    };
+    tokio::select! {
+        () = requests => {}
+        () = replies => {}
+    }
+}
+
+async fn copy_all(from: &mut (impl AsyncRead + Unpin), to: &mut (impl AsyncWrite + Unpin)) -> io::Result<()> {
+    let mut buf = vec![0; PUMP_BYTES];
+    loop {
+        let count = from.read(&mut buf).await?;
+        if count == 0 {
+            return Ok(());
+        }
+        to.write_all(&buf[..count]).await?;
+        to.flush().await?;
     }
 }
 

@@ -21,8 +21,9 @@ use std::rc::{Rc, Weak};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use cdp_journal::{BlockStatus, ClientGuard, Engine, Error, Export, IoBuf, Result, SECTOR, Slice, payload_buf};
-use futures::future::{Either, select};
+use cdp_journal::{
+    BlockStatus, ClientGuard, Engine, Error, Export, Host as _, IoBuf, Result, SECTOR, Slice, payload_buf,
+};
 use nix::sys::socket::{Shutdown, setsockopt, shutdown, sockopt};
 use slab::Slab;
 use uuid::Uuid;
@@ -42,6 +43,8 @@ const REFUSED_PAYLOAD_MAX: u32 = 2 * PAYLOAD_MAX;
 /// A batch of replies is closed when it holds so many pieces or bytes.
 const BATCH_PIECES: usize = 900;
 const BATCH_BYTES: usize = 4 << 20;
+/// How often a drain looks whether all have left.
+const DRAIN_LOOK_NS: u64 = 2_000_000;
 /// Most extents of one BLOCK_STATUS reply. A client asks again for what is left out.
 const EXTENTS_MAX: usize = 64 << 10;
 
@@ -119,7 +122,6 @@ pub(crate) struct Clients {
     ticket_next: Cell<u64>,
     served: RefCell<Slab<Rc<Connection>>>,
     closing: Cell<bool>,
-    left: Signal,
 }
 
 /// An export held for a client whose handshake is about to end.
@@ -154,7 +156,6 @@ impl Clients {
             ticket_next: Cell::new(1),
             served: RefCell::default(),
             closing: Cell::new(false),
-            left: Signal::default(),
         })
     }
 
@@ -225,7 +226,6 @@ impl Clients {
             let connection = clients.served.borrow_mut().remove(key);
             drop(connection);
             count(&clients.stats.connections, 1_u64.wrapping_neg());
-            clients.left.notify();
         });
     }
 
@@ -236,15 +236,16 @@ impl Clients {
         let claims = self.claims.take();
         drop(claims);
         self.each(Connection::stop_reading);
-        let empty = || self.served.borrow().is_empty().then_some(());
-        match select(Box::pin(self.left.until(empty)), Box::pin(self.ring.sleep_ns(grace_ns))).await {
-            Either::Left(_) => return 0,
-            Either::Right(_) => {}
-        }
-        let cut = self.each(Connection::cut);
+        let end = self.ring.boot_ns().saturating_add(grace_ns);
+        let mut cut = None;
         // What is in the engine is waited for, however long: it ends by the engine's own bounds.
-        self.left.until(empty).await;
-        cut
+        while !self.served.borrow().is_empty() {
+            if cut.is_none() && self.ring.boot_ns() >= end {
+                cut = Some(self.each(Connection::cut));
+            }
+            self.ring.sleep_ns(DRAIN_LOOK_NS).await;
+        }
+        cut.unwrap_or(0)
     }
 
     fn each(&self, act: impl Fn(&Connection)) -> usize {

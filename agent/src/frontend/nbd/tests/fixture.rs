@@ -61,7 +61,10 @@ impl Memory {
 pub struct Shared(pub std::rc::Rc<Memory>);
 
 fn range(offset: u64, len: u64) -> std::ops::Range<usize> {
-    assert!(offset.is_multiple_of(512) && len.is_multiple_of(512) && len > 0 && offset + len <= SIZE, "the door let {offset}+{len} in");
+    assert!(
+        offset.is_multiple_of(512) && len.is_multiple_of(512) && len > 0 && offset + len <= SIZE,
+        "the door let {offset}+{len} in"
+    );
     offset as usize..(offset + len) as usize
 }
 

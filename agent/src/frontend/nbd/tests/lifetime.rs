@@ -12,25 +12,27 @@ use super::fixture::{Fixture, SIZE};
 
 #[test]
 fn half_open_connections_are_dropped() {
-    let fixture = Fixture::with(NbdConfig { handshake_timeout: Duration::from_millis(100), ..NbdConfig::default() });
-    let silent = UnixStream::connect(fixture.socket()).unwrap();
-    let greeted = Client::greet(&fixture.socket()).unwrap();
-    let mut inside = Client::greet(&fixture.socket()).unwrap();
-    inside.stream.write_all(b"IHAVEOPT\0\0\0\x07\0\0\0\x10").unwrap();
-    for mut stream in [silent, greeted.stream, inside.stream] {
-        let mut rest = vec![];
-        stream.read_to_end(&mut rest).unwrap(); // ends because the server closes
-    }
-    // A directory that does not answer counts as well.
+    let fixture = Fixture::with(NbdConfig { handshake_timeout: Duration::from_millis(200), ..NbdConfig::default() });
+    // Silent; greeted and silent; inside an option; waiting for a directory that does not answer.
     fixture.stuck.store(true, Ordering::Relaxed);
-    let mut client = Client::greet(&fixture.socket()).unwrap();
-    client.send_option(option::GO, &info("disk", &[])).unwrap();
-    assert!(client.hears_the_end());
+    let flags = 3_u32.to_be_bytes();
+    let go = [&b"IHAVEOPT\0\0\0\x07\0\0\0\x0a"[..], &info("disk", &[])].concat();
+    for said in [vec![], flags.to_vec(), [&flags[..], &go[..20]].concat(), [&flags[..], &go].concat()] {
+        let mut stream = UnixStream::connect(fixture.socket()).unwrap();
+        stream.write_all(&said).unwrap();
+        let mut heard = vec![];
+        stream.read_to_end(&mut heard).unwrap(); // ends because the server closes
+        assert!(heard.len() <= 18, "the greeting at most");
+    }
     fixture.until(|fixture| fixture.server.connections() == 0);
-    fixture.stuck.store(false, Ordering::Relaxed);
-    // Served connections have all the time that they want.
+}
+
+#[test]
+fn served_connections_have_all_the_time_that_they_want() {
+    let timeout = Duration::from_secs(2);
+    let fixture = Fixture::with(NbdConfig { handshake_timeout: timeout, ..NbdConfig::default() });
     let mut client = Client::open(&fixture.socket(), "disk", true).unwrap();
-    std::thread::sleep(Duration::from_millis(300));
+    std::thread::sleep(timeout + Duration::from_millis(500));
     assert_eq!(client.read(0, 512).unwrap(), Answer::Data(vec![0; 512]));
 }
 

@@ -1,0 +1,118 @@
+//! `cdp-agent`: the daemon's command line.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::{Context as _, Result};
+use cdp_agent::config::{CONFIG_PATH, Config, LogFormat};
+use cdp_agent::daemon::{self, Dev};
+use cdp_proto::parse;
+use clap::Parser;
+use tracing_subscriber::EnvFilter;
+
+/// Continuous data protection of VM disks: serves volumes over NBD, keeps every write, shows and restores any instant.
+///
+/// Exit status: 0 after an orderly stop, 1 when it failed while running, 2 when the command line, the configuration or the
+/// state is wrong, so that starting again would not help.
+#[derive(Debug, Parser)]
+#[command(version)]
+struct Args {
+    /// Configuration file.
+    #[arg(long, value_name = "FILE", default_value = CONFIG_PATH, conflicts_with = "dev")]
+    config: PathBuf,
+    /// Check the configuration, the state directory and the TLS files, and end.
+    #[arg(long, conflicts_with = "dev")]
+    check: bool,
+    /// Run with everything under DIR: a file-backed volume "demo", enabled, its CDP disk, sockets and state. Goes on with
+    /// what is there.
+    #[arg(long, value_name = "DIR")]
+    dev: Option<PathBuf>,
+    /// Size of the demo volume, when it is made.
+    #[arg(long, requires = "dev", default_value = "1GiB", value_parser = size)]
+    size: u64,
+    /// Size of the CDP disk, when it is made.
+    #[arg(long, requires = "dev", default_value = "4GiB", value_parser = cdp_size)]
+    cdp_size: u64,
+}
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    let (config, dev) = match configure(&args) {
+        Ok(configured) => configured,
+        Err(error) => {
+            eprintln!("cdp-agent: {error:#}");
+            return ExitCode::from(2);
+        }
+    };
+    if args.check {
+        return match daemon::check(&config) {
+            Ok(()) => {
+                println!("{}: ok", args.config.display());
+                ExitCode::SUCCESS
+            }
+            Err(error) => {
+                eprintln!("cdp-agent: {error:#}");
+                ExitCode::from(2)
+            }
+        };
+    }
+    start_log(&config);
+    if config.lock_memory {
+        daemon::lock_memory();
+    }
+    let config_path = dev.is_none().then_some(args.config.as_path());
+    match run(config, config_path, dev) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!("{error:#}");
+            ExitCode::from(if error.is::<cdp_agent::state::StateError>() { 2 } else { 1 })
+        }
+    }
+}
+
+fn configure(args: &Args) -> Result<(Config, Option<Dev>)> {
+    match &args.dev {
+        None => Ok((Config::load(&args.config)?, None)),
+        Some(dir) => {
+            let mut dev = Dev { dir: dir.clone(), size: args.size, cdp_size: args.cdp_size };
+            Ok((dev.prepare()?, Some(dev)))
+        }
+    }
+}
+
+fn run(config: Config, config_path: Option<&Path>, dev: Option<Dev>) -> Result<()> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .max_blocking_threads(16)
+        .thread_name("cdp-control")
+        .enable_all()
+        .build()
+        .context("start the control plane's threads")?;
+    runtime.block_on(daemon::run(config, config_path, dev))
+}
+
+/// Log lines go to standard error; `RUST_LOG` goes before the configuration.
+fn start_log(config: &Config) {
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(&config.log_filter));
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    match config.log_format {
+        LogFormat::Text => log.with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr())).init(),
+        LogFormat::Json => log.json().flatten_event(true).init(),
+    }
+}
+
+fn size(text: &str) -> Result<u64, String> {
+    let bytes = parse::size_between(text, 1 << 20, 1 << 60).map_err(|error| error.to_string())?;
+    if !bytes.is_multiple_of(512) {
+        return Err(format!("size {text:?} is not valid: a multiple of 512 bytes"));
+    }
+    Ok(bytes)
+}
+
+fn cdp_size(text: &str) -> Result<u64, String> {
+    let bytes = parse::size_between(text, 16 << 20, 1 << 60).map_err(|error| error.to_string())?;
+    if !bytes.is_multiple_of(4096) {
+        return Err(format!("size {text:?} is not valid: a multiple of 4096 bytes"));
+    }
+    Ok(bytes)
+}
