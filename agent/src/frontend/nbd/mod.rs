@@ -14,6 +14,7 @@ pub mod wire;
 
 use std::io;
 use std::os::fd::OwnedFd;
+use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
@@ -42,6 +43,8 @@ pub const BLOCK_PREFERRED: u32 = 4096;
 const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 /// Bytes that a TLS connection carries at once in each direction.
 const PUMP_BYTES: usize = 256 << 10;
+/// How long a TLS client that goes on sending may take to see that the connection has ended.
+const PUMP_LINGER: Duration = Duration::from_secs(1);
 /// A TCP peer that does not acknowledge for so long is gone, milliseconds.
 const TCP_USER_TIMEOUT_MS: u32 = 30_000;
 
@@ -255,19 +258,22 @@ impl<S: ExportSource + Clone + 'static> NbdServer<S> {
 async fn pump(client: TlsStream<TcpStream>, shard: UnixStream) {
     let (mut from_client, mut to_client) = tokio::io::split(client);
     let (mut from_shard, mut to_shard) = shard.into_split();
-    let requests = async {
-        // An error means the same as the end: no more requests. The shard answers what it has.
-        let _ = copy_all(&mut from_client, &mut to_shard).await;
+    let mut requests = pin!(async {
+        // A shard that takes no more has stopped: what still comes is thrown away, so that TCP does not throw away replies.
+        if copy_all(&mut from_client, &mut to_shard).await.is_err() {
+            let _ = copy_all(&mut from_client, &mut tokio::io::sink()).await;
+        }
         let _ = to_shard.shutdown().await;
-        std::future::pending().await
-    };
-    let replies = async {
+    });
+    let mut replies = pin!(async {
         let _ = copy_all(&mut from_shard, &mut to_client).await;
         let _ = to_client.shutdown().await;
-    };
+    });
     tokio::select! {
-        () = requests => {}
-        () = replies => {}
+        () = &mut requests => replies.await,
+        () = &mut replies => {
+            let _ = tokio::time::timeout(PUMP_LINGER, requests).await;
+        }
     }
 }
 

@@ -17,6 +17,7 @@ use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::ops::ControlFlow;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::pin::pin;
 use std::rc::{Rc, Weak};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -24,7 +25,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use cdp_journal::{
     BlockStatus, ClientGuard, Engine, Error, Export, Host as _, IoBuf, Result, SECTOR, Slice, payload_buf,
 };
-use nix::sys::socket::{Shutdown, setsockopt, shutdown, sockopt};
+use futures::future::{Either, select};
+use nix::sys::socket::{
+    AddressFamily, Shutdown, SockaddrLike as _, SockaddrStorage, getsockname, setsockopt, shutdown, sockopt,
+};
 use slab::Slab;
 use uuid::Uuid;
 use zerocopy::{FromBytes, IntoBytes};
@@ -45,6 +49,8 @@ const BATCH_PIECES: usize = 900;
 const BATCH_BYTES: usize = 4 << 20;
 /// How often a drain looks whether all have left.
 const DRAIN_LOOK_NS: u64 = 2_000_000;
+/// How long a TCP client that goes on sending may take to see that the connection has ended.
+const LINGER_NS: u64 = 1_000_000_000;
 /// Most extents of one BLOCK_STATUS reply. A client asks again for what is left out.
 const EXTENTS_MAX: usize = 64 << 10;
 
@@ -214,6 +220,7 @@ impl Clients {
             replies: RefCell::default(),
             room: Signal::default(),
             ready: Signal::default(),
+            stopped: Signal::default(),
         });
         link.connection.replace(Rc::downgrade(&connection));
         let key = self.served.borrow_mut().insert(Rc::clone(&connection));
@@ -221,8 +228,9 @@ impl Clients {
         count(&self.stats.connections_total, 1);
         let clients = Rc::clone(self);
         self.ring.spawn(async move {
-            connection.serve().await;
+            let end = connection.serve().await;
             drop(guard);
+            connection.close(end).await;
             let connection = clients.served.borrow_mut().remove(key);
             drop(connection);
             count(&clients.stats.connections, 1_u64.wrapping_neg());
@@ -275,6 +283,17 @@ struct Connection {
     room: Signal,
     /// The writer waits here for replies.
     ready: Signal,
+    /// A receive waits here for its end.
+    stopped: Signal,
+}
+
+/// How a connection's service ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum End {
+    /// The client left, or broke off.
+    Left,
+    /// We stopped, and it may still be sending.
+    Stopped,
 }
 
 /// A request that passed the door. Ranges lie inside the export.
@@ -316,7 +335,7 @@ struct Received {
 }
 
 impl Connection {
-    async fn serve(self: &Rc<Self>) {
+    async fn serve(self: &Rc<Self>) -> End {
         let writer_done = Rc::new((Cell::new(false), Signal::default()));
         let (connection, done) = (Rc::clone(self), Rc::clone(&writer_done));
         self.ring.spawn(async move {
@@ -328,9 +347,34 @@ impl Connection {
             tracing::debug!(export = self.session.export_name, %reason, "NBD connection dropped");
             self.cut();
         }
-        self.reading.set(false);
+        let stopped = !self.reading.replace(false);
         self.ready.notify();
         writer_done.1.until(|| writer_done.0.get().then_some(())).await;
+        if stopped && self.sending.get() { End::Stopped } else { End::Left }
+    }
+
+    /// Closes without losing the last replies. TCP throws away what the client has not read yet when a socket is closed that holds
+    /// requests; so where we are the one who ends, they are read and thrown away, until the client has seen the end.
+    async fn close(&self, end: End) {
+        let tcp = matches!(
+            getsockname::<SockaddrStorage>(self.socket.as_raw_fd()).ok().and_then(|name| name.family()),
+            Some(AddressFamily::Inet | AddressFamily::Inet6)
+        );
+        if end == End::Stopped && tcp && shutdown(self.socket.as_raw_fd(), Shutdown::Write).is_ok() {
+            let discard = async {
+                let mut buf = IoBuf::zeroed(RECEIVE_BYTES);
+                loop {
+                    let result;
+                    (result, buf) = self.ring.recv(&self.socket, buf, 0, RECEIVE_BYTES, false).await;
+                    match result {
+                        Ok(1..) => {}
+                        Err(error) if is_passing(&error) => {}
+                        _ => return,
+                    }
+                }
+            };
+            select(pin!(discard), pin!(self.ring.sleep_ns(LINGER_NS))).await;
+        }
         let _ = shutdown(self.socket.as_raw_fd(), Shutdown::Both);
     }
 
@@ -339,7 +383,7 @@ impl Connection {
         self.reading.set(false);
         self.room.notify();
         self.ready.notify();
-        let _ = shutdown(self.socket.as_raw_fd(), Shutdown::Read); // ends a receive that waits
+        self.stopped.notify();
     }
 
     /// No more requests and no more answers.
@@ -455,6 +499,16 @@ impl Connection {
         self.room.notify();
     }
 
+    /// Receives, unless and until no more requests are to be taken: then `None`, and the buffer stays with the ring.
+    async fn recv(&self, buf: IoBuf, start: usize, len: usize, all: bool) -> Option<(io::Result<usize>, IoBuf)> {
+        let stopped = pin!(self.stopped.until(|| (!self.reading.get()).then_some(())));
+        let received = pin!(self.ring.recv(&self.socket, buf, start, len, all));
+        match select(stopped, received).await {
+            Either::Left(_) => None,
+            Either::Right((received, _)) => Some(received),
+        }
+    }
+
     /// Has at least `need` bytes in the receive buffer. `Ok(false)`: the client closed before the first of them.
     async fn fill(&self, mut received: Received, need: usize) -> (io::Result<bool>, Received) {
         while received.end - received.start < need {
@@ -465,10 +519,12 @@ impl Connection {
                 (received.start, received.end) = (0, received.end - received.start);
             }
             let Received { buf, start, end } = received;
-            let (result, buf) = self.ring.recv(&self.socket, buf, end, RECEIVE_BYTES - end, false).await;
+            let Some((result, buf)) = self.recv(buf, end, RECEIVE_BYTES - end, false).await else {
+                return (Ok(false), Received { buf: IoBuf::zeroed(0), start: 0, end: 0 });
+            };
             received = Received { buf, start, end };
             match result {
-                Ok(0) if start == end || !self.reading.get() => return (Ok(false), received),
+                Ok(0) if start == end => return (Ok(false), received),
                 Ok(0) => return (Err(broken("the client closed inside a request".to_owned())), received),
                 Ok(count) => received.end += count,
                 Err(error) if is_passing(&error) => {}
@@ -493,10 +549,11 @@ impl Connection {
         received.start += ahead;
         at += ahead;
         while at < end {
-            let (result, buf) = self.ring.recv(&self.socket, payload, at, end - at, true).await;
+            let Some((result, buf)) = self.recv(payload, at, end - at, true).await else {
+                return (Ok(false), None, received);
+            };
             payload = buf;
             match result {
-                _ if !self.reading.get() => return (Ok(false), None, received),
                 Ok(0) => return (Err(broken("the client closed inside a payload".to_owned())), None, received),
                 Ok(count) => at += count,
                 Err(error) if is_passing(&error) => {}

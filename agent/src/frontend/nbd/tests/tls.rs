@@ -139,19 +139,8 @@ fn a_client_with_a_certificate_is_served_over_tls() {
     fixture.until(|fixture| fixture.server.connections() == 0);
 }
 
-/// Method: the client goes on sending while the shard drains, so the pump's way in breaks before its way out has ended.
-#[test]
-fn a_drain_answers_over_tls_as_well() {
-    let (fixture, papers) = (Fixture::new(), papers());
-    let port = listen(&fixture, Some(papers.acceptor()));
-    let mut stream = fixture.runtime.block_on(async {
-        let mut stream = TcpStream::connect(("127.0.0.1", port)).await.unwrap();
-        assert_eq!(first_option(&mut stream, option::STARTTLS, &[]).await.unwrap(), reply::ACK);
-        let name = ServerName::try_from("localhost").unwrap();
-        let mut stream = papers.connector(Some(&papers)).connect(name, stream).await.unwrap();
-        assert_eq!(an_option(&mut stream, option::GO, &info("disk", &[])).await.unwrap(), reply::ACK);
-        stream
-    });
+/// Goal: when the agent stops, what it has done reaches the client, also one that goes on sending meanwhile.
+fn a_drain_answers(fixture: &Fixture, mut stream: impl AsyncRead + AsyncWrite + Unpin) {
     fixture.on_shard(|state| state.disk.paused.set(true));
     fixture.runtime.block_on(async {
         for cookie in 0..5 {
@@ -164,17 +153,42 @@ fn a_drain_answers_over_tls_as_well() {
     let drain = fixture.runtime.spawn(async move { shard.drain(Duration::from_secs(600)).await });
     fixture.until(|fixture| fixture.runtime.block_on(fixture.shard.open_export(Uuid::from_u128(1))).unwrap().is_err());
     fixture.runtime.block_on(async {
-        let _ = stream.write_all(&request(command::READ, 0, 9, 0, 65536)).await;
-        let _ = stream.flush().await;
+        stream.write_all(&request(command::READ, 0, 9, 0, 65536)).await.unwrap();
+        stream.flush().await.unwrap();
     });
     fixture.on_shard(|state| state.disk.resume());
-    let answers = fixture.runtime.block_on(async {
-        let mut answers = vec![];
-        let _ = stream.read_to_end(&mut answers).await;
-        answers.len()
-    });
-    assert_eq!(answers, 5 * (16 + 65536));
+    let mut answers = vec![];
+    fixture.runtime.block_on(stream.read_to_end(&mut answers)).unwrap();
+    assert_eq!(answers.len(), 5 * (16 + 65536));
+    drop(stream);
     assert_eq!(fixture.runtime.block_on(drain).unwrap(), Ok(0));
+}
+
+#[test]
+fn a_drain_answers_over_tls() {
+    let (fixture, papers) = (Fixture::new(), papers());
+    let port = listen(&fixture, Some(papers.acceptor()));
+    let stream = fixture.runtime.block_on(async {
+        let mut stream = TcpStream::connect(("127.0.0.1", port)).await.unwrap();
+        assert_eq!(first_option(&mut stream, option::STARTTLS, &[]).await.unwrap(), reply::ACK);
+        let name = ServerName::try_from("localhost").unwrap();
+        let mut stream = papers.connector(Some(&papers)).connect(name, stream).await.unwrap();
+        assert_eq!(an_option(&mut stream, option::GO, &info("disk", &[])).await.unwrap(), reply::ACK);
+        stream
+    });
+    a_drain_answers(&fixture, stream);
+}
+
+#[test]
+fn a_drain_answers_over_tcp() {
+    let fixture = Fixture::new();
+    let port = listen(&fixture, None);
+    let stream = fixture.runtime.block_on(async {
+        let mut stream = TcpStream::connect(("127.0.0.1", port)).await.unwrap();
+        assert_eq!(first_option(&mut stream, option::GO, &info("disk", &[])).await.unwrap(), reply::ACK);
+        stream
+    });
+    a_drain_answers(&fixture, stream);
 }
 
 #[test]

@@ -148,6 +148,7 @@ fn fio_verifies_what_four_jobs_wrote() {
         "fio",
         &[
             "--name=verify",
+            "--verify_state_save=0",
             "--ioengine=nbd",
             &format!("--uri={}", fixture.uri("disk")),
             "--rw=randwrite",
