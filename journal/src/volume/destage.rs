@@ -3,6 +3,7 @@
 //! One task per volume. It works on the oldest log that is not sealed, in batches sorted by LBA (design part 3):
 //! 1. read the old content of blocks first touched in this log, 2. append it as before-images, 3. sync the journal,
 //! 4. write to the primary the content that 3 made durable, 5. sync the primary, 6. advance the watermark.
+//!
 //! When the log is closed and its overlay is empty, it copies the log's revert, merges the index and seals it.
 
 use std::ops::ControlFlow;

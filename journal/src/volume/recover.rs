@@ -930,7 +930,7 @@ async fn for_each_entry(
         while let Some(entry) = cursor.next(&**disk).await? {
             f(&entry);
             n += 1;
-            if n % 4096 == 0 {
+            if n.is_multiple_of(4096) {
                 yield_now().await;
             }
         }
