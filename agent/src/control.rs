@@ -29,6 +29,7 @@ use crate::config::Config;
 use crate::device::{Disk, DiskFile, OpenError};
 use crate::events::{EventHub, wall_ns};
 use crate::frontend::nbd::{ExportDirectory, ExportEntry, ExportInfo, ExportSource};
+use crate::grpc::convert;
 use crate::shard::ShardHandle;
 use crate::state::{DiskRecord, Saved, ShardStore, StateDir, ViewRecord, VolumeRecord};
 
@@ -469,8 +470,10 @@ impl Control {
         let info = self.info(volume).await?;
         if info.health != health {
             return Err(Error::State(format!(
-                "volume {:?} is in state {:?}, not in {health:?}",
-                info.name, info.health
+                "volume {:?} is in state {}, not in {}",
+                info.name,
+                convert::health(info.health).word(),
+                convert::health(health).word()
             )));
         }
         let fence = self.state.fence(volume).map_err(|error| Error::State(error.to_string()))?;

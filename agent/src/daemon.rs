@@ -59,8 +59,13 @@ impl Dev {
             }
             Ok(Listen { unix: Some(UnixListen { mode: 0o600, ..UnixListen::at(path) }), tcp: None })
         };
+        // What `enable` promises after `clean` must fit the disk that there is, or will be.
+        let cdp_size = std::fs::metadata(self.cdp()).map_or(self.cdp_size, |there| there.len());
+        let mut engine = Config::default().engine;
+        engine.default_settings.reserve_capacity = cdp_size / 8 * 7;
         Ok(Config {
             state_dir: self.dir.join("state"),
+            engine,
             lock_memory: false,
             grpc: socket("agent.sock")?,
             nbd: socket("nbd.sock")?,
