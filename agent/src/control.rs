@@ -469,8 +469,10 @@ impl Control {
         let info = self.info(volume).await?;
         if info.health != health {
             return Err(Error::State(format!(
-                "volume {:?} is in state {:?}, not in {health:?}",
-                info.name, info.health
+                "volume {:?} is in state {}, not in {}",
+                info.name,
+                health_word(info.health),
+                health_word(health)
             )));
         }
         let fence = self.state.fence(volume).map_err(|error| Error::State(error.to_string()))?;
@@ -724,7 +726,7 @@ impl Control {
                 Err(error) => {
                     let (shown, message) =
                         (path.display().to_string(), format!("the CDP disk cannot be used: {error}"));
-                    self.events.publish_now(EventKind::Damage, None, Some(shown), message);
+                    self.events.publish_now(EventKind::Offline, None, Some(shown), message);
                     (None, false, Some(error.to_string()))
                 }
             };
@@ -983,6 +985,10 @@ impl ExportDirectory<Local> for Control {
         }
         .boxed()
     }
+}
+
+fn health_word(health: Health) -> String {
+    crate::grpc::convert::health(health).word()
 }
 
 fn stopping() -> Error {

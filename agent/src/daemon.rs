@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
-use cdp_journal::info::{DiskInfo, Settings};
+use cdp_journal::info::{CdpState, DiskInfo, Health, Settings};
 use cdp_journal::{Error, InitOptions};
 use sd_notify::NotifyState;
 use tokio::signal::unix::{SignalKind, signal};
@@ -16,7 +16,7 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use crate::config::{Config, Listen, UnixListen};
-use crate::control::{Control, NewVolume};
+use crate::control::{Control, NewVolume, VolumeStatus};
 use crate::events::{EventHub, wall_ns};
 use crate::frontend::nbd::{Listener, NbdConfig, NbdServer};
 use crate::grpc::convert::Place;
@@ -114,7 +114,7 @@ pub async fn run(config: Config, config_path: Option<&Path>, dev: Option<Dev>) -
     ready(&control).await;
     let watchdog = tokio::spawn(watch_shards(Arc::clone(&control)));
     if let Some(dev) = &dev {
-        println!("{}", usage(dev));
+        println!("{}", usage(dev, &demo_state(&control).await));
     }
 
     let mut stopped = stopping.clone();
@@ -281,11 +281,29 @@ fn room(disk: &DiskInfo) -> u64 {
     (disk.segments * disk.segment_size).saturating_sub(disk.reserved_bytes)
 }
 
-fn usage(dev: &Dev) -> String {
+/// How the demo is doing, in a sentence.
+async fn demo_state(control: &Control) -> String {
+    let demo = match control.resolve(DEMO) {
+        Ok(demo) => control.volume(demo.uuid).await,
+        Err(error) => Err(error),
+    };
+    match demo {
+        Ok(VolumeStatus { info: Ok(info), .. }) => match (info.health, info.state) {
+            (Health::Ok, CdpState::On) => format!("The volume \"{DEMO}\" is protected and served."),
+            (Health::Ok, CdpState::Off) => format!("The volume \"{DEMO}\" is served; its protection is switched off."),
+            _ => format!("The volume \"{DEMO}\" NEEDS ATTENTION: {}.", info.health_reason),
+        },
+        Ok(VolumeStatus { info: Err(why), .. }) => format!("The volume \"{DEMO}\" is NOT SERVED: {why}."),
+        Err(error) => format!("The volume \"{DEMO}\" is not served: {error}."),
+    }
+}
+
+fn usage(dev: &Dev, state: &str) -> String {
     let dir = dev.dir.display();
     format!(
         "\
-The volume \"{DEMO}\" is protected and served. Everything is in {dir}; stop with Ctrl-C, start again with the same --dev.
+{state}
+Everything is in {dir}; stop with Ctrl-C, start again with the same --dev.
 
   look at it      nbdinfo 'nbd+unix:///{DEMO}?socket={dir}/nbd.sock'
   write to it     nbdcopy some.img 'nbd+unix:///{DEMO}?socket={dir}/nbd.sock'
