@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
 use cdp_journal::info::{CdpState, DiskInfo, Health, Settings};
-use cdp_journal::{Error, InitOptions};
+use cdp_journal::{EngineConfig, Error, InitOptions};
 use sd_notify::NotifyState;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
@@ -59,7 +59,12 @@ impl Dev {
             }
             Ok(Listen { unix: Some(UnixListen { mode: 0o600, ..UnixListen::at(path) }), tcp: None })
         };
+        // Where `enable` has to choose, it takes what this CDP disk can give.
+        let mut engine = EngineConfig::default();
+        let cdp_size = std::fs::metadata(self.cdp()).map_or(self.cdp_size, |found| found.len());
+        engine.default_settings.reserve_capacity = cdp_size - cdp_size / 16;
         Ok(Config {
+            engine,
             state_dir: self.dir.join("state"),
             lock_memory: false,
             grpc: socket("agent.sock")?,
