@@ -8,7 +8,7 @@
 //! * **Damage**: bytes that were durable, or that something durable names, are not what was written.
 //! * **Notes**: what any power cut leaves and the next start puts right: a torn copy of an A/B pair, a torn tail, segments of a log that is gone.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -519,7 +519,8 @@ impl Checker<'_> {
             self.findings.note(format!("volume {}", row.id), what);
         }
         let mut links = self.wanted_links(segments);
-        let mut oldest = [u64::MAX; 2];
+        // Streams that were walked, by kind and seq.
+        let mut walked = HashSet::new();
         for log in segments.chunk_by(|a, b| (a.seq, a.log_id) == (b.seq, b.log_id)) {
             let (seq, id) = (log[0].seq, log[0].log_id);
             let known = base.as_ref().and_then(|(_, control)| control.rows.get(&seq)).filter(|r| r.id.get() == id);
@@ -553,13 +554,23 @@ impl Checker<'_> {
                     continue;
                 }
                 let outcome = self.stream(stream, &mut links);
+                let slot = usize::from(kind) - 1;
+                walked.insert((kind, seq));
+                outcomes[slot] = Some(outcome);
+            }
+            // Each stream says what was durable of the other, too.
+            let claims = [1, 0].map(|other: usize| outcomes[other].as_ref().map_or(0, |o: &Outcome| o.claim_other));
+            for (slot, kind) in [StreamKind::Writes, StreamKind::Before].into_iter().enumerate() {
+                if gone || (thin && kind == StreamKind::Writes) {
+                    continue;
+                }
+                // A stream without segments ends before frame 0.
+                let outcome = outcomes[slot].get_or_insert_with(Outcome::of_nothing);
+                outcome.settle(&mut self.findings, &mut self.tally, &log[0], kind, claims[slot]);
                 row.unwritten_segments += outcome.unwritten;
                 self.cut += outcome.cut;
                 log_row.frames += outcome.frames;
-                let slot = usize::from(kind) - 1;
                 log_row.tails[slot] = outcome.tail;
-                oldest[slot] = oldest[slot].min(seq);
-                outcomes[slot] = Some(outcome);
             }
             if let Some(known) = known {
                 self.roots(known, log, &outcomes);
@@ -569,13 +580,13 @@ impl Checker<'_> {
         if let Some((_, control)) = &base {
             self.missing_logs(&row, control);
         }
-        // A link can only be missed where an older log could have answered it.
-        let missed = |kind: u8, link: &Link| oldest[usize::from(kind) - 1] < link.seq;
+        // A link is only missed where the log right before is there.
+        let missed = |kind: u8, link: &Link| link.seq > 0 && walked.contains(&(kind, link.seq - 1));
         let mut missed: Vec<Link> =
             links.into_iter().flat_map(|((kind, _), list)| list.into_iter().filter(move |l| missed(kind, l))).collect();
         missed.sort_unstable_by_key(|link| link.seq);
         for link in missed {
-            self.findings.note(link.place, "first frame names a frame before it that no older log has");
+            self.findings.note(link.place, "first frame names a frame before it that no older log has any more");
         }
         row
     }

@@ -191,7 +191,8 @@ impl Disk {
                 best = Some(found);
             }
         }
-        let Some(superblock) = best else {
+        // Also when the other copy is ours: the newer one may be the unknown one.
+        let Some(superblock) = best.filter(|_| wrong_version.is_none()) else {
             return Err(match wrong_version {
                 Some((version, flags)) => Error::invalid(
                     "format version",
@@ -220,6 +221,8 @@ impl Disk {
             result.map_err(|e| fail("read clock of", e))?;
             if let Some(found) = format::open_block::<ClockPage>(&page, &ClockPage::MAGIC, 8)
                 && found.disk_id == superblock.disk_id
+                && found.version.get() == format::VERSION
+                && found.flags.get() == 0
                 && clock.is_none_or(|c| c.0 < found.generation.get())
             {
                 clock = Some((found.generation.get(), found.high_water.get()));
@@ -426,7 +429,7 @@ impl Disk {
         self.check()?;
         self.clock_running.set(true);
         let generation = self.clock_generation.get() + 1;
-        let at = if generation % 2 == 0 { format::CLOCK_A } else { format::CLOCK_B };
+        let at = if generation.is_multiple_of(2) { format::CLOCK_A } else { format::CLOCK_B };
         let result = self.guard(self.device.write(at, vec![clock_page(self.id, generation, mark.0)])).await;
         let result = match result {
             Ok(Ok(())) => self.sync().await,
@@ -557,7 +560,7 @@ impl Disk {
                 let last = (first + TablePageHeader::ENTRIES as usize).min(pool.entries.len());
                 let bytes = table_page(self.id, page, generation, &pool.entries[first..last]);
                 // Odd generations live in A, even ones in B: init wrote generation 1 to both.
-                let table = if generation % 2 == 0 { self.geometry.table_b } else { self.geometry.table_a };
+                let table = if generation.is_multiple_of(2) { self.geometry.table_b } else { self.geometry.table_a };
                 writes.push(self.device.write(table + page * BLOCK, vec![bytes]));
             }
         }
@@ -722,6 +725,7 @@ fn parse_table_page(bytes: &[u8], id: Uuid, page: u64) -> Option<(u64, Vec<Table
     let (header, rest) = TablePageHeader::read_from_prefix(bytes).ok()?;
     let whole = header.magic == TablePageHeader::MAGIC
         && header.version.get() == format::VERSION
+        && header.flags.get() == 0
         && header.disk_id == *id.as_bytes()
         && header.page.get() == page
         && header.crc.get() == format::crc(&bytes[12..BLOCK as usize]);

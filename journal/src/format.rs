@@ -607,7 +607,8 @@ pub struct ChildEntry {
 const _: () = assert!(size_of::<ChildEntry>() == 32);
 
 /// Last 4 KiB of a full segment (the rest of the block is zero). The index pages lie before it; between them and it, a copy of the descriptors
-/// of the segment's frames that are no writes, zeroes or before-images (markers, control records …), so that recovery need not walk the frames.
+/// of the segment's frames that are no writes, zeroes, before-images or index pages (markers, control records …), so that recovery need not walk the
+/// frames.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, KnownLayout, Immutable)]
 #[repr(C)]
 pub struct SegmentFooter {

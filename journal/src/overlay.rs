@@ -263,6 +263,31 @@ impl Overlay {
         self.batch_oldest = None;
     }
 
+    /// The batch could not be brought to the primary: what it took waits again, ahead of everything else.
+    pub fn put_back(&mut self, batch: &Batch) {
+        let mut again = Vec::new();
+        for item in &batch.items {
+            let (mut at, end) = (item.block, item.block + item.count);
+            while at < end {
+                let Some((start, entry)) = self.first_from(at, end) else { break };
+                let next = start + entry.count;
+                if !entry.queued {
+                    again.push(Dirty {
+                        block: start,
+                        count: entry.count,
+                        instant: batch.oldest.unwrap_or(item.instant),
+                    });
+                    self.entries.get_mut(&start).expect("just found").queued = true;
+                }
+                at = next;
+            }
+        }
+        for dirty in again.into_iter().rev() {
+            self.queue.push_front(dirty);
+        }
+        self.batch_oldest = None;
+    }
+
     /// Every version, for the way out when the CDP disk is lost: sorted by block.
     pub fn everything(&self) -> Vec<Item> {
         self.entries

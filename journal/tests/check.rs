@@ -210,6 +210,8 @@ struct Stream {
     all: Vec<IndexEntry>,
     side: Vec<u8>,
     spots: Vec<Spot>,
+    /// What its frames say of the log's other stream.
+    claim_other: u64,
 }
 
 impl Stream {
@@ -228,6 +230,7 @@ impl Stream {
             all: Vec::new(),
             side: Vec::new(),
             spots: Vec::new(),
+            claim_other: 0,
         }
     }
 
@@ -327,7 +330,8 @@ impl Stream {
             durable: 0.into(),
             watermark: 0.into(),
             durable_frames: durable.into(),
-            reserved: [0; 16],
+            durable_frames_other: self.claim_other.into(),
+            reserved: [0; 8],
         };
         let mut bytes = header.as_bytes().to_vec();
         bytes.extend_from_slice(&descriptors);
@@ -797,6 +801,33 @@ fn several_frames_that_no_later_one_calls_durable_are_a_tail() {
     whole.writes1.frame(&mut whole.disk, &[write(5003, 1, 2)], durable + 1);
     whole.disk.flip(at + 16);
     expect_damage(&whole.disk.report(), "wrong checksum");
+}
+
+#[test]
+fn a_tail_that_the_other_stream_calls_durable_is_damage() {
+    let mut whole = whole();
+    // Before-images say that all writes so far are durable.
+    let durable = whole.before1.frame_next;
+    whole.before1.claim_other = whole.writes1.frame_next;
+    whole.before1.frame(&mut whole.disk, &[before(1, 50, 1)], durable);
+    let report = whole.disk.report();
+    assert!(report.findings.is_empty(), "{report}");
+    // The last of them torn, and lost without a trace.
+    let last = *whole.writes1.spots.last().expect("frames");
+    let at = whole.disk.at(last.segment, last.block);
+    whole.disk.flip(at + 16);
+    expect_damage(&whole.disk.report(), "wrong checksum");
+    whole.disk.bytes[at..at + 6 * B].fill(0);
+    expect_damage(&whole.disk.report(), "writes end before frame 14");
+    // And of before-images none is left, not even a segment.
+    let mut whole = self::whole();
+    let durable = whole.writes1.frame_next;
+    whole.writes1.claim_other = 4;
+    whole.writes1.frame(&mut whole.disk, &[write(5000, 1, 2)], durable);
+    assert!(whole.disk.report().findings.is_empty());
+    whole.disk.table[5] = TableEntry::default();
+    whole.disk.store_table();
+    expect_damage(&whole.disk.report(), "before-images end before frame 0");
 }
 
 #[test]

@@ -207,7 +207,10 @@ pub async fn stop(world: &Rc<World>) {
                 }
             }
         }
-        Err(error) if world.any_fault() => world.say(|| format!("stop: {error}")),
+        Err(error) if world.any_fault() => {
+            world.say(|| format!("stop: {error}"));
+            world.unclean.set(true);
+        }
         Err(error) => return world.fail(format!("stop: {error}")),
     }
     world.count(|counts| counts.restarts += 1);
@@ -358,7 +361,12 @@ async fn revert(world: &Rc<World>, vol: &Rc<Vol>, at: u64, exact: Option<u64>, f
         }
         Err(error) => {
             world.say(|| format!("volume {}: revert to {target}: {error}", vol.index));
-            vol.oracle.borrow_mut().revert_refused();
+            if world.any_fault() && matches!(error, Error::Gone(_) | Error::Device { .. }) {
+                let now = world.now(vol);
+                vol.oracle.borrow_mut().revert_uncertain(now);
+            } else {
+                vol.oracle.borrow_mut().revert_refused();
+            }
             let held = !force && !leave_first;
             let expected = match error {
                 Error::State(_) => held || !before || handle.info().state == CdpState::Off,
@@ -599,6 +607,7 @@ async fn reopen(world: &Rc<World>, vol: &Rc<Vol>) {
             boot::open(world, vol).await;
         }
         Err(_) if world.any_fault() => {
+            world.unclean.set(true);
             leave(world);
         }
         Err(error) => world.fail(format!("close of volume {}: {error}", vol.index)),

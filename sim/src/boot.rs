@@ -199,6 +199,13 @@ pub async fn open(world: &Rc<World>, vol: &Rc<Vol>) -> bool {
         release(world, vol).await;
     }
     connect(world, vol);
+    if world.override_journal.get() && world.give_up.get() {
+        // The bytes from before the revert are served, where the revert's are lost: each was once there, and that is all.
+        rebase(world, vol).await;
+        world.completed.set(true);
+        admin::leave(world);
+        return false;
+    }
     // Where the journal was there after all, the override changed nothing.
     if world.override_journal.get() && info.coverage.is_empty() {
         rebase(world, vol).await;
@@ -215,6 +222,7 @@ fn unserved(world: &World, vol: &Vol) -> bool {
     if health == Some(Health::RevertIncomplete) || (health.is_some() && !all_there && world.shared.rng.one_in(5)) {
         world.say(|| "not served: the admin goes on without the journal".to_owned());
         world.override_journal.set(true);
+        world.give_up.set(health == Some(Health::RevertIncomplete));
     } else if all_there && world.damaged.get() {
         // The journal is damaged below its durable point: a person decides. Nothing was served.
         world.say(|| "the journal is damaged; the history ends here".to_owned());
@@ -230,6 +238,7 @@ fn unserved(world: &World, vol: &Vol) -> bool {
         world.say(|| "not served: all disks are put back, the agent starts again".to_owned());
         world.cdp.iter().for_each(|disk| disk.heal());
     }
+    world.unclean.set(true);
     admin::leave(world);
     false
 }
@@ -262,7 +271,9 @@ pub fn connect(world: &Rc<World>, vol: &Rc<Vol>) {
 
 /// After an override the primary is what it is: each sector must be something that was once there.
 async fn rebase(world: &Rc<World>, vol: &Rc<Vol>) {
-    let bytes = vol.primary.peek(0, vol.sectors * 512);
+    let result = vol.handle().export().read(0, (vol.sectors * 512) as u32).await;
+    let Ok(parts) = result else { return };
+    let bytes: Vec<u8> = parts.iter().flat_map(|part| part.iter().copied()).collect();
     let now = world.now(vol);
     let verdict = vol.oracle.borrow_mut().rebase(0, &bytes, now);
     if let Err(text) = verdict {

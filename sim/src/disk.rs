@@ -6,7 +6,7 @@
 //! completed and any part of what was in flight; it stays unsynced. Calls complete after a random time and out of order.
 
 use std::cell::RefCell;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::rc::Rc;
 
@@ -147,6 +147,8 @@ struct State {
     hung: Vec<Box<dyn FnOnce()>>,
     mtime_ns: u64,
     mtime_stable_ns: u64,
+    /// Number of the newest sync that was called, and of the newest that completed.
+    syncs: (u64, u64),
     misuse: Option<String>,
     calls: u64,
 }
@@ -195,6 +197,7 @@ impl SimDisk {
                 hung: Vec::new(),
                 mtime_ns: 1,
                 mtime_stable_ns: 1,
+                syncs: (0, 0),
                 misuse: None,
                 calls: 0,
             }),
@@ -305,22 +308,23 @@ impl SimDisk {
     pub fn kill(&self, rng: &Rng) {
         let mut state = self.state.borrow_mut();
         state.hung.clear();
-        let State { current, unsynced, .. } = &mut *state;
-        for write in unsynced.iter_mut().filter(|write| !write.completed) {
-            let rest = write.pieces.split_off(write.applied);
+        let in_flight: Vec<u64> =
+            state.unsynced.iter().filter(|write| !write.completed).map(|write| write.id).collect();
+        for id in in_flight {
             let policy = rng.below(3);
-            for mut piece in rest {
-                piece.mask &= match policy {
-                    0 => 0,
-                    1 => 0xff,
-                    _ => rng.bits() as u8,
-                };
-                current.apply(&piece);
-                write.pieces.push(piece);
+            if let Some(write) = state.unsynced.iter_mut().find(|write| write.id == id) {
+                let applied = write.applied;
+                for piece in &mut write.pieces[applied..] {
+                    piece.mask &= match policy {
+                        0 => 0,
+                        1 => 0xff,
+                        _ => rng.bits() as u8,
+                    };
+                }
             }
-            write.applied = write.pieces.len();
-            write.completed = true;
+            state.apply(id, false);
         }
+        state.unsynced.iter_mut().for_each(|write| write.completed = true);
     }
 
     /// The power went: what no sync had covered survives in any subset and order.
@@ -588,14 +592,25 @@ impl Handle {
 }
 
 impl State {
-    /// Makes a write visible to reads: half of it, or what is left.
+    /// Makes a write visible to reads: half of it, or what is left. The list of unsynced writes is in the order in which they
+    /// became visible, so that what overlapping writes leave is the same before and after a sync.
     fn apply(&mut self, id: u64, half: bool) {
-        let Some(write) = self.unsynced.iter_mut().find(|write| write.id == id) else { return };
-        let until = if half { write.pieces.len() / 2 } else { write.pieces.len() };
+        let others = self.unsynced.iter().filter(|write| !write.completed).count() > 1;
+        let Some(place) = self.unsynced.iter().position(|write| write.id == id) else { return };
+        let write = &mut self.unsynced[place];
+        if write.applied == write.pieces.len() {
+            return;
+        }
+        // Only a write that is alone is seen half done: of two that overlap, one wins as a whole.
+        let until = if half && !others { write.pieces.len() / 2 } else { write.pieces.len() };
         for piece in &write.pieces[write.applied.min(until)..until] {
             self.current.apply(piece);
         }
         write.applied = write.applied.max(until);
+        if write.applied == write.pieces.len() {
+            let write = self.unsynced.remove(place);
+            self.unsynced.push(write);
+        }
     }
 }
 
@@ -679,10 +694,11 @@ impl Device for Handle {
         self.executor.shared.note(&[14, self.disk.number]);
         let error = verdict.error;
         // Durable will be what had completed when this was called, and nothing else.
-        let (covered, mtime_ns): (Vec<u64>, u64) = {
-            let state = self.disk.state.borrow();
+        let (covered, mtime_ns, number): (BTreeSet<u64>, u64, u64) = {
+            let mut state = self.disk.state.borrow_mut();
+            state.syncs.0 += 1;
             let covered = state.unsynced.iter().filter(|write| write.completed && !write.dropped).map(|write| write.id);
-            (covered.collect(), state.mtime_ns)
+            (covered.collect(), state.mtime_ns, state.syncs.0)
         };
         let forgets = self.rng().one_in(2);
         let done = Completion::new();
@@ -694,7 +710,7 @@ impl Device for Handle {
                 {
                     let mut state = disk.state.borrow_mut();
                     let State { stable, unsynced, .. } = &mut *state;
-                    for write in unsynced.iter_mut().filter(|write| covered.binary_search(&write.id).is_ok()) {
+                    for write in unsynced.iter_mut().filter(|write| covered.contains(&write.id)) {
                         if error.is_some() {
                             write.dropped |= forgets;
                         } else if !write.dropped {
@@ -702,8 +718,11 @@ impl Device for Handle {
                         }
                     }
                     if error.is_none() {
-                        unsynced.retain(|write| write.dropped || covered.binary_search(&write.id).is_err());
-                        state.mtime_stable_ns = mtime_ns;
+                        unsynced.retain(|write| write.dropped || !covered.contains(&write.id));
+                        if number > state.syncs.1 {
+                            state.mtime_stable_ns = mtime_ns;
+                            state.syncs.1 = number;
+                        }
                     }
                 }
                 shared.note(&[114, disk.number]);

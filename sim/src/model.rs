@@ -213,6 +213,13 @@ impl Model {
         self.reverts.pop();
     }
 
+    /// The revert took place at some time before now.
+    pub fn revert_happened(&mut self, now: Time) {
+        if let Some(revert) = self.reverts.last_mut() {
+            revert.hi = revert.hi.min(now);
+        }
+    }
+
     fn revert_pending(&self) -> bool {
         self.reverts.last().is_some_and(|revert| revert.hi.0 == u64::MAX)
     }
@@ -664,6 +671,13 @@ impl Oracle {
     /// See [`Model::revert_refused`].
     pub fn revert_refused(&mut self) {
         self.all(Model::revert_refused);
+    }
+    /// The call failed in the middle: the revert happened or did not.
+    pub fn revert_uncertain(&mut self, now: Time) {
+        let mut others = self.worlds.clone();
+        others.iter_mut().for_each(Model::revert_refused);
+        self.all(|world| world.revert_happened(now));
+        self.worlds.extend(others);
     }
     /// See [`Model::crash`]. A revert in flight happened or did not.
     pub fn crash(&mut self, kind: CrashKind, physical_bytes: u64, now: Time) {

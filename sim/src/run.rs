@@ -72,9 +72,18 @@ fn incarnations(world: &Rc<World>) {
             return;
         }
         match outcome {
-            Outcome::Crash => crash(world),
+            Outcome::Crash => {
+                if let Some(armed) = world.armed.get() {
+                    crash(world, armed);
+                }
+            }
             Outcome::Done | Outcome::Halted if world.completed.get() => return,
-            Outcome::Done | Outcome::Halted if stopped => {}
+            Outcome::Done | Outcome::Halted if stopped => {
+                if world.unclean.replace(false) {
+                    world.armed.set(None);
+                    crash(world, Crash { power: false, steps: 0, again: None, down_ns: 1_000_000 });
+                }
+            }
             Outcome::Done | Outcome::Halted | Outcome::Stuck | Outcome::Spinning => {
                 world.fail(format!("{outcome:?}: the agent waits for something that never happens"));
                 return;
@@ -106,8 +115,7 @@ fn bury(world: &World, executor: &Rc<Executor>) -> bool {
 }
 
 /// What the disks, the state folder and the oracles make of the agent's death.
-fn crash(world: &World) {
-    let Some(crash) = world.armed.get() else { return };
+fn crash(world: &World, crash: Crash) {
     world.say(|| format!("==== {} ====", if crash.power { "power cut" } else { "kill" }));
     let rng = &world.shared.rng;
     for disk in world.cdp.iter().chain(world.volumes.iter().map(|vol| &vol.primary)) {

@@ -188,6 +188,10 @@ pub struct World {
     pub completed: Cell<bool>,
     /// A CDP disk did not open at this start.
     pub disk_missing: Cell<bool>,
+    /// The override is about a revert that cannot be completed.
+    pub give_up: Cell<bool>,
+    /// The agent was left without a clean stop: for the disks that is a kill.
+    pub unclean: Cell<bool>,
     /// Starts in a row at which a CDP disk failed.
     pub retries: Cell<u32>,
     /// The next start overrides a missing journal.
@@ -272,6 +276,8 @@ impl World {
             finished: Cell::new(false),
             completed: Cell::new(false),
             disk_missing: Cell::new(false),
+            give_up: Cell::new(false),
+            unclean: Cell::new(false),
             retries: Cell::new(0),
             override_journal: Cell::new(false),
             running: RefCell::default(),

@@ -1,5 +1,5 @@
 //! The gRPC service `cdp.v1.CdpAgent`: each call is checked ([`request`]), sent to the shards ([`crate::control`]), and answered
-//! ([`convert`]); errors become status codes in one place ([`status`]).
+//! ([`convert`]); errors become status codes in one place (`status`).
 //!
 //! A call's work runs in a task of its own: when the caller's deadline passes or its connection goes, the answer is dropped and
 //! the work still ends whole, so nothing stays half done.

@@ -1,7 +1,8 @@
 //! Walking one stream of a log (its segments of one kind): headers, frames, chain, payloads, footers.
 //!
 //! A place that does not check out may be a torn tail, which is what any power cut leaves and the next start cuts off, or damage to what was
-//! durable. Evidence decides: a valid frame further on that says that the missing one was durable. So problems wait until such a frame comes.
+//! durable. Evidence decides: a valid frame further on, or of the log's other stream, that says that the missing one was durable. So problems wait
+//! until such a frame comes.
 
 use zerocopy::FromBytes;
 
@@ -41,8 +42,59 @@ pub(super) struct Outcome {
     pub frames: u64,
     /// First frame that is torn or lost at the end of the stream.
     pub tail: Option<u64>,
+    /// Frames of the log's other stream below this were durable.
+    pub claim_other: u64,
+    /// Number of the frame after the last one.
+    end: u64,
+    /// What no frame of the stream proved to be damage.
+    pending: Vec<Pending>,
     /// Everything was found to be in order, so that counts can be compared.
     pub whole: bool,
+}
+
+impl Outcome {
+    /// Of a stream that has no segments.
+    pub fn of_nothing() -> Self {
+        Self { whole: true, ..Self::default() }
+    }
+
+    /// Judges what is left open of a stream; `claim`: frames below it were durable, as the log's other stream says. `log` is any segment of the log.
+    pub fn settle(&mut self, findings: &mut Findings, tally: &mut Tally, log: &Owned, kind: StreamKind, claim: u64) {
+        let of = match kind {
+            StreamKind::Writes => "writes",
+            StreamKind::Before => "before-images",
+        };
+        let mut tail: Option<Pending> = None;
+        let mut convicted = false;
+        for pending in std::mem::take(&mut self.pending) {
+            if pending.frames && pending.number < claim {
+                convicted = true;
+                findings.damage(pending.place, pending.what);
+            } else if !pending.frames {
+                findings.note(pending.place, format!("{} (the frames are read instead)", pending.what));
+            } else if tail.as_ref().is_none_or(|t| pending.number < t.number) {
+                tail = Some(pending);
+            }
+        }
+        if self.end < claim && !convicted {
+            convicted = true;
+            let what = format!(
+                "{of} end before frame {}, the log's other frames say that those below {claim} were durable",
+                self.end
+            );
+            findings.damage(format!("volume {} log {}", uuid::Uuid::from_bytes(log.volume), log.seq), what);
+        }
+        self.whole &= !convicted;
+        if let Some(tail) = tail {
+            self.tail = Some(tail.number);
+            tally.tails += 1;
+            let what = format!(
+                "tail: {of} of log {} from frame {} on are torn or lost and were never durable; the next start cuts them off ({})",
+                log.seq, tail.number, tail.what
+            );
+            findings.note(tail.place, what);
+        }
+    }
 }
 
 /// A descriptor of a valid frame.
@@ -106,7 +158,7 @@ struct SegmentSum {
 }
 
 impl Walk<'_> {
-    /// Walks a stream; `segments` are all of one log and kind, by number.
+    /// Walks a stream; `segments` are all of one log and kind, by number. What it leaves open is for [`Outcome::settle`].
     pub fn stream(&mut self, segments: &[Owned]) -> Outcome {
         let mut heads = Vec::with_capacity(segments.len());
         for s in segments {
@@ -170,31 +222,9 @@ impl Walk<'_> {
             }
             (self.listener)(Event::Segment);
         }
-        self.finish(segments, state)
-    }
-
-    fn finish(&mut self, segments: &[Owned], mut state: State) -> Outcome {
         state.outcome.whole = !state.damage && state.pending.is_empty();
-        let mut tail: Option<&Pending> = None;
-        for pending in &state.pending {
-            if !pending.frames {
-                self.findings.note(pending.place.clone(), format!("{} (the frames are read instead)", pending.what));
-            } else if tail.is_none_or(|t| pending.number < t.number) {
-                tail = Some(pending);
-            }
-        }
-        if let (Some(tail), Some(s)) = (tail, segments.first()) {
-            state.outcome.tail = Some(tail.number);
-            self.tally.tails += 1;
-            let what = format!(
-                "tail: {} of log {} from frame {} on are torn or lost and were never durable; the next start cuts them off ({})",
-                if s.kind == StreamKind::Before as u8 { "before-images" } else { "writes" },
-                s.seq,
-                tail.number,
-                tail.what
-            );
-            self.findings.note(tail.place.clone(), what);
-        }
+        state.outcome.end = state.expected;
+        state.outcome.pending = state.pending;
         state.outcome
     }
 
@@ -308,6 +338,7 @@ impl Walk<'_> {
                 self.doubt(state, number, true, place(s, block), what);
             }
             self.evidence(state, frame.durable_frames.get());
+            state.outcome.claim_other = state.outcome.claim_other.max(frame.durable_frames_other.get());
             self.take(s, block, &frame, &head, state, &mut sum);
             state.expected = number.saturating_add(1);
             state.chain = Some(frame.crc.get());

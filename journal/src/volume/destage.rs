@@ -3,12 +3,14 @@
 //! One task per volume. It works on the oldest log that is not sealed, in batches sorted by LBA (design part 3):
 //! 1. read the old content of blocks first touched in this log, 2. append it as before-images, 3. sync the journal,
 //! 4. write to the primary the content that 3 made durable, 5. sync the primary, 6. advance the watermark.
+//!
 //! When the log is closed and its overlay is empty, it copies the log's revert, merges the index and seals it.
 
 use std::ops::ControlFlow;
+use std::pin::pin;
 use std::rc::Rc;
 
-use futures::future::join_all;
+use futures::future::{Either, join_all, select};
 use zerocopy::IntoBytes;
 
 use super::Volume;
@@ -102,7 +104,7 @@ impl Volume {
                     let old = inner.overlay.oldest().is_some_and(|o| o.0 <= self.linger_until());
                     return (urgent || old).then(|| Work::Destage(Rc::clone(log)));
                 }
-                if inner.closed && inner.frames_pending == 0 {
+                if inner.closed && inner.frames_pending == 0 && inner.overlay.is_empty() {
                     return Some(if inner.revert.is_some() {
                         Work::Copy(Rc::clone(log))
                     } else {
@@ -152,6 +154,27 @@ impl Volume {
             self.changed.notify();
             return Ok(());
         }
+        let bytes = match self.bring_to_primary(disk, log, &batch).await {
+            Ok(bytes) => bytes,
+            Err(error) => {
+                log.state.borrow_mut().overlay.put_back(&batch);
+                return Err(error);
+            }
+        };
+        // 6
+        {
+            log.state.borrow_mut().overlay.complete(&batch);
+            let mut stats = self.stats.borrow_mut();
+            stats.destaged_bytes += bytes;
+            stats.destage_latency.record(self.host.boot_ns().saturating_sub(started));
+        }
+        self.note_backlog();
+        self.changed.notify();
+        Ok(())
+    }
+
+    /// Steps 1 to 5; answers the bytes written to the primary.
+    async fn bring_to_primary(self: &Rc<Self>, disk: &Rc<Disk>, log: &Rc<Log>, batch: &Batch) -> Result<u64> {
         // 1, 2: before-images of blocks that have none in this log.
         let wanted: Vec<(u64, u64)> = {
             let state = log.state.borrow();
@@ -169,19 +192,9 @@ impl Volume {
             self.sync_before(disk, log).await?;
         }
         // 4, 5: the primary, again and again until it holds.
-        let writes = self.compose_batch(log, &batch, &images).await?;
+        let writes = self.compose_batch(batch, &images).await?;
         self.write_until_durable(disk, &writes).await?;
-        // 6
-        {
-            let bytes: u64 = writes.iter().map(Write::len).sum();
-            log.state.borrow_mut().overlay.complete(&batch);
-            let mut stats = self.stats.borrow_mut();
-            stats.destaged_bytes += bytes;
-            stats.destage_latency.record(self.host.boot_ns().saturating_sub(started));
-        }
-        self.note_backlog();
-        self.changed.notify();
-        Ok(())
+        Ok(writes.iter().map(Write::len).sum())
     }
 
     fn note_backlog(self: &Rc<Self>) {
@@ -433,6 +446,13 @@ impl Volume {
             }
         }
         self.image_epoch.set(self.image_epoch.get() + 1);
+        drop(state);
+        let mut state = self.state.borrow_mut();
+        if !state.stale_blocks.is_empty() {
+            for (block, count) in marks {
+                state.lost_changed |= state.stale_blocks.remove_range(*block, *count) > 0;
+            }
+        }
         Ok(())
     }
 
@@ -442,18 +462,13 @@ impl Volume {
     }
 
     /// Step 4's content: whole blocks, also where the guest wrote only some sectors.
-    async fn compose_batch(
-        self: &Rc<Self>,
-        log: &Rc<Log>,
-        batch: &Batch,
-        images: &[(u64, Slice)],
-    ) -> Result<Vec<Write>> {
+    async fn compose_batch(self: &Rc<Self>, batch: &Batch, images: &[(u64, Slice)]) -> Result<Vec<Write>> {
         let mut writes = Vec::with_capacity(batch.items.len());
         for item in &batch.items {
             match &item.content {
                 Content::Zero => writes.push(Write::Zero(item.block, item.count)),
                 Content::Data(data, 0xFF) => push_write(&mut writes, item.block, data.clone()),
-                Content::Data(data, mask) => match self.base_of(log, item, images).await? {
+                Content::Data(data, mask) => match self.base_of(item, images).await {
                     Some(base) => push_write(&mut writes, item.block, compose(&base, data, *mask)),
                     // The old content cannot be read: only what the guest wrote is written, which may heal the sector.
                     None => push_sectors(&mut writes, item.block, data, *mask),
@@ -463,20 +478,16 @@ impl Volume {
         Ok(writes)
     }
 
-    /// What a partly written block held before: from the before-image just taken, else from this log alone (the primary's own copy may have been
-    /// damaged by a power cut in the middle of an earlier destaging).
-    async fn base_of(self: &Rc<Self>, log: &Rc<Log>, item: &Item, images: &[(u64, Slice)]) -> Result<Option<Slice>> {
+    /// What a partly written block held before: the before-image just taken, else what the primary holds. (A block whose copy on the primary may have been
+    /// damaged by a power cut in the middle of an earlier destaging was completed from the journal at recovery.) `None`: it cannot be read.
+    async fn base_of(&self, item: &Item, images: &[(u64, Slice)]) -> Option<Slice> {
         let found = images.partition_point(|(block, _)| *block <= item.block).checked_sub(1).map(|i| &images[i]);
         if let Some((start, data)) = found
             && item.block < start + data.len() as u64 / BLOCK
         {
-            return Ok(Some(data.slice(((item.block - start) * BLOCK) as usize, BLOCK as usize)));
+            return Some(data.slice(((item.block - start) * BLOCK) as usize, BLOCK as usize));
         }
-        match self.blocks_at(item.instant, log, item.block, 1).await {
-            Ok(base) => Ok(Some(base)),
-            Err(Error::Device { op: "read before-image of", .. }) => Ok(None),
-            Err(error) => Err(error),
-        }
+        self.read_old(item.block, 1).await.ok()
     }
 
     /// Steps 4 and 5. A failing primary is tried again with back-off; everything since the last good sync is written again.
@@ -700,7 +711,11 @@ impl Volume {
         // In the same step as the flag: whoever sees the log sealed may evict it, and that record must come later.
         let recorded = self.control(ControlKind::Log, Instant::ZERO, log.seq, 0, log.row().as_bytes(), true);
         log.release_spares().await.map_err(fail)?;
-        recorded.wait().await?;
+        // The destager itself leads the way out of a failed disk: it must not wait for that.
+        match select(pin!(recorded.wait()), pin!(disk.until_failed())).await {
+            Either::Left((result, _)) => result?,
+            Either::Right(_) => return Err(Error::Gone(format!("CDP disk {} is offline", disk.path))),
+        }
         if !recording {
             self.free_writes(disk, log).await?;
         }

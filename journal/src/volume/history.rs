@@ -51,8 +51,10 @@ impl Volume {
         let Some(attach) = state.attach.clone() else { return };
         if let Some(active) = state.logs.back() {
             let mut active = active.state.borrow_mut();
-            active.closed = true;
-            active.close_reason = reason as u32;
+            // Recovery finds it closed, by a revert perhaps.
+            if !std::mem::replace(&mut active.closed, true) {
+                active.close_reason = reason as u32;
+            }
         }
         if let Some(last) = state.open.back_mut() {
             last.urgent = true;
@@ -472,7 +474,7 @@ impl Volume {
                     Err(_) => return,
                 }
                 n += 1;
-                if n % 1024 == 0 {
+                if n.is_multiple_of(1024) {
                     yield_now().await;
                 }
             }
@@ -547,7 +549,7 @@ impl Volume {
                 Mode::Closed => break,
                 Mode::Journal => {
                     self.round().await;
-                    if rounds % 8 == 0 {
+                    if rounds.is_multiple_of(8) {
                         if let Err(error) = self.store_lost_blocks().await {
                             tracing::error!(volume = %self.id, %error, "fence");
                         }
@@ -559,7 +561,7 @@ impl Volume {
                         self.keep_sets(share).await;
                     }
                 }
-                Mode::Direct if rounds % 8 == 0 => self.try_protect_again().await,
+                Mode::Direct if rounds.is_multiple_of(8) => self.try_protect_again().await,
                 _ => {}
             }
         }
@@ -1232,7 +1234,7 @@ impl Volume {
                 while let Some(entry) = cursor.next(&*log.disk).await? {
                     changed.insert_range(entry.block.get(), entry.blocks());
                     n += 1;
-                    if n % 1024 == 0 {
+                    if n.is_multiple_of(1024) {
                         yield_now().await;
                     }
                 }
@@ -1303,18 +1305,17 @@ impl Volume {
         }
         self.make_room(request.target, needed / segment_size).await?;
         let ticket = loop {
+            // Taken in the step that uses it: no write lies between. The next log begins at the revert's own instant, so every instant from the revert
+            // on resolves in it.
+            let Some(instant) = engine.try_tick() else {
+                engine.raise_clock().await;
+                continue;
+            };
             let mut state = self.state.borrow_mut();
             if state.mode != Mode::Journal {
                 return Err(Error::Gone("the CDP disk failed".into()));
             }
             let closing = Rc::clone(state.logs.back().ok_or_else(|| Error::Gone("no active log".into()))?);
-            // Taken in the step that uses it: no write lies between. The next log begins at the revert's own instant, so every instant from the revert
-            // on resolves in it.
-            let Some(instant) = engine.try_tick() else {
-                drop(state);
-                engine.raise_clock().await;
-                continue;
-            };
             // Writes admitted since the set was taken are in the active log's touched set.
             let mut left = changed;
             left.union(&closing.state.borrow().touched);
@@ -1420,7 +1421,7 @@ impl Volume {
         let primary = self.primary.current_size().map_err(|e| Error::device("size of", self.path(), &e))?;
         let now = self.state.borrow().size;
         let wanted = size.unwrap_or(primary - primary % 512);
-        if wanted < now || wanted > primary || wanted % 512 != 0 {
+        if wanted < now || wanted > primary || !wanted.is_multiple_of(512) {
             return Err(Error::invalid(
                 "size",
                 wanted,
@@ -1518,7 +1519,7 @@ impl Volume {
                 while let Some(entry) = cursor.next(&*log.disk).await? {
                     count(&entry);
                     n += 1;
-                    if n % 1024 == 0 {
+                    if n.is_multiple_of(1024) {
                         yield_now().await;
                     }
                 }

@@ -152,6 +152,8 @@ pub(crate) struct State {
     pub writes_inflight: u32,
     /// Blocks whose content was lost with the CDP disk: they read as errors until overwritten.
     pub lost_blocks: Option<Touched>,
+    /// Overwritten since, and not imaged yet: what the primary holds of them is not their old content.
+    pub stale_blocks: Touched,
     /// The fence does not know yet that some were overwritten.
     pub lost_changed: bool,
     /// Ranges to punch on the primary, of discards whose log was evicted.
@@ -344,7 +346,11 @@ impl Volume {
             settings: state.settings,
             on: state.on,
             created_ns: state.created_ns,
-            lost_blocks: state.lost_blocks.as_ref().map_or_else(Vec::new, ranges),
+            lost_blocks: {
+                let mut lost = state.lost_blocks.clone().unwrap_or_default();
+                lost.union(&state.stale_blocks);
+                ranges(&lost)
+            },
             reason: reason.chars().take(200).collect(),
         }
     }
@@ -425,7 +431,7 @@ pub(crate) fn check_range(offset: u64, len: u64, size: u64) -> Result<()> {
     if len == 0 {
         return Err(Error::invalid("length", len, "at least 512 bytes"));
     }
-    if offset % SECTOR != 0 || len % SECTOR != 0 {
+    if !offset.is_multiple_of(SECTOR) || !len.is_multiple_of(SECTOR) {
         return Err(Error::invalid("offset and length", format!("{offset}+{len}"), "multiples of 512 bytes"));
     }
     match offset.checked_add(len) {

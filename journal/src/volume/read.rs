@@ -243,6 +243,7 @@ impl Volume {
     }
 
     /// Rule 3 over the logs before position `below`, newest first, then rule 4.
+    #[expect(clippy::too_many_arguments, reason = "the working set of one resolution; a struct would only rename it")]
     async fn unwritten(
         self: &Rc<Self>,
         row: &Row,

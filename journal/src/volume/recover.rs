@@ -86,6 +86,7 @@ pub(crate) async fn open(engine: &Rc<Engine>, spec: VolumeSpec) -> Result<Rc<Vol
             writes_inflight: 0,
             lost_blocks: None,
             lost_changed: false,
+            stale_blocks: Touched::default(),
             punch: Vec::new(),
             drain_waiters: 0,
             backlog_full: false,
@@ -471,12 +472,20 @@ impl Volume {
         // What was written since the loss is not lost any more.
         let state = &mut *state;
         if let Some(lost) = &mut state.lost_blocks {
+            let mut imaged = Touched::default();
+            let mut touched = Touched::default();
             for log in &logs {
                 let log = log.state.borrow();
-                for set in [Some(&log.touched), log.imaged.as_ref()].into_iter().flatten() {
-                    for (block, count) in super::ranges(set) {
-                        state.lost_changed |= lost.remove_range(block, count) > 0;
-                    }
+                touched.union(&log.touched);
+                if let Some(set) = &log.imaged {
+                    imaged.union(set);
+                }
+            }
+            for block in lost.iter().filter(|b| touched.contains(*b) || imaged.contains(*b)).collect::<Vec<_>>() {
+                lost.remove_range(block, 1);
+                state.lost_changed = true;
+                if !imaged.contains(block) {
+                    state.stale_blocks.insert(block);
                 }
             }
         }
@@ -921,7 +930,7 @@ async fn for_each_entry(
         while let Some(entry) = cursor.next(&**disk).await? {
             f(&entry);
             n += 1;
-            if n % 4096 == 0 {
+            if n.is_multiple_of(4096) {
                 yield_now().await;
             }
         }
@@ -1001,6 +1010,8 @@ async fn scan_stream(
         if let Some((footer, side)) = read_footer(disk, *s, id, segment_blocks).await?
             && footer.frame_next.get() <= durable_frames
             && limit.is_none_or(|l| l == footer.frame_next.get())
+            // The frames are durable; the footer's pages, which are derived from them, need not be.
+            && whole_run(disk, id, kind, footer.root).await
         {
             scan.runs.push(footer.root);
             scan.side.extend(side);
@@ -1154,6 +1165,21 @@ fn take_frame(parsed: ParsedFrame, segment: u32, block: u32, scan: &mut Scan) {
             }
             DescriptorKind::Index => {}
             _ => scan.side.push(descriptor),
+        }
+    }
+}
+
+/// Whether every page of a run can be read.
+async fn whole_run(disk: &Rc<Disk>, log_id: u64, kind: StreamKind, root: format::RunRoot) -> bool {
+    if root.entries.get() == 0 {
+        return true;
+    }
+    let mut cursor = Run { root, log_id, kind }.cursor(Key::default());
+    loop {
+        match cursor.next_page(&**disk).await {
+            Ok(Some(_)) => yield_now().await,
+            Ok(None) => return true,
+            Err(_) => return false,
         }
     }
 }

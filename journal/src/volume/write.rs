@@ -482,10 +482,8 @@ impl Volume {
         state.wrote_since_marker = true;
         // Admission saw the active log in this same step.
         let active = Rc::clone(state.logs.back().expect("journal mode has an active log"));
-        if let Some(lost) = &mut state.lost_blocks
-            && lost.remove_range(wanted.first, wanted.blocks) > 0
-        {
-            state.lost_changed = true;
+        if state.lost_blocks.is_some() {
+            Self::overwrite_lost(state, wanted.first, wanted.blocks);
         }
         for log in &state.logs {
             let mut log = log.state.borrow_mut();
@@ -503,6 +501,17 @@ impl Volume {
             log.io_last = instant;
         }
         active
+    }
+
+    /// Lost blocks that are written through the journal can be read again; their old content stays lost.
+    fn overwrite_lost(state: &mut State, first: u64, blocks: u64) {
+        let Some(lost) = &mut state.lost_blocks else { return };
+        let found: Vec<u64> = lost.iter_from(first).take_while(|b| *b < first + blocks).collect();
+        for block in found {
+            lost.remove_range(block, 1);
+            state.stale_blocks.insert(block);
+            state.lost_changed = true;
+        }
     }
 
     /// The open frame of a log, with room for `payload_blocks` more.
