@@ -21,6 +21,7 @@ use crate::format::{ControlKind, ControlRevert, StreamKind};
 use crate::frame::FrameBuilder;
 use crate::info::{EventKind, Health};
 use crate::log::{Log, VolumePoint, frame_blocks_max};
+use crate::mutation::{Mutation, active};
 use crate::overlay::{Batch, Content, Item, compose};
 use crate::types::{BLOCK, Instant, SECTOR, SECTORS_PER_BLOCK};
 
@@ -182,14 +183,22 @@ impl Volume {
             let mut wanted = Vec::new();
             for item in &batch.items {
                 missing_ranges(imaged, item.block, item.count, &mut wanted);
+                if active(Mutation::BeforeImageTwice) {
+                    push_range(&mut wanted, item.block, item.count);
+                }
+            }
+            if active(Mutation::BeforeImageSkipped) {
+                wanted.retain(|(block, _)| block % 4 != 1);
             }
             wanted
         };
         let images = self.take_before_images(disk, log, &wanted).await?;
         // 3: the journal holds durably what is about to be overwritten and what is about to be written.
-        self.sync_journal(disk, batch.newest).await?;
-        if !images.is_empty() {
-            self.sync_before(disk, log).await?;
+        if !active(Mutation::DestageBeforeSync) {
+            self.sync_journal(disk, batch.newest).await?;
+            if !images.is_empty() {
+                self.sync_before(disk, log).await?;
+            }
         }
         // 4, 5: the primary, again and again until it holds.
         let writes = self.compose_batch(batch, &images).await?;
@@ -516,6 +525,9 @@ impl Volume {
             for result in join_all(chunk.iter().map(|write| self.write_one(write))).await {
                 result?;
             }
+        }
+        if active(Mutation::WatermarkEarly) {
+            return Ok(());
         }
         self.primary.sync().await.map_err(|e| Error::device("sync", self.path(), &e))
     }
