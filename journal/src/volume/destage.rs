@@ -196,9 +196,7 @@ impl Volume {
         // 3: the journal holds durably what is about to be overwritten and what is about to be written.
         if !active(Mutation::DestageBeforeSync) {
             self.sync_journal(disk, batch.newest).await?;
-            if !images.is_empty() {
-                self.sync_before(disk, log).await?;
-            }
+            self.sync_before(disk, log).await?;
         }
         // 4, 5: the primary, again and again until it holds.
         let writes = self.compose_batch(batch, &images).await?;
@@ -367,7 +365,7 @@ impl Volume {
     }
 
     /// Whole blocks of the primary; what lies past its end is zero.
-    async fn read_old(&self, block: u64, count: u64) -> Result<Slice> {
+    pub(super) async fn read_old(&self, block: u64, count: u64) -> Result<Slice> {
         let (start, len) = self.bytes_of(block, count);
         if len == count * BLOCK {
             let (result, buf) = self.primary.read(start, IoBuf::for_overwrite(len as usize)).await;
@@ -680,7 +678,7 @@ impl Volume {
         Ok(())
     }
 
-    fn lose_block(&self, block: u64) {
+    pub(super) fn lose_block(&self, block: u64) {
         let mut state = self.state.borrow_mut();
         state.lost_blocks.get_or_insert_with(Default::default).insert(block);
         state.lost_changed = true;

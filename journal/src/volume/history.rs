@@ -732,8 +732,16 @@ impl Volume {
                 }
                 let ticket = self.store_settings();
                 self.durable(&ticket).await?;
-                let disk = attach.disk.id;
-                self.put_fence(FenceState::Dirty, disk, "").await?;
+                // The fence knows the settings, too; but it must not revive an attachment that ended while this waited.
+                let attached = {
+                    let state = self.state.borrow();
+                    state.mode == Mode::Journal
+                        && attach.disk.failure().is_none()
+                        && state.attach.as_ref().is_some_and(|a| Rc::ptr_eq(&a.disk, &attach.disk))
+                };
+                if attached {
+                    self.put_fence(FenceState::Dirty, attach.disk.id, "").await?;
+                }
                 self.shrink_within(capacity).await?;
             }
             None => {
@@ -1028,7 +1036,9 @@ impl Volume {
 
     fn resume_journal(&self) {
         let mut state = self.state.borrow_mut();
-        if state.mode == Mode::Switching && state.attach.is_some() {
+        // A disk that failed meanwhile is being left: the way out alone says how requests go on.
+        let healthy = state.attach.as_ref().is_some_and(|a| a.disk.failure().is_none());
+        if state.mode == Mode::Switching && healthy {
             state.mode = Mode::Journal;
         }
         drop(state);

@@ -314,6 +314,14 @@ impl Volume {
         Ok(())
     }
 
+    /// Whether a block's content at an instant would be read from the primary.
+    pub(crate) async fn rests_on_primary(self: &Rc<Self>, instant: Instant, block: u64) -> Result<bool> {
+        let row = Row::of(&self.state.borrow());
+        let Some(h) = row.at(instant) else { return Ok(true) };
+        let layers = self.resolve_at(&row, h, block, instant, 0).await?;
+        Ok(layers.iter().any(|l| matches!(l.source, Source::Primary { .. })))
+    }
+
     /// Reads what was resolved into `buf`, whose first block is `first`: runs of the primary and of the journal in one read each, all at once.
     async fn fill(&self, row: &Row, first: u64, buf: &mut IoBuf, resolved: &[(u64, Layers)]) -> Result<()> {
         // (kind of source, place, blocks, [(index of the block in buf, mask, crc)])
