@@ -1,4 +1,6 @@
 //! What the command line may say.
+// The doc comments are help texts for a terminal: `<disk>` is no HTML there.
+#![allow(rustdoc::invalid_html_tags)]
 
 use std::path::PathBuf;
 

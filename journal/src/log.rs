@@ -18,6 +18,7 @@ use crate::format::{
 use crate::frame::{FrameBuilder, FramePoint};
 use crate::host::{Host, LocalFuture};
 use crate::index::{self, MemIndex, PageSink, Run, RunBuilder, Source, Touched, layout_footer, pages_for};
+use crate::mutation::{Mutation, active};
 use crate::overlay::{ExtentMap, Overlay};
 use crate::signal::{Signal, yield_now};
 use crate::types::{BLOCK, Instant};
@@ -367,6 +368,7 @@ impl Log {
         // The merged run of a stream costs 33 bytes an entry; its entries are at most the blocks written.
         let run = |bytes: u64| (bytes / BLOCK + 1) * 40;
         let writes_more = state.unframed + run(state.charged);
+        let touched = if active(Mutation::BeforeImagesUncounted) { 0 } else { touched };
         let before_more = touched.saturating_sub(imaged) * (BLOCK + 64) + run(touched * BLOCK);
         let more = |stream: &Stream, bytes: u64| stream.segment_count() + bytes.div_ceil(usable) + 1;
         more(&state.writes, writes_more) + more(&state.before, before_more)

@@ -4,13 +4,11 @@
 /// One deliberate fault. The text says what the engine does wrong, the label which invariant (design part 4) it breaks.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Mutation {
-    /// The engine as it should be.
+    /// The engine as it is.
     #[default]
     None,
     /// I1: a write is acked when its frame is submitted, not when it has completed.
     AckBeforeAppend,
-    /// I1: a write is acked when its own frame has completed, whatever the earlier ones do.
-    AckOutOfOrder,
     /// I1: a flush is acked without a sync.
     FlushWithoutSync,
     /// I1: a flush's sync is submitted while frames of the caller are still in flight.
@@ -23,11 +21,11 @@ pub enum Mutation {
     BeforeImageTwice,
     /// I3: recovery does not compare a frame's checksum of its predecessor.
     ChainUnchecked,
-    /// I3: after a torn tail the log goes on instead of being closed.
-    CutLogGoesOn,
+    /// I3, I7: recovery takes frames of the tail whose payload is torn.
+    TornTailAccepted,
     /// I4: the primary is overwritten before the before-images were synced.
     DestageBeforeSync,
-    /// I4: every eighth before-image is left out.
+    /// I4: some before-images are left out.
     BeforeImageSkipped,
     /// I5: a revert returns before its record is durable.
     RevertNotDurable,
@@ -47,7 +45,7 @@ pub enum Mutation {
     BeforeImagesUncounted,
     /// A freed segment is reused before the record that frees it is durable.
     ReuseEarly,
-    /// Instants are given out past the clock's durable mark.
+    /// I3: the clock's mark is raised in memory only, so instants may come twice.
     ClockPastMark,
 }
 

@@ -167,7 +167,7 @@ async fn heal(world: &Rc<World>) {
 
 /// Ends this incarnation; the next one starts.
 pub fn leave(world: &World) {
-    world.previous.set(world.clock());
+    world.clock_ends();
     let running = world.running.take();
     for vol in &world.volumes {
         vol.guard.take();

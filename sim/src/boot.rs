@@ -71,7 +71,6 @@ async fn start(world: &Rc<World>, executor: &Rc<Executor>) -> bool {
     });
     let store = world.folder.attach(executor);
     let engine = Engine::new(host, Arc::clone(&clock), store, config(world), events);
-    let previous = world.clock();
     *world.running.borrow_mut() =
         Some(Rc::new(Running { executor: Rc::clone(executor), engine: Rc::clone(&engine), clock: Arc::clone(&clock) }));
     let mut missing = false;
@@ -98,14 +97,15 @@ async fn start(world: &Rc<World>, executor: &Rc<Executor>) -> bool {
         }
     }
     world.disk_missing.set(missing);
+    world.clock_found.set(clock.previous().0);
+    if clock.previous().0 < world.given.get() && !missing {
+        world.fail(format!("the clock stepped back over a restart: {} to {}", world.given.get(), clock.previous().0));
+        return false;
+    }
     for vol in &world.volumes {
         if !open(world, vol).await {
             return false;
         }
-    }
-    if clock.previous().0 < previous {
-        world.fail(format!("the clock stepped back over a restart: {} to {}", previous, clock.previous().0));
-        return false;
     }
     world.override_journal.set(false);
     let first = !world.initialised.replace(true);

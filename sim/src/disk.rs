@@ -81,8 +81,8 @@ struct Piece {
 struct Unsynced {
     id: u64,
     pieces: Vec<Piece>,
-    /// Pieces that `current` holds.
-    applied: usize,
+    /// `current` holds it.
+    applied: bool,
     completed: bool,
     /// A failed sync forgot it: no later sync makes it durable.
     dropped: bool,
@@ -312,9 +312,8 @@ impl SimDisk {
             state.unsynced.iter().filter(|write| !write.completed).map(|write| write.id).collect();
         for id in in_flight {
             let policy = rng.below(3);
-            if let Some(write) = state.unsynced.iter_mut().find(|write| write.id == id) {
-                let applied = write.applied;
-                for piece in &mut write.pieces[applied..] {
+            for write in state.unsynced.iter_mut().filter(|write| write.id == id && !write.applied) {
+                for piece in &mut write.pieces {
                     piece.mask &= match policy {
                         0 => 0,
                         1 => 0xff,
@@ -563,7 +562,7 @@ impl Handle {
             let mut state = self.disk.state.borrow_mut();
             let id = state.next_id;
             state.next_id += 1;
-            state.unsynced.push(Unsynced { id, pieces, applied: 0, completed: false, dropped: false });
+            state.unsynced.push(Unsynced { id, pieces, applied: false, completed: false, dropped: false });
             if self.disk.is_file {
                 state.mtime_ns = self.executor.shared.wall_ns();
             }
@@ -579,7 +578,7 @@ impl Handle {
             move || {
                 let mut state = disk2.state.borrow_mut();
                 state.apply(id, false);
-                if let Some(write) = state.unsynced.iter_mut().find(|write| write.id == id) {
+                for write in state.unsynced.iter_mut().filter(|write| write.id == id) {
                     write.completed = true;
                 }
                 drop(state);
@@ -593,24 +592,18 @@ impl Handle {
 
 impl State {
     /// Makes a write visible to reads: half of it, or what is left. The list of unsynced writes is in the order in which they
-    /// became visible, so that what overlapping writes leave is the same before and after a sync.
+    /// became visible (a write seen half done stands there twice), so that what overlapping writes leave is the same before and
+    /// after a sync.
     fn apply(&mut self, id: u64, half: bool) {
-        let others = self.unsynced.iter().filter(|write| !write.completed).count() > 1;
-        let Some(place) = self.unsynced.iter().position(|write| write.id == id) else { return };
-        let write = &mut self.unsynced[place];
-        if write.applied == write.pieces.len() {
-            return;
+        let Some(place) = self.unsynced.iter().position(|write| write.id == id && !write.applied) else { return };
+        let mut write = self.unsynced.remove(place);
+        if half {
+            let rest = write.pieces.split_off(write.pieces.len() / 2);
+            self.unsynced.insert(place, Unsynced { pieces: rest, ..write });
         }
-        // Only a write that is alone is seen half done: of two that overlap, one wins as a whole.
-        let until = if half && !others { write.pieces.len() / 2 } else { write.pieces.len() };
-        for piece in &write.pieces[write.applied.min(until)..until] {
-            self.current.apply(piece);
-        }
-        write.applied = write.applied.max(until);
-        if write.applied == write.pieces.len() {
-            let write = self.unsynced.remove(place);
-            self.unsynced.push(write);
-        }
+        write.pieces.iter().for_each(|piece| self.current.apply(piece));
+        write.applied = true;
+        self.unsynced.push(write);
     }
 }
 

@@ -524,7 +524,10 @@ impl Model {
         let crashes = self.crashes.len();
         {
             let version = &mut self.blocks[block][i];
-            version.hi = version.hi.min(by);
+            if !weak {
+                // On a plain disk a write that is seen may still be overtaken by one that came later.
+                version.hi = version.hi.min(by);
+            }
             version.seen |= if weak { bit } else { 0xff };
             if !weak {
                 version.survived = crashes;

@@ -66,7 +66,7 @@ fn incarnations(world: &Rc<World>) {
         }
         let (w, e) = (Rc::clone(world), Rc::clone(&executor));
         let outcome = executor.run(Box::pin(async move { boot::live(w, e).await }));
-        world.previous.set(world.clock());
+        world.clock_ends();
         let stopped = bury(world, &executor);
         if world.failed() {
             return;

@@ -198,8 +198,12 @@ pub struct World {
     pub override_journal: Cell<bool>,
     /// The running agent.
     pub running: RefCell<Option<Rc<Running>>>,
-    /// The newest instant of the last incarnation.
+    /// The newest instant seen on any clock.
     pub previous: Cell<u64>,
+    /// What the clock showed at this start, before it gave out anything.
+    pub clock_found: Cell<u64>,
+    /// The newest instant that an earlier incarnation gave out.
+    pub given: Cell<u64>,
     /// Time that the agent was stopped (SIGSTOP) so far.
     pub frozen_ns: Cell<u64>,
     /// Guest requests in flight.
@@ -282,6 +286,8 @@ impl World {
             override_journal: Cell::new(false),
             running: RefCell::default(),
             previous: Cell::new(0),
+            clock_found: Cell::new(0),
+            given: Cell::new(0),
             frozen_ns: Cell::new(0),
             in_flight: Cell::new(0),
             counts: RefCell::default(),
@@ -299,7 +305,20 @@ impl World {
 
     /// The newest instant that was given out.
     pub fn clock(&self) -> u64 {
-        self.running.borrow().as_ref().map_or(self.previous.get(), |running| running.clock.previous().0)
+        let now = self.running.borrow().as_ref().map_or(0, |running| running.clock.previous().0);
+        let clock = now.max(self.previous.get());
+        self.previous.set(clock);
+        clock
+    }
+
+    /// The agent ends: what it gave out must never come again. (A mark that it only found on a disk and never used may be lost
+    /// with that disk's cache.)
+    pub fn clock_ends(&self) {
+        if let Some(running) = self.running.borrow().as_ref()
+            && running.clock.previous().0 > self.clock_found.get()
+        {
+            self.given.set(self.given.get().max(running.clock.previous().0));
+        }
     }
 
     /// The present place on a volume's time line.

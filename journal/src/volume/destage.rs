@@ -21,6 +21,7 @@ use crate::format::{ControlKind, ControlRevert, StreamKind};
 use crate::frame::FrameBuilder;
 use crate::info::{EventKind, Health};
 use crate::log::{Log, VolumePoint, frame_blocks_max};
+use crate::mutation::{Mutation, active};
 use crate::overlay::{Batch, Content, Item, compose};
 use crate::types::{BLOCK, Instant, SECTOR, SECTORS_PER_BLOCK};
 
@@ -182,13 +183,19 @@ impl Volume {
             let mut wanted = Vec::new();
             for item in &batch.items {
                 missing_ranges(imaged, item.block, item.count, &mut wanted);
+                if active(Mutation::BeforeImageTwice) {
+                    push_range(&mut wanted, item.block, item.count);
+                }
+            }
+            if active(Mutation::BeforeImageSkipped) {
+                wanted.retain(|(block, _)| block % 4 != 1);
             }
             wanted
         };
         let images = self.take_before_images(disk, log, &wanted).await?;
         // 3: the journal holds durably what is about to be overwritten and what is about to be written.
-        self.sync_journal(disk, batch.newest).await?;
-        if !images.is_empty() {
+        if !active(Mutation::DestageBeforeSync) {
+            self.sync_journal(disk, batch.newest).await?;
             self.sync_before(disk, log).await?;
         }
         // 4, 5: the primary, again and again until it holds.
@@ -358,7 +365,7 @@ impl Volume {
     }
 
     /// Whole blocks of the primary; what lies past its end is zero.
-    async fn read_old(&self, block: u64, count: u64) -> Result<Slice> {
+    pub(super) async fn read_old(&self, block: u64, count: u64) -> Result<Slice> {
         let (start, len) = self.bytes_of(block, count);
         if len == count * BLOCK {
             let (result, buf) = self.primary.read(start, IoBuf::for_overwrite(len as usize)).await;
@@ -517,6 +524,9 @@ impl Volume {
                 result?;
             }
         }
+        if active(Mutation::WatermarkEarly) {
+            return Ok(());
+        }
         self.primary.sync().await.map_err(|e| Error::device("sync", self.path(), &e))
     }
 
@@ -668,7 +678,7 @@ impl Volume {
         Ok(())
     }
 
-    fn lose_block(&self, block: u64) {
+    pub(super) fn lose_block(&self, block: u64) {
         let mut state = self.state.borrow_mut();
         state.lost_blocks.get_or_insert_with(Default::default).insert(block);
         state.lost_changed = true;

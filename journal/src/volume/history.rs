@@ -16,6 +16,7 @@ use crate::info::{
     EventKind, Health, Interval, LogInfo, Marker, MarkerKind, Priority, RevertReport, Settings, TimelineBucket,
 };
 use crate::log::{Log, PendingRevert, usable_bytes};
+use crate::mutation::{Mutation, active};
 use crate::signal::yield_now;
 use crate::types::{BLOCK, Instant};
 
@@ -291,7 +292,7 @@ impl Volume {
                 Some(next) if !next.state.borrow().recording => "protection was switched off",
                 Some(_) => "",
             };
-            if inner.recording && !inner.thin {
+            if (inner.recording && !inner.thin) || active(Mutation::DisabledSpanCovered) {
                 match out.last_mut() {
                     Some(last) if reaches => {
                         last.end = end;
@@ -522,8 +523,10 @@ impl Volume {
     /// Makes an eviction durable, waits for the last read, and frees the segments.
     async fn let_go(self: &Rc<Self>, log: &Rc<Log>) -> Result<()> {
         let ticket = self.control(ControlKind::LogGone, Instant::ZERO, log.seq, 0, &[], true);
-        self.durable(&ticket).await?;
-        log.until_unread().await;
+        if !active(Mutation::ReuseEarly) {
+            self.durable(&ticket).await?;
+            log.until_unread().await;
+        }
         let segments = {
             let mut inner = log.state.borrow_mut();
             let mut list = std::mem::take(&mut inner.writes.segments);
@@ -729,8 +732,16 @@ impl Volume {
                 }
                 let ticket = self.store_settings();
                 self.durable(&ticket).await?;
-                let disk = attach.disk.id;
-                self.put_fence(FenceState::Dirty, disk, "").await?;
+                // The fence knows the settings, too; but it must not revive an attachment that ended while this waited.
+                let attached = {
+                    let state = self.state.borrow();
+                    state.mode == Mode::Journal
+                        && attach.disk.failure().is_none()
+                        && state.attach.as_ref().is_some_and(|a| Rc::ptr_eq(&a.disk, &attach.disk))
+                };
+                if attached {
+                    self.put_fence(FenceState::Dirty, attach.disk.id, "").await?;
+                }
                 self.shrink_within(capacity).await?;
             }
             None => {
@@ -1025,7 +1036,9 @@ impl Volume {
 
     fn resume_journal(&self) {
         let mut state = self.state.borrow_mut();
-        if state.mode == Mode::Switching && state.attach.is_some() {
+        // A disk that failed meanwhile is being left: the way out alone says how requests go on.
+        let healthy = state.attach.as_ref().is_some_and(|a| a.disk.failure().is_none());
+        if state.mode == Mode::Switching && healthy {
             state.mode = Mode::Journal;
         }
         drop(state);
@@ -1333,7 +1346,7 @@ impl Volume {
             self.rotate(&mut state, instant, true, CloseReason::Reverted);
             break state.open.back().map(|f| Rc::clone(&f.ticket));
         };
-        if let Some(ticket) = ticket {
+        if let Some(ticket) = ticket.filter(|_| !active(Mutation::RevertNotDurable)) {
             self.durable(&ticket).await?;
         }
         self.event(

@@ -16,6 +16,7 @@ use crate::format::{EntryKind, IndexEntry, crc};
 use crate::frame::damaged;
 use crate::host::LocalFuture;
 use crate::log::{Log, ReadPin};
+use crate::mutation::{Mutation, active};
 use crate::overlay::{Content, copy_sectors};
 use crate::types::{BLOCK, Instant};
 
@@ -176,6 +177,9 @@ impl Volume {
 
     /// Blocks that were read from the primary while a before-image of them came in: what was read may be newer than the point.
     fn overtaken(&self, row: &Row, resolved: &[(u64, Layers)]) -> Vec<u64> {
+        if active(Mutation::NoRecheck) {
+            return Vec::new();
+        }
         // Logs that began since the row was taken count, too.
         let state = self.state.borrow();
         let overtaken = |block: u64, layer: &Layer| match layer.source {
@@ -223,6 +227,7 @@ impl Volume {
                 };
                 (state.thin, wrote)
             };
+            let instant = if active(Mutation::ViewExclusive) { instant.before() } else { instant };
             if !thin && may_have {
                 log.lookup_writes(block, instant, &mut missing, &mut entries).await?;
                 push_entries(&mut layers, h, &mut entries)?;
@@ -266,6 +271,7 @@ impl Volume {
             // A revert is the last event of its log.
             if let Some(revert) = &state.revert
                 && revert.left.contains(block)
+                && !active(Mutation::RevertNotRedirected)
             {
                 revert_to = Some(revert.target);
                 break;
@@ -306,6 +312,14 @@ impl Volume {
         });
         *missing = 0;
         Ok(())
+    }
+
+    /// Whether a block's content at an instant would be read from the primary.
+    pub(crate) async fn rests_on_primary(self: &Rc<Self>, instant: Instant, block: u64) -> Result<bool> {
+        let row = Row::of(&self.state.borrow());
+        let Some(h) = row.at(instant) else { return Ok(true) };
+        let layers = self.resolve_at(&row, h, block, instant, 0).await?;
+        Ok(layers.iter().any(|l| matches!(l.source, Source::Primary { .. })))
     }
 
     /// Reads what was resolved into `buf`, whose first block is `first`: runs of the primary and of the journal in one read each, all at once.
@@ -377,7 +391,7 @@ impl Volume {
             let bytes = bytes?;
             for (i, (block, mask, sum)) in list.iter().enumerate() {
                 let piece = &bytes[i * BLOCK as usize..(i + 1) * BLOCK as usize];
-                if crc(piece) != *sum {
+                if crc(piece) != *sum && !active(Mutation::PayloadUnchecked) {
                     self.event(
                         crate::info::EventKind::Damage,
                         format!("payload of block {block} in log {}", row.logs[*log].seq),

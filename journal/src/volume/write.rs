@@ -13,6 +13,7 @@ use crate::format::StreamKind;
 use crate::frame::{self, DESCRIPTOR_BYTES_MAX, FrameBuilder};
 use crate::info::EventKind;
 use crate::log::{Log, VolumePoint, frame_blocks_max, usable_bytes};
+use crate::mutation::{Mutation, active};
 use crate::types::{BLOCK, Instant, SECTOR};
 
 /// What admission decided.
@@ -214,7 +215,13 @@ impl Volume {
                         (state.attach.as_ref().map(|a| Rc::clone(&a.disk)), state.instant_last)
                     };
                     let Some(disk) = disk else { continue };
-                    if self.sync_journal(&disk, upto).await.is_err() {
+                    if active(Mutation::FlushWithoutSync) {
+                        return Ok(());
+                    }
+                    if let Err(error) = self.sync_journal(&disk, upto).await {
+                        if active(Mutation::ErrorToGuest) {
+                            return Err(error);
+                        }
                         // The disk failed: the answer is the primary's, once the backlog is there.
                         self.changed.until(|| (self.state.borrow().mode != Mode::Journal).then_some(())).await;
                         continue;
@@ -239,7 +246,10 @@ impl Volume {
         }
         self.kick.notify();
         let failed = || disk.failure().map(|reason| Err(Error::Gone(reason)));
-        self.changed.until(|| if self.state.borrow().completed >= upto { Some(Ok(())) } else { failed() }).await?;
+        let early = active(Mutation::FlushSyncEarly);
+        self.changed
+            .until(|| if early || self.state.borrow().completed >= upto { Some(Ok(())) } else { failed() })
+            .await?;
         self.sync_completed(disk).await
     }
 
@@ -612,6 +622,9 @@ impl Volume {
             let Some((frame, point)) = next else { break };
             self.chain_across_logs(&frame.log);
             let started = self.host.boot_ns();
+            if active(Mutation::AckBeforeAppend) {
+                frame.ticket.finish(Ok(()));
+            }
             let appended = frame.log.append(&self.host, StreamKind::Writes, frame.builder, point).await;
             match appended {
                 Ok(appended) => {
