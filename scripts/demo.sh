@@ -3,14 +3,19 @@
 # Ends with an error as soon as one proof fails. Leaves its folder, and the agent's disks in it, to play with.
 #
 # usage: scripts/demo.sh [FOLDER]       FOLDER: a new or empty folder (default: a fresh one under /var/tmp)
+# CDP_BIN: a folder with cdp-agent and cdpctl, when they are not to be built
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PATH="$PATH:/usr/sbin:/sbin"
 
 scripts/setup.sh --demo
-echo "Building (the first time takes a few minutes) ..."
-cargo build --locked --release --quiet --bin cdp-agent --bin cdpctl
-bin=$PWD/target/release
+if [ -n "${CDP_BIN:-}" ]; then
+    bin=$(cd "$CDP_BIN" && pwd)
+else
+    echo "Building (the first time takes a few minutes) ..."
+    cargo build --locked --release --quiet --bin cdp-agent --bin cdpctl
+    bin=$PWD/target/release
+fi
 
 started=$SECONDS
 if [ $# -gt 0 ]; then
@@ -60,6 +65,8 @@ shown() {
 indent() { sed 's/^/     /'; }
 now() { date +%s%N; }
 at() { date -d "@${1:0:10}.${1:10}" +%H:%M:%S.%N; }
+# An instant out of JSON, exact: older versions of jq round numbers of this size.
+number() { sed -n "s/.*\"$1\": *\([0-9]*\).*/\1/p" | head -n 1; }
 sum() { sha256sum "$1" | cut -d' ' -f1; }
 
 export CDP_AGENT="unix:$dir/agent.sock"
@@ -196,7 +203,7 @@ view=$(cdpctl --output json view open demo --at "$before_deletion")
 note "\$ cdpctl view open demo --at $before_deletion"
 view_id=$(jq -r .id <<<"$view")
 view_uri=$(jq -r .nbd_uri <<<"$view")
-[ "$(jq -r .time <<<"$view")" = "$before_deletion" ] || fail "the view shows another instant"
+[ "$(number time <<<"$view")" = "$before_deletion" ] || fail "the view shows another instant"
 shown nbdcopy "$view_uri" "$dir/work/view.img"
 debugfs -R "dump /letters/thesis.txt $dir/work/thesis.txt" "$dir/work/view.img" 2>/dev/null
 cmp -s "$dir/work/thesis.txt" "$tree/letters/thesis.txt" || fail "the file from the view is not the thesis"
@@ -209,7 +216,7 @@ say "The whole volume back to the marker good-evening"
 shown "$bin/cdpctl" revert demo --at good-evening --dry-run | indent
 reverted=$(cdpctl --output json revert demo --at good-evening)
 note "\$ cdpctl revert demo --at good-evening"
-undo=$(jq -r .undo_time <<<"$reverted")
+undo=$(number undo_time <<<"$reverted")
 volume_checksums "$dir/work/sums"
 cmp -s "$dir/work/sums" "$dir/work/sums-good" || fail "the reverted volume differs from the good state"
 proof "all $(wc -l <"$dir/work/sums") files of that evening are on the volume again; e2fsck finds no fault"
@@ -219,7 +226,7 @@ note "\$ cdpctl revert demo --at $undo"
 cdpctl revert demo --at "$undo" >/dev/null
 volume_checksums "$dir/work/sums"
 cmp -s "$dir/work/sums" "$dir/work/sums-bad" || fail "the volume differs from the state before the revert"
-proof "the volume is byte for byte as the accident left it: nothing that was ever on it is lost"
+proof "every file is as the accident left it: nothing that was ever on the volume is lost"
 
 say "And back to the good state for you; then the agent is killed (kill -9) and started again"
 cdpctl revert demo --at good-evening >/dev/null
@@ -228,7 +235,7 @@ wait "$agent" 2>/dev/null || true
 start_agent
 volume_checksums "$dir/work/sums"
 cmp -s "$dir/work/sums" "$dir/work/sums-good" || fail "after a kill the volume differs"
-proof "after kill -9 in the middle of the revert's copying the volume shows the good state"
+proof "after kill -9 right behind the revert the volume shows the good state"
 cdpctl info demo | indent
 
 kill "$agent"

@@ -34,6 +34,10 @@ use crate::state::{DiskRecord, Saved, ShardStore, StateDir, ViewRecord, VolumeRe
 
 mod signature;
 
+/// A predecessor that was killed keeps its disks locked until the kernel has ended its last requests; the lock on the state
+/// directory, which we have by then, says that it is gone.
+const PREDECESSOR_PATIENCE: Duration = Duration::from_secs(10);
+
 /// A shard with its engine.
 pub type Shard = ShardHandle<Local>;
 
@@ -200,8 +204,9 @@ impl Control {
             registry: RwLock::default(),
             changing: tokio::sync::Mutex::new(()),
         });
-        control.open_disks(config, &saved.disks).await?;
-        control.open_volumes(config, &saved).await?;
+        let deadline = tokio::time::Instant::now() + PREDECESSOR_PATIENCE;
+        control.open_disks(config, &saved.disks, deadline).await?;
+        control.open_volumes(config, &saved, deadline).await?;
         control.reopen_views(saved.views).await?;
         Ok(control)
     }
@@ -334,7 +339,7 @@ impl Control {
             configured: false,
         };
         self.events.name_volume(record.uuid, &record.name);
-        let (shard, info) = self.open_volume(&record).await?;
+        let (shard, info) = self.open_volume(&record, tokio::time::Instant::now()).await?;
         record.size = info.size;
         let uuid = record.uuid;
         let message = format!("volume {:?} added: {}", record.name, record.path.display());
@@ -469,8 +474,10 @@ impl Control {
         let info = self.info(volume).await?;
         if info.health != health {
             return Err(Error::State(format!(
-                "volume {:?} is in state {:?}, not in {health:?}",
-                info.name, info.health
+                "volume {:?} is in state {}, not in {}",
+                info.name,
+                health_word(info.health),
+                health_word(health)
             )));
         }
         let fence = self.state.fence(volume).map_err(|error| Error::State(error.to_string()))?;
@@ -510,10 +517,10 @@ impl Control {
         result.map_err(|error| Error::device("write", place(), &error))
     }
 
-    async fn open_volume(&self, record: &VolumeRecord) -> Result<(usize, VolumeInfo)> {
+    async fn open_volume(&self, record: &VolumeRecord, deadline: tokio::time::Instant) -> Result<(usize, VolumeInfo)> {
         let fence = self.state.fence(record.uuid).map_err(|error| Error::State(error.to_string()))?;
         let shard = self.place(fence.as_ref().map(|fence| fence.disk)).await;
-        let file = open_file(&record.path).await?;
+        let file = open_patiently(&record.path, deadline).await.map_err(open_error)?;
         let record = record.clone();
         let opened = self.shards[shard].call(move |local, ring| async move {
             let primary: Rc<dyn Device> = Rc::new(Disk::new(&ring, file));
@@ -565,7 +572,7 @@ impl Control {
         best.0
     }
 
-    async fn open_volumes(&self, config: &Config, saved: &Saved) -> anyhow::Result<()> {
+    async fn open_volumes(&self, config: &Config, saved: &Saved, deadline: tokio::time::Instant) -> anyhow::Result<()> {
         let mut records = Vec::new();
         for volume in &config.volumes {
             let known = saved.volumes.iter().find(|record| match volume.uuid {
@@ -607,7 +614,7 @@ impl Control {
         for mut record in records {
             self.events.name_volume(record.uuid, &record.name);
             let opened = match self.check_identity(&record.path, "path") {
-                Ok(()) => self.open_volume(&record).await,
+                Ok(()) => self.open_volume(&record, deadline).await,
                 Err(error) => Err(error),
             };
             let (shard, failed) = match opened {
@@ -697,7 +704,12 @@ impl Control {
         (0..self.shards.len()).min_by_key(count).unwrap_or(0)
     }
 
-    async fn open_disks(&self, config: &Config, added: &[DiskRecord]) -> anyhow::Result<()> {
+    async fn open_disks(
+        &self,
+        config: &Config,
+        added: &[DiskRecord],
+        deadline: tokio::time::Instant,
+    ) -> anyhow::Result<()> {
         let mut paths: Vec<(PathBuf, bool)> = config.disks.iter().map(|path| (path.clone(), true)).collect();
         let added = added.iter().map(|record| record.path.clone()).filter(|path| !config.disks.contains(path));
         paths.extend(added.map(|path| (path, false)));
@@ -707,7 +719,7 @@ impl Control {
             if identity.is_some() && self.registry.read().disks.iter().any(|disk| disk.identity == identity) {
                 anyhow::bail!("CDP disk {}: it is given twice, under another path", path.display());
             }
-            let opened = match open_disk_file(&path).await {
+            let opened = match open_patiently(&path, deadline).await {
                 Ok(file) => {
                     let (label, direct) = (path.display().to_string(), file.io_mode() == "direct");
                     let added = self.shards[shard].call(move |local, ring| async move {
@@ -724,7 +736,7 @@ impl Control {
                 Err(error) => {
                     let (shown, message) =
                         (path.display().to_string(), format!("the CDP disk cannot be used: {error}"));
-                    self.events.publish_now(EventKind::Damage, None, Some(shown), message);
+                    self.events.publish_now(EventKind::Offline, None, Some(shown), message);
                     (None, false, Some(error.to_string()))
                 }
             };
@@ -985,6 +997,10 @@ impl ExportDirectory<Local> for Control {
     }
 }
 
+fn health_word(health: Health) -> String {
+    crate::grpc::convert::health(health).word()
+}
+
 fn stopping() -> Error {
     Error::Gone("the agent is stopping".to_owned())
 }
@@ -1022,6 +1038,18 @@ async fn open_disk_file(path: &Path) -> std::result::Result<DiskFile, OpenError>
     let path = path.to_owned();
     let opened = tokio::task::spawn_blocking(move || DiskFile::open(&path)).await;
     opened.expect("opening a disk does not panic, and the runtime does not end before its work")
+}
+
+/// Opens a disk; until the deadline, one that is in use is asked for again.
+async fn open_patiently(path: &Path, deadline: tokio::time::Instant) -> std::result::Result<DiskFile, OpenError> {
+    loop {
+        match open_disk_file(path).await {
+            Err(OpenError::Busy { .. }) if tokio::time::Instant::now() < deadline => {
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+            opened => return opened,
+        }
+    }
 }
 
 async fn open_file(path: &Path) -> Result<DiskFile> {

@@ -8,15 +8,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
-use cdp_journal::info::{DiskInfo, Settings};
-use cdp_journal::{Error, InitOptions};
+use cdp_journal::info::{CdpState, DiskInfo, Health, Settings};
+use cdp_journal::{EngineConfig, Error, InitOptions};
 use sd_notify::NotifyState;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use crate::config::{Config, Listen, UnixListen};
-use crate::control::{Control, NewVolume};
+use crate::control::{Control, NewVolume, VolumeStatus};
 use crate::events::{EventHub, wall_ns};
 use crate::frontend::nbd::{Listener, NbdConfig, NbdServer};
 use crate::grpc::convert::Place;
@@ -59,7 +59,12 @@ impl Dev {
             }
             Ok(Listen { unix: Some(UnixListen { mode: 0o600, ..UnixListen::at(path) }), tcp: None })
         };
+        // Where `enable` has to choose, it takes what this CDP disk can give.
+        let mut engine = EngineConfig::default();
+        let cdp_size = std::fs::metadata(self.cdp()).map_or(self.cdp_size, |found| found.len());
+        engine.default_settings.reserve_capacity = cdp_size - cdp_size / 16;
         Ok(Config {
+            engine,
             state_dir: self.dir.join("state"),
             lock_memory: false,
             grpc: socket("agent.sock")?,
@@ -114,7 +119,7 @@ pub async fn run(config: Config, config_path: Option<&Path>, dev: Option<Dev>) -
     ready(&control).await;
     let watchdog = tokio::spawn(watch_shards(Arc::clone(&control)));
     if let Some(dev) = &dev {
-        println!("{}", usage(dev));
+        println!("{}", usage(dev, &demo_state(&control).await));
     }
 
     let mut stopped = stopping.clone();
@@ -281,11 +286,29 @@ fn room(disk: &DiskInfo) -> u64 {
     (disk.segments * disk.segment_size).saturating_sub(disk.reserved_bytes)
 }
 
-fn usage(dev: &Dev) -> String {
+/// How the demo is doing, in a sentence.
+async fn demo_state(control: &Control) -> String {
+    let demo = match control.resolve(DEMO) {
+        Ok(demo) => control.volume(demo.uuid).await,
+        Err(error) => Err(error),
+    };
+    match demo {
+        Ok(VolumeStatus { info: Ok(info), .. }) => match (info.health, info.state) {
+            (Health::Ok, CdpState::On) => format!("The volume \"{DEMO}\" is protected and served."),
+            (Health::Ok, CdpState::Off) => format!("The volume \"{DEMO}\" is served; its protection is switched off."),
+            _ => format!("The volume \"{DEMO}\" NEEDS ATTENTION: {}.", info.health_reason),
+        },
+        Ok(VolumeStatus { info: Err(why), .. }) => format!("The volume \"{DEMO}\" is NOT SERVED: {why}."),
+        Err(error) => format!("The volume \"{DEMO}\" is not served: {error}."),
+    }
+}
+
+fn usage(dev: &Dev, state: &str) -> String {
     let dir = dev.dir.display();
     format!(
         "\
-The volume \"{DEMO}\" is protected and served. Everything is in {dir}; stop with Ctrl-C, start again with the same --dev.
+{state}
+Everything is in {dir}; stop with Ctrl-C, start again with the same --dev.
 
   look at it      nbdinfo 'nbd+unix:///{DEMO}?socket={dir}/nbd.sock'
   write to it     nbdcopy some.img 'nbd+unix:///{DEMO}?socket={dir}/nbd.sock'

@@ -32,9 +32,10 @@ const QEMU_USED_BASE: i64 = 100;
 const QEMU_UNSHARED_BASE: i64 = 200;
 /// consistent-read, write, write-unchanged, resize; the names that QEMU prints.
 const QEMU_PERMISSIONS: [&str; 4] = ["consistent read", "write", "write unchanged", "resize"];
-/// udev holds a block device's lock for the moment of a probe.
-const LOCK_TRIES: u32 = 20;
-const LOCK_RETRY: Duration = Duration::from_millis(50);
+/// How long somebody else may hold a disk before it is refused. A killed agent's ring lets go of its files only when the last
+/// of its requests has ended, which is after the process is gone; and udev holds a block device's lock while it probes.
+const CLAIM_TRIES: u32 = 100;
+const CLAIM_RETRY: Duration = Duration::from_millis(50);
 /// Most steps of one allocation query. Each is a system call made on the shard's thread, about a microsecond when the extent
 /// map is in memory; the rest of the range is answered as data.
 const ALLOCATION_STEPS_MAX: usize = 256;
@@ -119,16 +120,25 @@ impl DiskFile {
             Some(libc::ETXTBSY) => busy("the system (a running program or swap)"),
             _ => failed("open")(error),
         };
-        let (main, direct) = match open(true, true) {
+        let open_alone = |direct: bool| {
+            for _ in 1..CLAIM_TRIES {
+                match open(direct, true) {
+                    Err(error) if error.raw_os_error() == Some(libc::EBUSY) => std::thread::sleep(CLAIM_RETRY),
+                    done => return done,
+                }
+            }
+            open(direct, true)
+        };
+        let (main, direct) = match open_alone(true) {
             Ok(file) if reads_directly(&file) => (file, true),
             Ok(file) => {
                 drop(file); // a block device has one exclusive opener at a time
-                (open(false, true).map_err(claim)?, false)
+                (open_alone(false).map_err(claim)?, false)
             }
-            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => (open(false, true).map_err(claim)?, false),
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => (open_alone(false).map_err(claim)?, false),
             Err(error) => return Err(claim(error)),
         };
-        lock(&main, is_block, path)?;
+        lock(&main, path)?;
         let buffered = if direct { Some(open(false, false).map_err(claim)?) } else { None };
         if let Some(buffered) = &buffered {
             let (one, other) = (main.metadata().map_err(failed("stat"))?, buffered.metadata().map_err(failed("stat"))?);
@@ -235,15 +245,15 @@ mod ioctl {
 
 /// Keeps everybody out who asks: other agents (and whoever uses `flock`) by a whole-file lock, QEMU by its own byte locks.
 /// Both belong to the open file, so they go when it is closed, also by the death of the process.
-fn lock(file: &File, is_block: bool, path: &Path) -> Result<(), OpenError> {
+fn lock(file: &File, path: &Path) -> Result<(), OpenError> {
     let busy = |by: String| OpenError::Busy { path: path.to_owned(), by };
     let failed = |source: io::Error| OpenError::Io { path: path.to_owned(), op: "lock", source };
-    let mut tries = if is_block { LOCK_TRIES } else { 1 };
+    let mut tries = CLAIM_TRIES;
     loop {
         tries -= 1;
         match file.try_lock() {
             Ok(()) => break,
-            Err(std::fs::TryLockError::WouldBlock) if tries > 0 => std::thread::sleep(LOCK_RETRY),
+            Err(std::fs::TryLockError::WouldBlock) if tries > 0 => std::thread::sleep(CLAIM_RETRY),
             Err(std::fs::TryLockError::WouldBlock) => {
                 return Err(busy("another agent, or another program that locks it".to_owned()));
             }

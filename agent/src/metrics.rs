@@ -12,7 +12,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 
-use crate::control::{Control, DiskStatus, ShardStats};
+use crate::control::{Control, DiskStatus, Shard, ShardStats};
 use crate::events::wall_ns;
 
 /// A scraper that takes longer is cut off.
@@ -97,10 +97,16 @@ async fn render(control: &Control) -> String {
 }
 
 type Row = (VolumeInfo, VolumeStats, usize);
+/// Name, help, and where the value is.
+type Value<T> = (&'static str, &'static str, fn(&T) -> u64);
+/// Name, help, type, and where the value is.
+type TypedValue<T> = (&'static str, &'static str, &'static str, fn(&T) -> u64);
+/// A stage of a request and its durations.
+type Stage = (&'static str, fn(&VolumeStats) -> &Histogram);
 
 fn render_volumes(page: &mut Page, volumes: &[&Row]) {
     let labels = |row: &Row| vec![("volume", row.0.name.clone()), ("volume_uuid", row.0.id.to_string())];
-    let counters: [(&str, &str, fn(&VolumeStats) -> u64); 14] = [
+    let counters: [Value<VolumeStats>; 14] = [
         ("cdp_volume_reads_total", "Reads served.", |s| s.reads),
         ("cdp_volume_read_bytes_total", "Bytes read.", |s| s.read_bytes),
         ("cdp_volume_writes_total", "Writes acked.", |s| s.writes),
@@ -136,7 +142,7 @@ fn render_volumes(page: &mut Page, volumes: &[&Row]) {
             page.sample(name, &labels(row), value(&row.1));
         }
     }
-    let gauges: [(&str, &str, fn(&Row) -> u64); 12] = [
+    let gauges: [Value<Row>; 12] = [
         ("cdp_volume_size_bytes", "Bytes that the guest sees.", |r| r.0.size),
         ("cdp_volume_backlog_bytes", "Acked bytes that are not on the primary yet.", |r| r.0.backlog_bytes),
         ("cdp_volume_journal_used_bytes", "Bytes of CDP disk in use.", |r| r.0.used_bytes),
@@ -190,7 +196,7 @@ fn render_volumes(page: &mut Page, volumes: &[&Row]) {
             page.sample("cdp_volume_health", &labels, u64::from(row.0.health == *health));
         }
     }
-    let stages: [(&str, fn(&VolumeStats) -> &Histogram); 6] = [
+    let stages: [Stage; 6] = [
         ("write", |s| &s.write_latency),
         ("queue", |s| &s.queue_latency),
         ("append", |s| &s.append_latency),
@@ -228,7 +234,7 @@ fn window_s(info: &VolumeInfo) -> u64 {
 }
 
 fn render_disks(page: &mut Page, disks: &[DiskStatus]) {
-    let values: [(&str, &str, &str, fn(&DiskInfo) -> u64); 6] = [
+    let values: [TypedValue<DiskInfo>; 6] = [
         ("cdp_disk_size_bytes", "Bytes of the CDP disk.", "gauge", |d| d.size),
         ("cdp_disk_segments", "Segments.", "gauge", |d| d.segments),
         ("cdp_disk_segments_free", "Segments free.", "gauge", |d| d.segments_free),
@@ -263,7 +269,7 @@ fn render_agent(page: &mut Page, control: &Control, volumes: &[&Row]) {
     for (kind, count) in control.events().counts() {
         page.sample("cdp_agent_events_total", &[("kind", kind.word())], count);
     }
-    let shards: [(&str, &str, &str, fn(&crate::control::Shard) -> u64); 8] = [
+    let shards: [TypedValue<Shard>; 8] = [
         ("cdp_shard_heartbeat_total", "Turns of a shard's loop. Standing still means stuck.", "counter", |s| {
             s.heartbeat()
         }),

@@ -570,6 +570,7 @@ mod tests {
             settings: Some(Settings { reserve_capacity: 1 << 40, reserve_duration_s: 86400, priority: Priority::High }),
             on: true,
             created_ns: 9,
+            lost_blocks: vec![(0, 1), (u64::MAX, 1)],
             reason: "why \"not\"".to_owned(),
         }
     }

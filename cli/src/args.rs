@@ -1,4 +1,6 @@
 //! What the command line may say.
+// The doc comments are help texts for a terminal: `<disk>` is no HTML there.
+#![allow(rustdoc::invalid_html_tags)]
 
 use std::path::PathBuf;
 
@@ -142,6 +144,17 @@ pub enum Disk {
     /// List the CDP disks
     #[command(after_help = "Examples:\n  cdpctl disk list")]
     List,
+    /// Read a CDP disk without an agent, and verify every checksum on it
+    #[command(
+        after_help = "Examples:\n  cdpctl disk check /dev/nvme1n1\n  cdpctl --output json disk check /var/lib/cdp/cdp.img\n\n\
+        It reads only. The agent that uses the disk must be stopped: what is being written at that moment looks like damage.\n\
+        Exit code 10 says that something is damaged."
+    )]
+    Check {
+        /// Block device or file
+        #[arg(value_hint = ValueHint::FilePath)]
+        path: PathBuf,
+    },
 }
 
 #[derive(Debug, Args)]

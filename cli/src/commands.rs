@@ -30,11 +30,15 @@ pub async fn run(cli: Cli) -> Result<Answer, Failure> {
     if let Command::Completion { shell } = cli.command {
         return completion::print(shell);
     }
+    if let Command::Disk(Disk::Check { path }) = cli.command {
+        return disk::check(&path);
+    }
     let agent = Agent::connect(&cli.global).await?;
     let agent = &agent;
     match cli.command {
         Command::Disk(Disk::Init(args)) => disk::init(agent, args).await,
         Command::Disk(Disk::List) => disk::list(agent).await,
+        Command::Disk(Disk::Check { path }) => disk::check(&path),
         Command::Volume(Volume::Add(args)) => volume::add(agent, args).await,
         Command::Volume(Volume::List(args)) => list::volumes(agent, args).await,
         Command::Volume(Volume::Remove(args)) => volume::remove(agent, args).await,

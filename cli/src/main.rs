@@ -9,8 +9,6 @@
 mod args;
 mod commands;
 mod connect;
-// Becomes a command with the engine's offline checker; until then its tests are what uses it.
-#[cfg(test)]
 mod disk_check;
 mod draw;
 mod exit;

@@ -57,7 +57,6 @@ impl RevertBars {
 }
 
 /// A bar over bytes, for work that says how far it is.
-#[cfg(test)]
 pub fn bytes(what: &str) -> impl FnMut(u64, u64) + use<> {
     let started = std::time::Instant::now();
     let message = what.to_owned();

@@ -1,5 +1,6 @@
 //! The JSON of each message: names of the HTTP interface where it has them, all times and sizes exact numbers.
 
+use cdp_journal::check::{Finding, LogRow, Report, VolumeRow};
 use cdp_proto::v1;
 use serde_json::{Value, json};
 use tonic::Code;
@@ -205,5 +206,59 @@ pub fn status(status: &v1::StatusResponse) -> Value {
         "backlog_bytes": status.backlog_bytes,
         "backlog_bytes_max": status.backlog_bytes_max,
         "used_bytes": status.used_bytes,
+    })
+}
+
+/// What an offline check of a CDP disk found.
+pub fn disk_report(report: &Report) -> Value {
+    let log = |log: &LogRow| {
+        json!({
+            "seq": log.seq,
+            "bytes": log.bytes,
+            "writes_segments": log.writes_segments,
+            "before_segments": log.before_segments,
+            "frames": log.frames,
+        })
+    };
+    let volume = |volume: &VolumeRow| {
+        json!({
+            "volume_uuid": volume.id.to_string(),
+            "used_bytes": volume.bytes,
+            "reserve_capacity": volume.reserve_capacity,
+            "segments": volume.segments,
+            "segments_writes": volume.writes_segments,
+            "segments_before": volume.before_segments,
+            "segments_unwritten": volume.unwritten_segments,
+            "segments_orphaned": volume.orphaned_segments,
+            "logs": volume.logs.iter().map(log).collect::<Vec<_>>(),
+        })
+    };
+    let finding = |finding: &Finding| json!({ "severity": finding.severity.to_string(), "place": finding.place, "what": finding.what });
+    json!({
+        "id": report.disk_id.to_string(),
+        "version": report.version,
+        "created_ns": report.created_ns,
+        "size": report.disk_size,
+        "segment_size": report.segment_size,
+        "segments": report.segments,
+        "segments_free": report.segments_free,
+        "segments_used": report.segments_used,
+        "segments_unknown": report.segments_unknown,
+        "segments_writes": report.segments_writes,
+        "segments_before": report.segments_before,
+        "segments_unwritten": report.segments_unwritten,
+        "segments_cut": report.segments_cut,
+        "segments_orphaned": report.segments_orphaned,
+        "used_bytes": report.segments_used * report.segment_size,
+        "volumes": report.volumes.iter().map(volume).collect::<Vec<_>>(),
+        "frames": report.frames,
+        "payload_blocks": report.payload_blocks,
+        "index_pages": report.index_pages,
+        "index_entries": report.index_entries,
+        "bytes_verified": report.bytes_verified,
+        "tails": report.tails,
+        "damage": report.damage,
+        "notes": report.notes,
+        "findings": report.findings.iter().map(finding).collect::<Vec<_>>(),
     })
 }

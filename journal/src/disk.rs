@@ -429,7 +429,7 @@ impl Disk {
         self.check()?;
         self.clock_running.set(true);
         let generation = self.clock_generation.get() + 1;
-        let at = if generation % 2 == 0 { format::CLOCK_A } else { format::CLOCK_B };
+        let at = if generation.is_multiple_of(2) { format::CLOCK_A } else { format::CLOCK_B };
         let result = self.guard(self.device.write(at, vec![clock_page(self.id, generation, mark.0)])).await;
         let result = match result {
             Ok(Ok(())) => self.sync().await,
@@ -560,7 +560,7 @@ impl Disk {
                 let last = (first + TablePageHeader::ENTRIES as usize).min(pool.entries.len());
                 let bytes = table_page(self.id, page, generation, &pool.entries[first..last]);
                 // Odd generations live in A, even ones in B: init wrote generation 1 to both.
-                let table = if generation % 2 == 0 { self.geometry.table_b } else { self.geometry.table_a };
+                let table = if generation.is_multiple_of(2) { self.geometry.table_b } else { self.geometry.table_a };
                 writes.push(self.device.write(table + page * BLOCK, vec![bytes]));
             }
         }

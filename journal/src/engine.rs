@@ -453,6 +453,9 @@ impl Volume {
                     log.sealed || (log.overlay.is_empty() && log.revert.is_none())
                 })
         };
+        if let Some(reason) = disk.failure() {
+            return Err(Error::Gone(reason));
+        }
         let fence = if clean { FenceState::Clean } else { FenceState::Dirty };
         self.put_fence(fence, disk.id, "").await
     }

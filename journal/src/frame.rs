@@ -50,11 +50,11 @@ pub fn cut(first: u64, count: u64) -> Cut {
         partial[0] = Some((whole_end, mask_of(first % SECTORS_PER_BLOCK, count)));
         return Cut { partial, whole: (whole_first, 0) };
     }
-    if first % SECTORS_PER_BLOCK != 0 {
+    if !first.is_multiple_of(SECTORS_PER_BLOCK) {
         let from = first % SECTORS_PER_BLOCK;
         partial[0] = Some((whole_first - 1, mask_of(from, SECTORS_PER_BLOCK - from)));
     }
-    if end % SECTORS_PER_BLOCK != 0 {
+    if !end.is_multiple_of(SECTORS_PER_BLOCK) {
         partial[1] = Some((whole_end, mask_of(0, end % SECTORS_PER_BLOCK)));
     }
     Cut { partial, whole: (whole_first, whole_end - whole_first) }

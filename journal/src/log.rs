@@ -97,7 +97,7 @@ impl LogIndex {
             .iter()
             .map(|part| match part {
                 Part::Frozen(_, mem) => Source::Mem(Rc::clone(mem)),
-                Part::Run(run) => Source::Run(run.clone()),
+                Part::Run(run) => Source::Run(*run),
             })
             .collect();
         if !self.mem.is_empty() {
@@ -111,7 +111,7 @@ impl LogIndex {
         self.parts
             .iter()
             .filter_map(|part| match part {
-                Part::Run(run) => Some(run.clone()),
+                Part::Run(run) => Some(*run),
                 Part::Frozen(..) => None,
             })
             .collect()
@@ -374,7 +374,7 @@ impl Log {
         more(&state.writes, writes_more) + more(&state.before, before_more)
     }
 
-    fn stream<'a>(state: &'a mut LogState, kind: StreamKind) -> (&'a mut Stream, &'a mut LogIndex) {
+    fn stream(state: &mut LogState, kind: StreamKind) -> (&mut Stream, &mut LogIndex) {
         match kind {
             StreamKind::Writes => (&mut state.writes, &mut state.writes_index),
             StreamKind::Before => (&mut state.before, &mut state.before_index),

@@ -1,5 +1,5 @@
 //! The gRPC service `cdp.v1.CdpAgent`: each call is checked ([`request`]), sent to the shards ([`crate::control`]), and answered
-//! ([`convert`]); errors become status codes in one place ([`status`]).
+//! ([`convert`]); errors become status codes in one place (`status`).
 //!
 //! A call's work runs in a task of its own: when the caller's deadline passes or its connection goes, the answer is dropped and
 //! the work still ends whole, so nothing stays half done.
@@ -115,25 +115,7 @@ impl Service {
         F: Future<Output = std::result::Result<T, Status>> + Send + 'static,
         T: Send + 'static,
     {
-        let task = tokio::spawn(work);
-        let ended = match deadline(metadata) {
-            None => task.await,
-            Some(deadline) => match tokio::time::timeout(deadline, task).await {
-                Ok(ended) => ended,
-                Err(_) => {
-                    return Err(Status::deadline_exceeded(
-                        "the deadline passed; what the call began goes on to its end",
-                    ));
-                }
-            },
-        };
-        match ended {
-            Ok(Err(refusal)) if refusal.code() == Code::Aborted && *self.stopping.borrow() => {
-                Err(Status::unavailable(refusal.message().to_owned()))
-            }
-            Ok(answer) => answer.map(Response::new),
-            Err(_) => Err(Status::internal("the call failed inside the agent; its log says why")),
-        }
+        finish(metadata, &self.stopping, work).await
     }
 
     fn resolve(&self, volume: &str) -> std::result::Result<Resolved, Status> {
@@ -235,6 +217,31 @@ impl Service {
     fn view_message(&self, (info, size): &(ViewInfo, u64)) -> v1::ViewInfo {
         let name = self.control.resolved(info.volume).map(|volume| volume.name).unwrap_or_default();
         convert::view(info, *size, &name, &self.about.place)
+    }
+}
+
+/// Runs work to its end, whoever waits for it, and answers within the caller's deadline.
+async fn finish<T, F>(metadata: &MetadataMap, stopping: &watch::Receiver<bool>, work: F) -> Answer<T>
+where
+    F: Future<Output = std::result::Result<T, Status>> + Send + 'static,
+    T: Send + 'static,
+{
+    let task = tokio::spawn(work);
+    let ended = match deadline(metadata) {
+        None => task.await,
+        Some(deadline) => match tokio::time::timeout(deadline, task).await {
+            Ok(ended) => ended,
+            Err(_) => {
+                return Err(Status::deadline_exceeded("the deadline passed; what the call began goes on to its end"));
+            }
+        },
+    };
+    match ended {
+        Ok(Err(refusal)) if refusal.code() == Code::Aborted && *stopping.borrow() => {
+            Err(Status::unavailable(refusal.message().to_owned()))
+        }
+        Ok(answer) => answer.map(Response::new),
+        Err(_) => Err(Status::internal("the call failed inside the agent; its log says why")),
     }
 }
 
@@ -854,11 +861,7 @@ mod tests {
 
     #[test]
     fn deadlines_are_read_in_every_unit_and_end_a_little_early() {
-        let of = |text: &str| {
-            let mut metadata = MetadataMap::new();
-            metadata.insert("grpc-timeout", text.parse().expect("a header"));
-            deadline(&metadata)
-        };
+        let of = |text: &str| deadline(&metadata(text));
         assert_eq!(of("2H"), Some(Duration::from_secs(7200) - Duration::from_millis(20)));
         assert_eq!(of("1M"), Some(Duration::from_secs(60) - Duration::from_millis(20)));
         assert_eq!(of("100m"), Some(Duration::from_millis(95)));
@@ -869,6 +872,39 @@ mod tests {
             (Some(Duration::ZERO), None, None, None, None)
         );
         assert_eq!(deadline(&MetadataMap::new()), None);
+    }
+
+    fn metadata(timeout: &str) -> MetadataMap {
+        let mut metadata = MetadataMap::new();
+        metadata.insert("grpc-timeout", timeout.parse().expect("a header"));
+        metadata
+    }
+
+    /// Goal: a caller's deadline ends the waiting and not the work.
+    #[tokio::test]
+    async fn a_deadline_answers_and_the_work_still_ends() {
+        let (_stop, stopping) = watch::channel(false);
+        let (go, wait) = tokio::sync::oneshot::channel::<()>();
+        let (done, ended) = tokio::sync::oneshot::channel::<u32>();
+        let work = async move {
+            wait.await.map_err(|_| Status::internal("nobody let it go on"))?;
+            done.send(7).map_err(|_| Status::internal("nobody waits"))
+        };
+        let answer = finish(&metadata("1m"), &stopping, work).await;
+        assert_eq!(answer.expect_err("it cannot be done yet").code(), Code::DeadlineExceeded);
+        go.send(()).expect("the work goes on");
+        assert_eq!(ended.await, Ok(7));
+    }
+
+    #[tokio::test]
+    async fn what_goes_away_while_the_agent_stops_is_unavailable() {
+        let (stop, stopping) = watch::channel(false);
+        let gone = || async { Err::<(), _>(status(&Error::Gone("the shard has stopped".into()))) };
+        let answer = finish(&MetadataMap::new(), &stopping, gone()).await;
+        assert_eq!(answer.expect_err("gone").code(), Code::Aborted);
+        stop.send_replace(true);
+        let answer = finish(&MetadataMap::new(), &stopping, gone()).await.expect_err("gone");
+        assert_eq!((answer.code(), answer.message()), (Code::Unavailable, "the shard has stopped"));
     }
 
     #[test]

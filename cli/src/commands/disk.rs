@@ -1,4 +1,6 @@
-//! `disk init`, `disk list`.
+//! `disk init`, `disk list`, `disk check`.
+
+use std::path::Path;
 
 use cdp_proto::{parse::size_text, v1};
 use serde_json::json;
@@ -7,6 +9,7 @@ use super::{missing, path_for};
 use crate::{
     args::DiskInit,
     connect::Agent,
+    disk_check::{self, Findings},
     failure::Failure,
     output::{self, Answer},
     shape,
@@ -54,4 +57,13 @@ pub async fn list(agent: &Agent) -> Result<Answer, Failure> {
     let headers = ["PATH", "STATE", ">SIZE", ">FREE", ">RESERVED", ">SEGMENT", ">ERRORS", "I/O", "ID"];
     let json = json!({ "disks": answer.disks.iter().map(shape::disk).collect::<Vec<_>>() });
     Ok(Answer::done(json, output::table(&headers, &rows, "no CDP disks: cdpctl disk init PATH")))
+}
+
+/// Offline: the engine's checker reads the disk itself, no agent is asked.
+pub fn check(path: &Path) -> Result<Answer, Failure> {
+    disk_check::run(path, cdp_journal::check::check, |report| Findings {
+        json: shape::disk_report(&report),
+        text: format!("{report}\n"),
+        sound: report.is_clean(),
+    })
 }

@@ -3,6 +3,7 @@
 //! One task per volume. It works on the oldest log that is not sealed, in batches sorted by LBA (design part 3):
 //! 1. read the old content of blocks first touched in this log, 2. append it as before-images, 3. sync the journal,
 //! 4. write to the primary the content that 3 made durable, 5. sync the primary, 6. advance the watermark.
+//!
 //! When the log is closed and its overlay is empty, it copies the log's revert, merges the index and seals it.
 
 use std::ops::ControlFlow;
@@ -195,9 +196,7 @@ impl Volume {
         // 3: the journal holds durably what is about to be overwritten and what is about to be written.
         if !active(Mutation::DestageBeforeSync) {
             self.sync_journal(disk, batch.newest).await?;
-            if !images.is_empty() {
-                self.sync_before(disk, log).await?;
-            }
+            self.sync_before(disk, log).await?;
         }
         // 4, 5: the primary, again and again until it holds.
         let writes = self.compose_batch(batch, &images).await?;
@@ -366,7 +365,7 @@ impl Volume {
     }
 
     /// Whole blocks of the primary; what lies past its end is zero.
-    async fn read_old(&self, block: u64, count: u64) -> Result<Slice> {
+    pub(super) async fn read_old(&self, block: u64, count: u64) -> Result<Slice> {
         let (start, len) = self.bytes_of(block, count);
         if len == count * BLOCK {
             let (result, buf) = self.primary.read(start, IoBuf::for_overwrite(len as usize)).await;
@@ -679,7 +678,7 @@ impl Volume {
         Ok(())
     }
 
-    fn lose_block(&self, block: u64) {
+    pub(super) fn lose_block(&self, block: u64) {
         let mut state = self.state.borrow_mut();
         state.lost_blocks.get_or_insert_with(Default::default).insert(block);
         state.lost_changed = true;

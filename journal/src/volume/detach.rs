@@ -8,7 +8,7 @@ use super::{Mode, Volume, destage};
 use crate::disk::Disk;
 use crate::fence::FenceState;
 use crate::info::{EventKind, Health};
-use crate::overlay::{Content, Item};
+use crate::overlay::{Content, Item, compose};
 
 impl Volume {
     /// Runs on the destager's task, so that nothing else writes to the primary meanwhile.
@@ -105,8 +105,11 @@ impl Volume {
             match &item.content {
                 Content::Zero => writes.push(destage::Write::Zero(item.block, item.count)),
                 Content::Data(data, 0xFF) => destage::push_write(&mut writes, item.block, data.clone()),
-                // The journal cannot be read any more; the primary keeps the other sectors.
-                Content::Data(data, mask) => destage::push_sectors(&mut writes, item.block, data, *mask),
+                // Whole blocks, so that a power cut in the middle damages no neighbour; where the rest cannot be read, what there is.
+                Content::Data(data, mask) => match self.read_old(item.block, 1).await {
+                    Ok(base) => destage::push_write(&mut writes, item.block, compose(&base, data, *mask)),
+                    Err(_) => destage::push_sectors(&mut writes, item.block, data, *mask),
+                },
             }
         }
         self.write_and_sync(&writes).await

@@ -475,7 +475,7 @@ impl Volume {
                     Err(_) => return,
                 }
                 n += 1;
-                if n % 1024 == 0 {
+                if n.is_multiple_of(1024) {
                     yield_now().await;
                 }
             }
@@ -552,7 +552,7 @@ impl Volume {
                 Mode::Closed => break,
                 Mode::Journal => {
                     self.round().await;
-                    if rounds % 8 == 0 {
+                    if rounds.is_multiple_of(8) {
                         if let Err(error) = self.store_lost_blocks().await {
                             tracing::error!(volume = %self.id, %error, "fence");
                         }
@@ -564,7 +564,7 @@ impl Volume {
                         self.keep_sets(share).await;
                     }
                 }
-                Mode::Direct if rounds % 8 == 0 => self.try_protect_again().await,
+                Mode::Direct if rounds.is_multiple_of(8) => self.try_protect_again().await,
                 _ => {}
             }
         }
@@ -732,8 +732,16 @@ impl Volume {
                 }
                 let ticket = self.store_settings();
                 self.durable(&ticket).await?;
-                let disk = attach.disk.id;
-                self.put_fence(FenceState::Dirty, disk, "").await?;
+                // The fence knows the settings, too; but it must not revive an attachment that ended while this waited.
+                let attached = {
+                    let state = self.state.borrow();
+                    state.mode == Mode::Journal
+                        && attach.disk.failure().is_none()
+                        && state.attach.as_ref().is_some_and(|a| Rc::ptr_eq(&a.disk, &attach.disk))
+                };
+                if attached {
+                    self.put_fence(FenceState::Dirty, attach.disk.id, "").await?;
+                }
                 self.shrink_within(capacity).await?;
             }
             None => {
@@ -1028,7 +1036,9 @@ impl Volume {
 
     fn resume_journal(&self) {
         let mut state = self.state.borrow_mut();
-        if state.mode == Mode::Switching && state.attach.is_some() {
+        // A disk that failed meanwhile is being left: the way out alone says how requests go on.
+        let healthy = state.attach.as_ref().is_some_and(|a| a.disk.failure().is_none());
+        if state.mode == Mode::Switching && healthy {
             state.mode = Mode::Journal;
         }
         drop(state);
@@ -1237,7 +1247,7 @@ impl Volume {
                 while let Some(entry) = cursor.next(&*log.disk).await? {
                     changed.insert_range(entry.block.get(), entry.blocks());
                     n += 1;
-                    if n % 1024 == 0 {
+                    if n.is_multiple_of(1024) {
                         yield_now().await;
                     }
                 }
@@ -1308,18 +1318,17 @@ impl Volume {
         }
         self.make_room(request.target, needed / segment_size).await?;
         let ticket = loop {
+            // Taken in the step that uses it: no write lies between. The next log begins at the revert's own instant, so every instant from the revert
+            // on resolves in it.
+            let Some(instant) = engine.try_tick() else {
+                engine.raise_clock().await;
+                continue;
+            };
             let mut state = self.state.borrow_mut();
             if state.mode != Mode::Journal {
                 return Err(Error::Gone("the CDP disk failed".into()));
             }
             let closing = Rc::clone(state.logs.back().ok_or_else(|| Error::Gone("no active log".into()))?);
-            // Taken in the step that uses it: no write lies between. The next log begins at the revert's own instant, so every instant from the revert
-            // on resolves in it.
-            let Some(instant) = engine.try_tick() else {
-                drop(state);
-                engine.raise_clock().await;
-                continue;
-            };
             // Writes admitted since the set was taken are in the active log's touched set.
             let mut left = changed;
             left.union(&closing.state.borrow().touched);
@@ -1425,7 +1434,7 @@ impl Volume {
         let primary = self.primary.current_size().map_err(|e| Error::device("size of", self.path(), &e))?;
         let now = self.state.borrow().size;
         let wanted = size.unwrap_or(primary - primary % 512);
-        if wanted < now || wanted > primary || wanted % 512 != 0 {
+        if wanted < now || wanted > primary || !wanted.is_multiple_of(512) {
             return Err(Error::invalid(
                 "size",
                 wanted,
@@ -1523,7 +1532,7 @@ impl Volume {
                 while let Some(entry) = cursor.next(&*log.disk).await? {
                     count(&entry);
                     n += 1;
-                    if n % 1024 == 0 {
+                    if n.is_multiple_of(1024) {
                         yield_now().await;
                     }
                 }

@@ -431,7 +431,7 @@ pub(crate) fn check_range(offset: u64, len: u64, size: u64) -> Result<()> {
     if len == 0 {
         return Err(Error::invalid("length", len, "at least 512 bytes"));
     }
-    if offset % SECTOR != 0 || len % SECTOR != 0 {
+    if !offset.is_multiple_of(SECTOR) || !len.is_multiple_of(SECTOR) {
         return Err(Error::invalid("offset and length", format!("{offset}+{len}"), "multiples of 512 bytes"));
     }
     match offset.checked_add(len) {

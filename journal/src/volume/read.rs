@@ -248,6 +248,7 @@ impl Volume {
     }
 
     /// Rule 3 over the logs before position `below`, newest first, then rule 4.
+    #[expect(clippy::too_many_arguments, reason = "the working set of one resolution; a struct would only rename it")]
     async fn unwritten(
         self: &Rc<Self>,
         row: &Row,
@@ -311,6 +312,14 @@ impl Volume {
         });
         *missing = 0;
         Ok(())
+    }
+
+    /// Whether a block's content at an instant would be read from the primary.
+    pub(crate) async fn rests_on_primary(self: &Rc<Self>, instant: Instant, block: u64) -> Result<bool> {
+        let row = Row::of(&self.state.borrow());
+        let Some(h) = row.at(instant) else { return Ok(true) };
+        let layers = self.resolve_at(&row, h, block, instant, 0).await?;
+        Ok(layers.iter().any(|l| matches!(l.source, Source::Primary { .. })))
     }
 
     /// Reads what was resolved into `buf`, whose first block is `first`: runs of the primary and of the journal in one read each, all at once.

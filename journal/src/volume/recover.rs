@@ -405,7 +405,7 @@ impl Volume {
         engine.clock().past(instant_last.max(Instant(base_last_instant(&control))));
         self.assume(disk, &control, logs, instant_last, next_seq)?;
         self.restore_overlay(watermark).await?;
-        self.restore_reverts(&control).await?;
+        self.restore_reverts(&control, fence.state == FenceState::Detaching).await?;
         self.check_destaged(watermark).await?;
         let detaching = fence.state == FenceState::Detaching;
         self.resume_journal_after_recovery(engine, disk, control.reverted_at, detaching).await?;
@@ -580,7 +580,7 @@ impl Volume {
     }
 
     /// Reverts that were not copied to the end go on where they were.
-    async fn restore_reverts(self: &Rc<Self>, control: &Control) -> Result<()> {
+    async fn restore_reverts(self: &Rc<Self>, control: &Control, detaching: bool) -> Result<()> {
         for row in control.reverts.values() {
             let log = self.state.borrow().logs.iter().find(|l| l.seq == row.log_seq.get()).cloned();
             let Some(log) = log else { continue };
@@ -593,6 +593,18 @@ impl Volume {
             let left_blocks = left.len();
             if left_blocks == 0 {
                 continue;
+            }
+            if detaching {
+                // A way out that was cut off wrote to the primary without before-images: what rests on it may be newer than the target.
+                let since: Vec<_> =
+                    self.state.borrow().logs.iter().filter(|l| !l.state.borrow().sealed).cloned().collect();
+                for block in left.iter().collect::<Vec<_>>() {
+                    let touched = since.iter().any(|l| l.state.borrow().touched.contains(block));
+                    if touched && self.rests_on_primary(target, block).await? {
+                        left.remove_range(block, 1);
+                        self.lose_block(block);
+                    }
+                }
             }
             log.state.borrow_mut().revert = Some(PendingRevert {
                 instant: Instant(row.instant.get()),
@@ -931,7 +943,7 @@ async fn for_each_entry(
         while let Some(entry) = cursor.next(&**disk).await? {
             f(&entry);
             n += 1;
-            if n % 4096 == 0 {
+            if n.is_multiple_of(4096) {
                 yield_now().await;
             }
         }

@@ -1,0 +1,233 @@
+//! The agent as its host sees it: readiness, watchdog, health, signals, sockets, the units that start it.
+
+use std::io::Read as _;
+use std::os::unix::net::{UnixDatagram, UnixStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use cdp_proto::v1::cdp_agent_client::CdpAgentClient;
+use cdp_proto::v1::{EventKind, StatusRequest, WatchEventsRequest};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use tonic_health::pb::HealthCheckRequest;
+use tonic_health::pb::health_check_response::ServingStatus;
+use tonic_health::pb::health_client::HealthClient;
+use tonic_reflection::pb::v1::ServerReflectionRequest;
+use tonic_reflection::pb::v1::server_reflection_client::ServerReflectionClient;
+use tonic_reflection::pb::v1::server_reflection_request::MessageRequest;
+use tonic_reflection::pb::v1::server_reflection_response::MessageResponse;
+
+/// What does not happen within this time does not happen.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// `cdp-agent --dev` in a fresh directory, with a service manager of ours.
+struct Agent {
+    dir: tempfile::TempDir,
+    manager: UnixDatagram,
+    child: Child,
+}
+
+impl Agent {
+    fn start() -> Self {
+        let dir = tempfile::tempdir_in("/var/tmp").expect("a temporary directory");
+        let socket = dir.path().join("notify.sock");
+        let manager = UnixDatagram::bind(&socket).expect("a socket for readiness");
+        manager.set_read_timeout(Some(PATIENCE)).expect("a timeout");
+        let child = Command::new(env!("CARGO_BIN_EXE_cdp-agent"))
+            .args(["--dev", dir.path().to_str().expect("ASCII"), "--size", "8MiB", "--cdp-size", "512MiB"])
+            .env("NOTIFY_SOCKET", &socket)
+            .env("WATCHDOG_USEC", "900000")
+            .env_remove("WATCHDOG_PID")
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("start the agent");
+        let agent = Self { dir, manager, child };
+        agent.wait_for("READY=1");
+        agent
+    }
+
+    /// Reads the manager's messages up to one that has this line.
+    fn wait_for(&self, line: &str) {
+        let mut message = [0; 4096];
+        loop {
+            let length = self.manager.recv(&mut message).unwrap_or_else(|error| panic!("no {line}: {error}"));
+            let text = String::from_utf8_lossy(&message[..length]);
+            if text.lines().any(|found| found == line) {
+                return;
+            }
+        }
+    }
+
+    fn file(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn signal(&self, signal: Signal) {
+        kill(Pid::from_raw(self.child.id().cast_signed()), signal).expect("signal the agent");
+    }
+
+    fn end(&mut self) -> ExitStatus {
+        let begun = Instant::now();
+        loop {
+            if let Some(status) = self.child.try_wait().expect("wait for the agent") {
+                return status;
+            }
+            assert!(begun.elapsed() < PATIENCE, "the agent does not end");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    async fn channel(&self) -> tonic::transport::Channel {
+        let uri = format!("unix:{}", self.file("agent.sock").display());
+        tonic::transport::Endpoint::from_shared(uri).expect("a URI").connect().await.expect("connect")
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let _ = self.child.kill();
+            let mut log = String::new();
+            if let Some(stderr) = &mut self.child.stderr {
+                let _ = stderr.read_to_string(&mut log);
+            }
+            eprintln!("the agent's log:\n{log}");
+        }
+        let _ = self.child.kill(); // it has ended already in most tests
+        let _ = self.child.wait();
+    }
+}
+
+#[test]
+fn readiness_the_watchdog_and_the_stop_are_told_and_nothing_is_left_behind() {
+    let mut agent = Agent::start();
+    for name in ["agent.sock", "nbd.sock", "metrics.addr"] {
+        assert!(agent.file(name).exists(), "{name} is there once the agent is ready");
+    }
+    for _ in 0..3 {
+        agent.wait_for("WATCHDOG=1");
+    }
+    agent.signal(Signal::SIGTERM);
+    agent.wait_for("STOPPING=1");
+    assert!(agent.end().success());
+    for name in ["agent.sock", "nbd.sock", "metrics.addr"] {
+        assert!(!agent.file(name).exists(), "{name} is removed at stop");
+    }
+}
+
+/// Goal: a second signal ends the agent at once. Method: an idle connection holds the first stop up for seconds.
+#[test]
+fn a_second_signal_ends_at_once_and_says_so() {
+    let mut agent = Agent::start();
+    let _idle = UnixStream::connect(agent.file("agent.sock")).expect("connect");
+    agent.signal(Signal::SIGSTOP);
+    agent.signal(Signal::SIGTERM);
+    agent.signal(Signal::SIGINT);
+    agent.signal(Signal::SIGCONT);
+    assert_eq!(agent.end().code(), Some(1));
+}
+
+#[tokio::test]
+async fn health_reflection_and_status_answer() {
+    let agent = Agent::start();
+    let channel = agent.channel().await;
+    for service in ["", "cdp.v1.CdpAgent"] {
+        let request = HealthCheckRequest { service: service.to_owned() };
+        let health = HealthClient::new(channel.clone()).check(request).await.expect("answers").into_inner();
+        assert_eq!(health.status(), ServingStatus::Serving, "{service:?}");
+    }
+    let request = ServerReflectionRequest {
+        host: String::new(),
+        message_request: Some(MessageRequest::ListServices(String::new())),
+    };
+    let mut replies = ServerReflectionClient::new(channel.clone())
+        .server_reflection_info(tokio_stream::once(request))
+        .await
+        .expect("answers")
+        .into_inner();
+    let reply = replies.message().await.expect("no error").expect("a reply").message_response;
+    let Some(MessageResponse::ListServicesResponse(list)) = reply else { panic!("{reply:?}") };
+    let names: Vec<&str> = list.service.iter().map(|service| service.name.as_str()).collect();
+    assert!(names.contains(&"cdp.v1.CdpAgent") && names.contains(&"grpc.health.v1.Health"), "{names:?}");
+
+    let status = CdpAgentClient::new(channel).status(StatusRequest {}).await.expect("answers").into_inner();
+    assert_eq!((status.volumes, status.volumes_unhealthy, status.disks, status.disks_offline), (1, 0, 1, 0));
+    assert!(status.nbd_uris[0].starts_with("nbd+unix:///?socket=/"), "{:?}", status.nbd_uris);
+    assert!(status.now >= status.start_time && !status.host_uuid.is_empty());
+}
+
+/// Goal: a watcher's stream ends with the agent, and does not hold its stop up.
+#[tokio::test]
+async fn an_event_stream_replays_follows_and_ends_with_the_agent() {
+    let mut agent = Agent::start();
+    let mut client = CdpAgentClient::new(agent.channel().await);
+    let request = WatchEventsRequest { volumes: vec!["demo".to_owned()], replay: 100, follow: true };
+    let mut events = client.watch_events(request).await.expect("watches").into_inner();
+    loop {
+        let event = events.message().await.expect("no error").expect("goes on");
+        assert_eq!(event.volume_name, "demo");
+        if event.kind() == EventKind::Enabled {
+            break;
+        }
+    }
+    let unknown = WatchEventsRequest { volumes: vec!["nothing".to_owned()], replay: 0, follow: true };
+    let refusal = client.watch_events(unknown).await.expect_err("there is no such volume");
+    assert_eq!(refusal.code(), tonic::Code::NotFound);
+    agent.signal(Signal::SIGTERM);
+    while let Ok(Some(_)) = events.message().await {}
+    let ended = tokio::task::spawn_blocking(move || agent.end()).await.expect("waited");
+    assert!(ended.success());
+}
+
+#[test]
+fn check_says_what_is_wrong_and_where() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let run = |text: &str| {
+        let file = dir.path().join("config.toml");
+        std::fs::write(&file, text.replace("DIR", dir.path().to_str().expect("ASCII"))).expect("write");
+        let output = Command::new(env!("CARGO_BIN_EXE_cdp-agent"))
+            .args(["--config", file.to_str().expect("ASCII"), "--check"])
+            .output()
+            .expect("run");
+        (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
+    };
+    assert_eq!(run("state_dir = \"DIR/state\"\n"), (Some(0), String::new()));
+    assert!(!dir.path().join("state").exists(), "a check changes nothing");
+    let (code, said) = run("state_dir = \"DIR/state\"\nshrads = 2\n");
+    assert!(code == Some(2) && said.contains("config.toml:2") && said.contains("\"shards\""), "{said}");
+    let (code, said) = run("state_dir = \"DIR/state\"\n[[disk]]\npath = \"DIR/none\"\n");
+    assert!(code == Some(2) && said.contains("/none"), "{said}");
+    std::fs::create_dir(dir.path().join("state")).expect("create");
+    std::fs::write(dir.path().join("state/clock"), "junk").expect("write");
+    let (code, said) = run("state_dir = \"DIR/state\"\n");
+    assert!(code == Some(2) && said.contains("state/clock"), "{said}");
+}
+
+/// Goal: the units are right. Method: systemd's own checks, where this host has them; otherwise only that they are there.
+#[test]
+fn systemd_finds_nothing_wrong_with_the_units() {
+    let units = Path::new(env!("CARGO_MANIFEST_DIR")).join("../systemd");
+    let unit = std::fs::read_to_string(units.join("cdp-agent.service")).expect("the unit");
+    assert!(unit.contains("Type=notify") && unit.contains("WatchdogSec=") && unit.contains("LimitMEMLOCK=infinity"));
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    // The check wants the program to be there.
+    let here = dir.path().join("cdp-agent.service");
+    let unit = unit.replace("/usr/bin/cdp-agent", env!("CARGO_BIN_EXE_cdp-agent"));
+    std::fs::write(&here, unit).expect("write");
+    let said = |program: &str, args: &[&str]| {
+        let output = Command::new(program).args(args).env("SYSTEMD_LOG_LEVEL", "warning").output();
+        match output {
+            Ok(output) => (output.status.success(), String::from_utf8_lossy(&output.stderr).into_owned()),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => (true, String::new()),
+            Err(error) => panic!("{program}: {error}"),
+        }
+    };
+    let verify = said("systemd-analyze", &["verify", "--man=no", here.to_str().expect("ASCII")]);
+    assert_eq!(verify, (true, String::new()));
+    let sysusers = units.join("cdp-agent.sysusers").canonicalize().expect("it is there");
+    let (right, words) = said("systemd-sysusers", &["--dry-run", sysusers.to_str().expect("ASCII")]);
+    assert!(right, "{words}");
+}
