@@ -186,6 +186,10 @@ pub async fn stop(world: &Rc<World>) {
     world.running().executor.arm_crash(None);
     world.armed.set(None);
     let watched = watch(world, "stop".to_owned());
+    for vol in &world.volumes {
+        let stats = vol.handle().stats();
+        world.count(|counts| counts.evicted += stats.evicted_capacity + stats.evicted_duration);
+    }
     // A pending revert goes on after the next start: until then the primary is not all.
     let whole: Vec<bool> = world.volumes.iter().map(|vol| vol.handle().info().revert.is_none()).collect();
     let result = world.running().engine.stop().await;

@@ -166,12 +166,13 @@ fn many(args: &Args) -> anyhow::Result<ExitCode> {
     let seconds = began.elapsed().as_secs_f64();
     println!(
         "{histories} histories, {failed} violations, {seconds:.1} s: {} operations, {} kills, {} power cuts, {} clean stops, \
-         {} reverts, {} reads and {} view reads checked, {} views refused, {} faults, {} steps, {:.1} h of virtual time",
+         {} reverts, {} evictions, {} reads and {} view reads checked, {} views refused, {} faults, {} steps, {:.1} h of virtual time",
         counts.ops,
         counts.kills,
         counts.power_cuts,
         counts.restarts,
         counts.reverts,
+        counts.evicted,
         counts.reads_checked,
         counts.views_checked,
         counts.views_refused,

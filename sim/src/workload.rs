@@ -237,6 +237,7 @@ struct Profile {
     flip: u64,
     clock: u64,
     big: bool,
+    huge: bool,
     many: bool,
 }
 
@@ -257,10 +258,11 @@ const BASE: Profile = Profile {
     flip: 0,
     clock: 2,
     big: false,
+    huge: false,
     many: false,
 };
 
-const PROFILES: [Profile; 12] = [
+const PROFILES: [Profile; 13] = [
     BASE,
     Profile {
         name: "writes",
@@ -279,6 +281,7 @@ const PROFILES: [Profile; 12] = [
     Profile { name: "revert", revert: 10, crash: 4, switch: 0, clean: 0, ..BASE },
     Profile { name: "switch", switch: 10, clean: 5, ..BASE },
     Profile { name: "wrap", write: 60, big: true, ..BASE },
+    Profile { name: "capacity", write: 80, huge: true, revert: 1, ..BASE },
     Profile { name: "many", many: true, ..BASE },
     Profile { name: "clock", clock: 14, ..BASE },
     Profile { name: "cdp-fault", fault: 6, many: true, ..BASE },
@@ -305,11 +308,15 @@ pub fn generate(seed: u64, profile: &str, ops: usize) -> Option<History> {
 }
 
 fn setup(profile: &Profile, rng: &Rng) -> Setup {
-    let volumes = if profile.many || rng.one_in(6) { 2 } else { 1 };
+    let volumes = if profile.many || (!profile.huge && rng.one_in(6)) { 2 } else { 1 };
     let disks = if profile.many || rng.one_in(8) { 2 } else { 1 };
-    let reserve_segments = if profile.big { rng.range(32, 34) } else { rng.range(34, 44) };
+    let reserve_segments = if profile.big || profile.huge { rng.range(32, 34) } else { rng.range(34, 44) };
     let sectors = |_| {
-        let blocks = *rng.pick(&[1, 2, 4, 8, 16, 32, 64]) + if profile.big { 64 } else { 0 };
+        let blocks = match (profile.big, profile.huge) {
+            (_, true) => rng.range(800, 1200),
+            (true, _) => 64 + rng.below(64),
+            _ => *rng.pick(&[1, 2, 4, 8, 16, 32, 64]),
+        };
         blocks * 8 + if rng.one_in(6) { rng.range(1, 7) } else { 0 }
     };
     Setup {
@@ -411,8 +418,12 @@ fn range(profile: &Profile, sectors: u64, rng: &Rng) -> (u64, u64) {
     let most = sectors - sector;
     match rng.below(8) {
         0 => (sector, rng.range(1, most.min(16))),
-        1 => (sector, most),
+        1 if !profile.huge => (sector, most),
         2 | 3 if profile.big => (0, sectors),
+        1..5 if profile.huge => {
+            let sector = sector / 8 * 8;
+            (sector, most.min(rng.range(1, 256) * 8))
+        }
         _ => {
             // Whole blocks, as most guests write.
             let sector = sector / 8 * 8;

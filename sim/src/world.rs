@@ -314,6 +314,7 @@ impl World {
     /// The agent ends: what it gave out must never come again. (A mark that it only found on a disk and never used may be lost
     /// with that disk's cache.)
     pub fn clock_ends(&self) {
+        self.clock();
         if let Some(running) = self.running.borrow().as_ref()
             && running.clock.previous().0 > self.clock_found.get()
         {

@@ -9,14 +9,13 @@ use cdp_sim::run::run;
 use cdp_sim::workload::generate;
 
 /// The fault, what it breaks, and the profile that looks for it.
-const FAULTS: [(Mutation, &str, &str); 20] = [
+const FAULTS: [(Mutation, &str, &str); 19] = [
     (Mutation::AckBeforeAppend, "I1", "crash"),
     (Mutation::FlushWithoutSync, "I1", "crash"),
     (Mutation::FlushSyncEarly, "I1", "crash"),
     (Mutation::WatermarkEarly, "I1", "crash"),
     (Mutation::ViewExclusive, "I2", "views"),
     (Mutation::BeforeImageTwice, "I2", "crash"),
-    (Mutation::ChainUnchecked, "I3", "crash"),
     (Mutation::TornTailAccepted, "I3", "crash"),
     (Mutation::ClockPastMark, "I3", "clock"),
     (Mutation::DestageBeforeSync, "I4", "crash"),
@@ -28,8 +27,8 @@ const FAULTS: [(Mutation, &str, &str); 20] = [
     (Mutation::HoleAccepted, "I7", "damage"),
     (Mutation::ErrorToGuest, "I8", "cdp-fault"),
     (Mutation::DisabledSpanCovered, "I9", "switch"),
-    (Mutation::BeforeImagesUncounted, "I10", "wrap"),
-    (Mutation::ReuseEarly, "eviction", "wrap"),
+    (Mutation::BeforeImagesUncounted, "I10", "capacity"),
+    (Mutation::ReuseEarly, "I2", "capacity"),
 ];
 
 /// Most seeds tried for one fault.
