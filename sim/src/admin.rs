@@ -122,6 +122,7 @@ async fn other(world: &Rc<World>, action: &Action) {
             }
         }
         Action::Misdirect { disk, vol, by } => {
+            disarm(world);
             barrier(world).await;
             world.damaged.set(true);
             let kind = FaultKind::Misdirect(by);
@@ -145,6 +146,7 @@ async fn other(world: &Rc<World>, action: &Action) {
         Action::Heal => heal(world).await,
         Action::Flip { disk, pick } => {
             // Once a volume has been idle for a second, everything on its disk is vouched for by a later record.
+            disarm(world);
             barrier(world).await;
             sleep(world, 3_000_000_000).await;
             world.damaged.set(true);
@@ -160,6 +162,12 @@ async fn other(world: &Rc<World>, action: &Action) {
         }
         _ => {}
     }
+}
+
+/// No crash for now.
+fn disarm(world: &World) {
+    world.running().executor.arm_crash(None);
+    world.armed.set(None);
 }
 
 fn fault_begins(world: &World, disk: usize) {
@@ -319,6 +327,8 @@ async fn try_view(world: &Rc<World>, vol: &Rc<Vol>, time: u64, writable: bool) -
     let info = handle.info();
     let after = Vol::covers(&info, time);
     match result {
+        // One that was lost is answered again until it is closed.
+        Ok(view) if view.info().lost.is_some() => None,
         Ok(view) => {
             if !before && !after {
                 let text = format!("view at {time} was opened, outside the coverage {:?}", info.coverage);
