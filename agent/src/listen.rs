@@ -306,4 +306,89 @@ mod tests {
         let error = acceptor(&files, &[]).err().expect("missing").to_string();
         assert!(error.contains("/nonexistent/c"), "{error}");
     }
+
+    struct Papers {
+        authority: String,
+        certificate: String,
+        key: String,
+    }
+
+    /// An authority, and a certificate for "localhost" that it signed.
+    fn papers() -> Papers {
+        use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
+        let mut params = CertificateParams::new(vec![]).expect("valid");
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        let key = KeyPair::generate().expect("a key");
+        let authority = params.self_signed(&key).expect("signed");
+        let issuer = Issuer::from_params(&params, &key);
+        let key = KeyPair::generate().expect("a key");
+        let params = CertificateParams::new(vec!["localhost".to_owned()]).expect("valid");
+        let certificate = params.signed_by(&key, &issuer).expect("signed");
+        Papers { authority: authority.pem(), certificate: certificate.pem(), key: key.serialize_pem() }
+    }
+
+    /// A client that trusts `server`'s authority and shows the papers of `client`; it asks for HTTP/2.
+    fn connector(server: &Papers, client: Option<&Papers>) -> tokio_rustls::TlsConnector {
+        use tokio_rustls::rustls::pki_types::pem::PemObject as _;
+        use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer};
+        use tokio_rustls::rustls::{ClientConfig, RootCertStore, crypto::aws_lc_rs};
+        let mut roots = RootCertStore::empty();
+        roots.add(CertificateDer::from_pem_slice(server.authority.as_bytes()).expect("PEM")).expect("a root");
+        let builder = ClientConfig::builder_with_provider(Arc::new(aws_lc_rs::default_provider()))
+            .with_safe_default_protocol_versions()
+            .expect("versions")
+            .with_root_certificates(roots);
+        let mut config = match client {
+            None => builder.with_no_client_auth(),
+            Some(papers) => builder
+                .with_client_auth_cert(
+                    vec![CertificateDer::from_pem_slice(papers.certificate.as_bytes()).expect("PEM")],
+                    PrivateKeyDer::from_pem_slice(papers.key.as_bytes()).expect("PEM"),
+                )
+                .expect("they fit"),
+        };
+        config.alpn_protocols = vec![b"h2".to_vec()];
+        tokio_rustls::TlsConnector::from(Arc::new(config))
+    }
+
+    /// Goal: over TCP only a client with a certificate of the configured authority gets in, and it gets HTTP/2.
+    #[tokio::test]
+    async fn only_clients_with_a_certificate_of_the_authority_get_in() {
+        use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+        use tokio_stream::StreamExt as _;
+        let (ours, strangers) = (papers(), papers());
+        let temp = tempfile::tempdir().expect("temporary directory");
+        let write = |name: &str, text: &str| {
+            let path = temp.path().join(name);
+            fs::write(&path, text).expect("write");
+            path
+        };
+        let files = TlsFiles {
+            cert: write("cert", &ours.certificate),
+            key: write("key", &ours.key),
+            client_ca: write("ca", &ours.authority),
+        };
+        let listen = TcpListen { address: ([127, 0, 0, 1], 0).into(), tls: Some(files) };
+        let (listener, acceptor) = tcp(&listen, "test", &[b"h2"]).await.expect("listens");
+        let address = listener.local_addr().expect("an address");
+        let mut accepted = accept_tcp(listener, acceptor);
+        for client in [None, Some(&strangers)] {
+            let stream = TcpStream::connect(address).await.expect("connect");
+            let name = "localhost".try_into().expect("a name");
+            // With TLS 1.3 the client learns of its refusal when it reads.
+            if let Ok(mut stream) = connector(&ours, client).connect(name, stream).await {
+                let mut byte = [0; 1];
+                assert!(!matches!(stream.read(&mut byte).await, Ok(1)), "a client without our papers got in");
+            }
+        }
+        let stream = TcpStream::connect(address).await.expect("connect");
+        let name = "localhost".try_into().expect("a name");
+        let mut stream = connector(&ours, Some(&ours)).connect(name, stream).await.expect("let in");
+        assert_eq!(stream.get_ref().1.alpn_protocol(), Some(&b"h2"[..]));
+        stream.write_all(b"hello").await.expect("write");
+        let mut connection = accepted.next().await.expect("accepts").expect("no error");
+        let mut hello = [0; 5];
+        connection.read_exact(&mut hello).await.expect("read");
+        assert_eq!(&hello, b"hello", "the first to come out is the first that was let in");
+    }
 }

@@ -7,7 +7,10 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use cdp_proto::v1::cdp_agent_client::CdpAgentClient;
-use cdp_proto::v1::{EventKind, StatusRequest, WatchEventsRequest};
+use cdp_proto::v1::{
+    AddVolumeRequest, EnableRequest, EventKind, InitDiskRequest, ListDisksRequest, ListRequest, MarkRequest,
+    StatusRequest, WatchEventsRequest,
+};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tonic_health::pb::HealthCheckRequest;
@@ -204,6 +207,95 @@ fn check_says_what_is_wrong_and_where() {
     std::fs::write(dir.path().join("state/clock"), "junk").expect("write");
     let (code, said) = run("state_dir = \"DIR/state\"\n");
     assert!(code == Some(2) && said.contains("state/clock"), "{said}");
+}
+
+/// Goal: disks and volumes are spread over the shards, each volume with the disk that holds its journal, also after a restart.
+#[tokio::test]
+async fn two_shards_share_disks_and_volumes_and_find_them_again() {
+    let dir = tempfile::tempdir_in("/var/tmp").expect("a temporary directory");
+    let file = |name: &str| dir.path().join(name).to_str().expect("ASCII").to_owned();
+    let config = format!(
+        "state_dir = {:?}\nshards = 2\nlock_memory = false\n[grpc]\nunix = {:?}\n[nbd]\nunix = {:?}\n[metrics]\nlisten = \"off\"\n\
+         [engine]\nreserve_capacity = \"200MiB\"\n",
+        file("state"),
+        file("agent.sock"),
+        file("nbd.sock")
+    );
+    std::fs::write(file("config.toml"), config).expect("write");
+    let mut names = None;
+    for round in 0..2 {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_cdp-agent"))
+            .args(["--config", &file("config.toml")])
+            .stdin(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("start the agent");
+        let begun = Instant::now();
+        let mut client = loop {
+            let endpoint =
+                tonic::transport::Endpoint::from_shared(format!("unix:{}", file("agent.sock"))).expect("a URI");
+            match endpoint.connect().await {
+                Ok(channel) => break CdpAgentClient::new(channel),
+                Err(error) => assert!(begun.elapsed() < PATIENCE, "the agent does not come up: {error}"),
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        };
+        if round == 0 {
+            for number in 0..2 {
+                let disk = InitDiskRequest {
+                    path: file(&format!("cdp{number}.img")),
+                    size: 256 << 20,
+                    segment_size: 0,
+                    force: false,
+                };
+                client.init_disk(disk.clone()).await.expect("a disk");
+                let again = client.init_disk(disk).await.expect_err("it is in use");
+                assert_eq!(again.code(), tonic::Code::AlreadyExists, "{again}");
+            }
+            for number in 0..2 {
+                let volume = AddVolumeRequest {
+                    name: format!("v{number}"),
+                    path: file(&format!("v{number}.img")),
+                    size: 8 << 20,
+                    create: true,
+                    ..AddVolumeRequest::default()
+                };
+                client.add_volume(volume).await.expect("a volume");
+                // The first takes most of one disk, so the second goes to the other one, on the other shard.
+                let enabled =
+                    client.enable(EnableRequest { volumes: vec![format!("v{number}")] }).await.expect("answers");
+                let enabled = enabled.into_inner();
+                assert_eq!((enabled.success, enabled.fail), (1, 0), "{enabled:?}");
+            }
+            let own_journal =
+                AddVolumeRequest { name: "x".into(), path: file("cdp0.img"), ..AddVolumeRequest::default() };
+            let refusal = client.add_volume(own_journal).await.expect_err("a CDP disk is no primary");
+            assert!(
+                refusal.code() == tonic::Code::InvalidArgument && refusal.message().contains("CDP disk"),
+                "{refusal}"
+            );
+            std::os::unix::fs::symlink(file("v0.img"), file("alias")).expect("link");
+            let twice = AddVolumeRequest { name: "y".into(), path: file("alias"), ..AddVolumeRequest::default() };
+            let refusal = client.add_volume(twice).await.expect_err("the same file under another path");
+            assert_eq!(refusal.code(), tonic::Code::AlreadyExists, "{refusal}");
+        }
+        let mark = MarkRequest { volumes: vec!["v0".into(), "v1".into()], name: format!("round{round}"), kind: 0 };
+        let marked = client.mark(mark).await.expect("answers").into_inner();
+        assert_eq!((marked.success, marked.fail), (2, 0), "{marked:?}");
+        let times: Vec<u64> =
+            marked.results.iter().filter_map(|result| result.snap.as_ref()).map(|snap| snap.time).collect();
+        assert!(times == [marked.time; 2], "one instant for both: {times:?}");
+        let disks = client.list_disks(ListDisksRequest {}).await.expect("answers").into_inner().disks;
+        assert!(disks.len() == 2 && disks.iter().all(|disk| disk.online && disk.reserved_bytes > 0), "{disks:?}");
+        let list = client.list(ListRequest::default()).await.expect("answers").into_inner().list;
+        let found: Vec<_> =
+            list.into_iter().map(|volume| (volume.volume_name, volume.volume_uuid, volume.cdp_state)).collect();
+        assert!(found.iter().all(|(_, _, state)| state == "on"), "{found:?}");
+        assert_eq!(*names.get_or_insert(found.clone()), found, "the same volumes after the restart");
+        kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGTERM).expect("signal");
+        let ended = tokio::task::spawn_blocking(move || child.wait()).await.expect("waited").expect("ends");
+        assert!(ended.success());
+    }
 }
 
 /// Goal: the units are right. Method: systemd's own checks, where this host has them; otherwise only that they are there.

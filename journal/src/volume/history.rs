@@ -1324,6 +1324,8 @@ impl Volume {
                 engine.raise_clock().await;
                 continue;
             };
+            // Capacity or age may have taken the target's log while this waited.
+            self.viewable(request.target, now)?;
             let mut state = self.state.borrow_mut();
             if state.mode != Mode::Journal {
                 return Err(Error::Gone("the CDP disk failed".into()));
