@@ -348,6 +348,8 @@ impl Agent {
 
 /// Exit codes of `cdpctl` (see `cdpctl --help`).
 pub mod exit {
+    /// A device failed, or the agent did.
+    pub const FAILED: i32 = 1;
     /// A value can never be right.
     pub const USAGE: i32 = 2;
     /// No such volume, disk, view, marker or log.
@@ -358,6 +360,8 @@ pub mod exit {
     pub const OUT_OF_COVERAGE: i32 = 7;
     /// Not enough room.
     pub const NO_SPACE: i32 = 8;
+    /// Damage was found on a disk.
+    pub const DAMAGE: i32 = 10;
 }
 
 impl View {

@@ -3,6 +3,7 @@
 //!
 //! `cdpctl disk check` reads the disk offline with code of its own, counts segments and verifies every checksum.
 
+use std::os::unix::fs::FileExt;
 use std::process::Command;
 use std::sync::{Arc, Mutex};
 
@@ -192,4 +193,41 @@ fn a_view_whose_log_must_go_loses_and_the_guest_does_not() {
     assert!(kinds.contains("evicted_early"), "and that history went early: {events}");
     wrap.check_coverage(2);
     wrap.agent.stop();
+}
+
+/// Goal: one flipped bit on the CDP disk is found offline, named, and told by the exit code; what is no CDP disk is no answer.
+/// Method: look for the written bytes on the disk, flip a bit of them, check; put it back, check again.
+#[test]
+fn the_offline_check_finds_a_flipped_bit() {
+    let mut agent = Agent::dev("8MiB", "512MiB");
+    let mut data = vec![0; 65536];
+    Rng::new(42).fill(&mut data);
+    let mut client = agent.connect("demo");
+    client.write(4096, &data).unwrap();
+    client.close();
+    agent.stop();
+    check_disk(&agent);
+
+    let path = agent.file("cdp.img");
+    let image = std::fs::read(&path).unwrap();
+    let payload = image.chunks(4096).position(|block| block == &data[8192..12288]);
+    let at = payload.expect("the journal holds what was written") as u64 * 4096 + 1234;
+    let flip = || {
+        let file = std::fs::OpenOptions::new().read(true).write(true).open(&path).unwrap();
+        let mut byte = [0];
+        file.read_exact_at(&mut byte, at).unwrap();
+        file.write_all_at(&[byte[0] ^ 4], at).unwrap();
+    };
+    flip();
+    let refusal = agent.ctl_refused(&["disk", "check", path.to_str().unwrap()], &["damage"]);
+    assert_eq!(refusal.code, Some(exit::DAMAGE), "{refusal}");
+    let report: Value = serde_json::from_str(&refusal.said).expect("JSON");
+    assert_eq!(report["sound"], false, "{report}");
+    assert_ne!(report["damage"], 0, "{report}");
+    flip();
+    check_disk(&agent);
+
+    let refusal =
+        agent.ctl_refused(&["disk", "check", agent.file("primary.img").to_str().unwrap()], &["not a CDP disk"]);
+    assert_eq!(refusal.code, Some(exit::FAILED), "{refusal}");
 }
