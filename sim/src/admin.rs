@@ -7,8 +7,10 @@ use cdp_journal::info::{CdpState, Health, MarkerKind, Priority, Settings};
 use cdp_journal::{Error, Instant, RevertRequest};
 
 use crate::boot;
-use crate::disk::Fault;
+use crate::disk::{Fault, FaultKind, FaultOn};
 use crate::guest::{barrier, read_view, sleep, submit, verify, watch, write_view};
+use crate::model::Kind;
+use crate::stamp;
 use crate::workload::{Action, Op, Then};
 use crate::world::{OpenView, SEGMENT, Vol, World};
 
@@ -112,6 +114,27 @@ async fn other(world: &Rc<World>, action: &Action) {
                 stop(world).await;
             }
         }
+        Action::Tamper { vol, sector } => {
+            barrier(world).await;
+            if !world.failed() {
+                world.tamper.set(Some((vol, sector)));
+                stop(world).await;
+            }
+        }
+        Action::Misdirect { disk, vol, by } => {
+            disarm(world);
+            barrier(world).await;
+            world.damaged.set(true);
+            let kind = FaultKind::Misdirect(by);
+            world.disk(disk).fault(Fault { on: FaultOn::Write, kind, times: Some(1), after: 0, within: None });
+            let count = world.volumes[vol].sectors.min(8);
+            submit(world, &world.volumes[vol], Action::Write { vol, sector: 0, count, fua: false }).await;
+            // Later records vouch for what is missing now.
+            barrier(world).await;
+            sleep(world, 3_000_000_000).await;
+            world.disk(disk).heal();
+            world.count(|counts| counts.faults += 1);
+        }
         Action::Fault { disk, on, kind, times, after } => {
             fault_begins(world, disk);
             world.disk(disk).fault(Fault { on, kind, times, after, within: None });
@@ -123,6 +146,7 @@ async fn other(world: &Rc<World>, action: &Action) {
         Action::Heal => heal(world).await,
         Action::Flip { disk, pick } => {
             // Once a volume has been idle for a second, everything on its disk is vouched for by a later record.
+            disarm(world);
             barrier(world).await;
             sleep(world, 3_000_000_000).await;
             world.damaged.set(true);
@@ -138,6 +162,12 @@ async fn other(world: &Rc<World>, action: &Action) {
         }
         _ => {}
     }
+}
+
+/// No crash for now.
+fn disarm(world: &World) {
+    world.running().executor.arm_crash(None);
+    world.armed.set(None);
 }
 
 fn fault_begins(world: &World, disk: usize) {
@@ -196,7 +226,7 @@ pub async fn stop(world: &Rc<World>) {
     watched.set(true);
     match result {
         Ok(()) => {
-            for (vol, whole) in world.volumes.iter().zip(whole) {
+            for (vol, whole) in world.volumes.iter().zip(whole.iter().copied()) {
                 let began = world.now(vol);
                 let now = world.now(vol);
                 vol.oracle.borrow_mut().flushed(began, now);
@@ -210,6 +240,12 @@ pub async fn stop(world: &Rc<World>) {
                     disk.power_cut(&world.shared.rng);
                 }
             }
+            if let Some((vol, sector)) = world.tamper.take()
+                && whole[vol]
+                && !world.any_fault()
+            {
+                tamper(world, &world.volumes[vol], sector);
+            }
         }
         Err(error) if world.any_fault() => {
             world.say(|| format!("stop: {error}"));
@@ -222,6 +258,22 @@ pub async fn stop(world: &Rc<World>) {
         crate::guest::forget_scratch(world);
         leave(world);
     }
+}
+
+/// Somebody writes to the primary while the agent is down.
+fn tamper(world: &World, vol: &Vol, sector: u64) {
+    world.say(|| format!("somebody writes to sector {sector} of volume {}", vol.index));
+    let sector = sector.min(vol.sectors - 1);
+    let count = (vol.sectors - sector).min(8);
+    let mut bytes = vec![0; count as usize * stamp::SECTOR];
+    let now = world.now(vol);
+    let op = vol.oracle.borrow_mut().begin(Kind::Data, sector, count, true, now);
+    stamp::fill_all(vol.index as u32, op, sector, &mut bytes);
+    vol.primary.poke(sector * 512, &bytes, world.shared.wall_ns() + 1);
+    let now = world.now(vol);
+    vol.oracle.borrow_mut().ack(op, true, now);
+    vol.oracle.borrow_mut().durable(op, now);
+    vol.tampered.set(true);
 }
 
 async fn mark(world: &Rc<World>, vol: Option<usize>, pick: u64) {
@@ -275,6 +327,8 @@ async fn try_view(world: &Rc<World>, vol: &Rc<Vol>, time: u64, writable: bool) -
     let info = handle.info();
     let after = Vol::covers(&info, time);
     match result {
+        // One that was lost is answered again until it is closed.
+        Ok(view) if view.info().lost.is_some() => None,
         Ok(view) => {
             if !before && !after {
                 let text = format!("view at {time} was opened, outside the coverage {:?}", info.coverage);

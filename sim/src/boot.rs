@@ -161,6 +161,16 @@ pub async fn open(world: &Rc<World>, vol: &Rc<Vol>) -> bool {
     let info = handle.info();
     world.say(|| format!("volume {}: {:?} {:?} {}", vol.index, info.state, info.health, info.health_reason));
     *vol.handle.borrow_mut() = Some(Rc::clone(&handle));
+    if vol.tampered.get() && !world.override_journal.get() {
+        return tampered(world, vol, info.health).await;
+    }
+    if vol.tampered.replace(false) {
+        // The admin goes on with the primary as it is: what was history has ended.
+        let now = world.clock();
+        vol.gaps.borrow_mut().push((0, now));
+        vol.cut_off.set(true);
+        world.views.borrow_mut().retain(|view| view.vol != vol.index);
+    }
     match info.health {
         Health::Ok => {}
         Health::RevertIncomplete if world.any_fault() => return unserved(world, vol),
@@ -213,6 +223,24 @@ pub async fn open(world: &Rc<World>, vol: &Rc<Vol>) -> bool {
     verify(world, vol).await;
     reopen_views(world, vol).await;
     !world.failed()
+}
+
+/// The primary was written to while the agent was down, and CDP was on: that must be noticed, nothing served, and the admin
+/// asked.
+async fn tampered(world: &World, vol: &Vol, health: Health) -> bool {
+    let had_cdp = world.folder.fence(vol.id).is_some_and(|fence| fence.state == cdp_journal::FenceState::Clean);
+    if had_cdp && health != Health::PrimaryChanged {
+        world.fail(format!("volume {}: somebody wrote to the primary, and health is {health:?}", vol.index));
+        return false;
+    }
+    if had_cdp && vol.handle().export().read(0, 512).await.is_ok() {
+        world.fail(format!("volume {}: served although the primary was changed", vol.index));
+        return false;
+    }
+    world.override_journal.set(true);
+    world.unclean.set(true);
+    admin::leave(world);
+    false
 }
 
 /// A volume that is not served for want of its journal: the disks come back, or the admin goes on without.

@@ -165,6 +165,17 @@ pub enum Action {
     },
     /// All disks work again.
     Heal,
+    /// A clean stop; somebody writes to the primary; a start.
+    Tamper {
+        vol: usize,
+        sector: u64,
+    },
+    /// A write to a CDP disk lands this many bytes further on.
+    Misdirect {
+        disk: usize,
+        vol: usize,
+        by: u64,
+    },
     /// One bit of a CDP disk flips at rest.
     Flip {
         disk: usize,
@@ -391,9 +402,13 @@ fn op(profile: &Profile, setup: &Setup, rng: &Rng) -> Op {
             down_ns: *rng.pick(&[1_000_000, 1_000_000_000, 100_000_000_000]),
         }),
         9 if rng.one_in(3) => Action::Reopen { vol },
+        9 if setup.files && rng.one_in(6) => Action::Tamper { vol, sector: rng.below(sectors / 8 + 1) * 8 },
         9 => Action::Restart,
         10 => fault(setup, rng),
         11 => primary_fault(setup, rng),
+        12 if rng.one_in(4) => {
+            Action::Misdirect { disk: rng.below(setup.disks.len() as u64) as usize, vol, by: rng.range(1, 4000) * 4096 }
+        }
         12 => Action::Flip { disk: rng.below(setup.disks.len() as u64) as usize, pick: rng.bits() },
         13 if rng.one_in(4) => Action::Freeze { ns: *rng.pick(&[2_000_000_000, 10_000_000_000, 100_000_000_000]) },
         13 => Action::StepClock {

@@ -88,6 +88,8 @@ pub struct Vol {
     pub expect_on: Cell<Option<bool>>,
     /// Offline until protection comes on by itself: an enable was cut off by a crash.
     pub cut_off: Cell<bool>,
+    /// Somebody wrote to its primary while the agent was down.
+    pub tampered: Cell<bool>,
     /// Instants that no interval may cover: after the first, up to the second.
     pub gaps: RefCell<Vec<(u64, u64)>>,
     /// Not recording since this instant.
@@ -188,6 +190,8 @@ pub struct World {
     pub completed: Cell<bool>,
     /// A CDP disk did not open at this start.
     pub disk_missing: Cell<bool>,
+    /// At the next clean stop somebody writes to this sector of this volume's primary.
+    pub tamper: Cell<Option<(usize, u64)>>,
     /// The override is about a revert that cannot be completed.
     pub give_up: Cell<bool>,
     /// The agent was left without a clean stop: for the disks that is a kill.
@@ -250,6 +254,7 @@ impl World {
                 switches: Cell::new(0),
                 expect_on: Cell::new(Some(false)),
                 cut_off: Cell::new(false),
+                tampered: Cell::new(false),
                 gaps: RefCell::default(),
                 gap_open: Cell::new(Some(0)),
                 capacity: Cell::new(setup.reserve_segments * SEGMENT),
@@ -280,6 +285,7 @@ impl World {
             finished: Cell::new(false),
             completed: Cell::new(false),
             disk_missing: Cell::new(false),
+            tamper: Cell::new(None),
             give_up: Cell::new(false),
             unclean: Cell::new(false),
             retries: Cell::new(0),

@@ -28,7 +28,7 @@ const FAULTS: [(Mutation, &str, &str); 19] = [
     (Mutation::ErrorToGuest, "I8", "cdp-fault"),
     (Mutation::DisabledSpanCovered, "I9", "switch"),
     (Mutation::BeforeImagesUncounted, "I10", "capacity"),
-    (Mutation::ReuseEarly, "I2", "capacity"),
+    (Mutation::ReuseEarly, "I2", "wrap"),
 ];
 
 /// Most seeds tried for one fault.
