@@ -522,5 +522,10 @@ impl Drop for ClientGuard {
 /// A buffer for a write of `len` bytes at `offset`: whole 4 KiB blocks; the payload belongs at byte `offset % 4096`.
 pub fn payload_buf(offset: u64, len: u32) -> IoBuf {
     let head = (offset % 4096) as usize;
-    IoBuf::for_overwrite((head + len as usize).next_multiple_of(4096))
+    let end = head + len as usize;
+    let mut buf = IoBuf::for_overwrite(end.next_multiple_of(4096));
+    // What lies around the payload goes to the journal with it.
+    buf[..head].fill(0);
+    buf[end..].fill(0);
+    buf
 }

@@ -207,6 +207,8 @@ pub struct Volume {
     pub(crate) stats: RefCell<VolumeStats>,
     /// Raised whenever a before-image was added (invariant I6).
     pub(crate) image_epoch: Cell<u64>,
+    /// Bytes of the backlog that the destager has as good as done.
+    pub(crate) landing: Cell<u64>,
     /// Only one admin call at a time changes the row of logs.
     pub(crate) admin: Cell<bool>,
 }
