@@ -27,6 +27,8 @@ use crate::volume::{self, Mode, Volume};
 pub struct EngineConfig {
     /// Most bytes acked and not destaged, per volume.
     pub backlog_bytes_max: u64,
+    /// Most blocks of data that the destager takes at once; two such batches are under way at a time.
+    pub destage_blocks_max: u64,
     /// Longest time that a guest request waits for any CDP-disk operation, nanoseconds.
     pub stall_max_ns: u64,
     /// Time between automatic markers, seconds.
@@ -51,6 +53,8 @@ impl Default for EngineConfig {
     fn default() -> Self {
         Self {
             backlog_bytes_max: 64 << 20,
+            // 8 MiB: enough to sort well, little enough to hold in memory twice.
+            destage_blocks_max: 2048,
             stall_max_ns: 5_000_000_000,
             marker_interval_s: 60,
             default_settings: Settings {

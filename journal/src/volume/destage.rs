@@ -31,21 +31,25 @@ use crate::mutation::{Mutation, active};
 use crate::overlay::{Batch, Content, Item, compose};
 use crate::types::{BLOCK, Instant, SECTOR, SECTORS_PER_BLOCK};
 
-/// Blocks of data in a batch: 8 MiB, enough to sort well, little enough to hold in memory twice.
+/// Blocks of old content that are read before they are appended, and of a step of a revert.
 const BATCH_BLOCKS: u64 = 2048;
 /// Blocks of zero ranges in a batch. Holes of the primary cost nothing, so this may be large.
 const BATCH_ZERO_BLOCKS: u64 = 1 << 28;
 /// Bytes of one read or write of the primary at the most.
 const IO_BLOCKS: u64 = 256;
+/// Eighths of the backlog's bound at which the destager begins without waiting for company, and below which it stops again.
+const BACKLOG_BEGINS_EIGHTHS: u64 = 4;
+const BACKLOG_ENDS_EIGHTHS: u64 = 2;
 /// A write waits at most this long for company before it is destaged, nanoseconds.
 const LINGER_NS: u64 = 500_000_000;
 /// Back-off of a failing primary, nanoseconds.
 const BACK_OFF_NS: (u64, u64) = (100_000_000, 5_000_000_000);
 
 /// Requests to the primary that are submitted together, so that they share one system call and one doorbell of the device.
-const GROUP: usize = 64;
+fn tune(name: &str, default: usize) -> usize {
+    std::env::var(name).ok().and_then(|v| v.parse().ok()).unwrap_or(default)
+}
 /// Groups under way at once: the device has work while the next one is made.
-const GROUPS: usize = 2;
 
 /// How much of a batch is done already, as the guest may see it. Room in the backlog comes in whole batches; counted like this, a guest
 /// at the bound goes on evenly at the destager's pace, and does not wait for a batch and then run for one.
@@ -157,7 +161,7 @@ impl Volume {
                     return Some(Work::Punch(state.punch.clone()));
                 }
                 let log = state.logs.iter().find(|l| !l.state.borrow().sealed)?;
-                if self.is_due(&state, log) {
+                if self.is_due(&state, log, BACKLOG_BEGINS_EIGHTHS) {
                     return Some(Work::Destage(Rc::clone(log)));
                 }
                 let inner = log.state.borrow();
@@ -241,23 +245,26 @@ impl Volume {
     /// Takes a batch of a log, if one is due and nothing else comes first.
     fn next_batch(&self, disk: &Disk, log: &Log) -> Option<Batch> {
         let state = self.state.borrow();
-        if state.attach.is_none() || disk.failure().is_some() || !state.punch.is_empty() || !self.is_due(&state, log) {
+        let stop = state.attach.is_none() || disk.failure().is_some() || !state.punch.is_empty();
+        // Once begun it goes on for a while: a pipeline that stops and starts again runs half empty.
+        if stop || !self.is_due(&state, log, BACKLOG_ENDS_EIGHTHS) {
             return None;
         }
         drop(state);
-        let batch = log.state.borrow_mut().overlay.take(BATCH_BLOCKS, BATCH_ZERO_BLOCKS);
+        let blocks_max = self.engine.upgrade()?.config().destage_blocks_max;
+        let batch = log.state.borrow_mut().overlay.take(blocks_max, BATCH_ZERO_BLOCKS);
         Some(batch)
     }
 
     /// Whether a log has something that must not wait any longer.
-    fn is_due(&self, state: &State, log: &Log) -> bool {
+    fn is_due(&self, state: &State, log: &Log, eighths: u64) -> bool {
         let inner = log.state.borrow();
         if !inner.overlay.has_work() {
             return false;
         }
         let Some(engine) = self.engine.upgrade() else { return false };
-        let half_full = Self::backlog(state) * 2 >= engine.config().backlog_bytes_max;
-        let urgent = inner.closed || state.drain_waiters > 0 || half_full || state.backlog_full;
+        let deep = Self::backlog(state) * 8 >= engine.config().backlog_bytes_max * eighths;
+        let urgent = inner.closed || state.drain_waiters > 0 || deep || state.backlog_full;
         urgent || inner.overlay.oldest().is_some_and(|oldest| oldest.0 <= self.linger_until())
     }
 
@@ -482,10 +489,10 @@ impl Volume {
             }
         }
         let mut out = Vec::new();
-        let groups = reads.chunks(GROUP).map(|group| async move {
+        let groups = reads.chunks(tune("T_GROUP", 16)).map(|group| async move {
             (group, join_all(group.iter().map(|(block, count)| self.read_old(*block, *count))).await)
         });
-        let mut groups = stream::iter(groups).buffered(GROUPS);
+        let mut groups = stream::iter(groups).buffered(tune("T_GROUPS", 2));
         while let Some((reads, results)) = groups.next().await {
             if let Some(landing) = landing {
                 landing.step(reads.iter().map(|(_, count)| count).sum());
@@ -671,12 +678,12 @@ impl Volume {
     async fn write_and_sync_with(self: &Rc<Self>, writes: &[Write], landing: Option<&Landing>) -> Result<()> {
         let failed = RefCell::new(None);
         // After an error no more is begun, but what is under way is waited for: the writes of the next attempt must not meet these.
-        let groups = writes.chunks(GROUP).take_while(|_| failed.borrow().is_none());
+        let groups = writes.chunks(tune("T_GROUP", 16)).take_while(|_| failed.borrow().is_none());
         let groups = groups.map(|group| async move {
             let results = join_all(group.iter().map(|write| self.write_one(write))).await;
             (group.iter().map(Write::len).sum::<u64>(), results.into_iter().find_map(Result::err))
         });
-        let mut groups = stream::iter(groups).buffered(GROUPS);
+        let mut groups = stream::iter(groups).buffered(tune("T_GROUPS", 2));
         while let Some((bytes, error)) = groups.next().await {
             if let Some(landing) = landing {
                 landing.step(bytes / BLOCK);

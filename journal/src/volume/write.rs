@@ -455,12 +455,20 @@ impl Volume {
         // Segments that this request adds to the bound of the active log, rounded up.
         let usable = usable_bytes(attach.disk.geometry.segment_size);
         let more = (wanted.payload + 2 * BLOCK).div_ceil(usable) + (fresh * (BLOCK + 128)).div_ceil(usable);
-        let unsealed: u64 = state.logs.iter().filter(|l| !l.state.borrow().sealed).map(|l| l.segments_bound()).sum();
-        if unsealed + more > attach.capacity / 2 && state.logs.iter().filter(|l| !l.state.borrow().sealed).count() > 1 {
+        let revert = Self::revert_segments(state, usable);
+        let mut total = revert + state.leaving.iter().map(|log| log.segment_count()).sum::<u64>();
+        let (mut unsealed, mut unsealed_logs) = (0, 0);
+        for log in &state.logs {
+            let bound = log.segments_bound();
+            total += bound;
+            if !log.state.borrow().sealed {
+                unsealed += bound;
+                unsealed_logs += 1;
+            }
+        }
+        if unsealed + more > attach.capacity / 2 && unsealed_logs > 1 {
             return Ok(Room::Later);
         }
-        let revert = Self::revert_segments(state, usable);
-        let total = Self::total_bound(state) + revert;
         if total + more + 1 > attach.capacity {
             self.evict_for_capacity(state);
             return Ok(Room::Later);
