@@ -46,10 +46,9 @@ const LINGER_NS: u64 = 500_000_000;
 const BACK_OFF_NS: (u64, u64) = (100_000_000, 5_000_000_000);
 
 /// Requests to the primary that are submitted together, so that they share one system call and one doorbell of the device.
-fn tune(name: &str, default: usize) -> usize {
-    std::env::var(name).ok().and_then(|v| v.parse().ok()).unwrap_or(default)
-}
-/// Groups under way at once: the device has work while the next one is made.
+const GROUP: usize = 16;
+/// Groups under way at once: the device has work while the next one is made. More, or larger ones, keep the guest's own requests waiting.
+const GROUPS: usize = 2;
 
 /// How much of a batch is done already, as the guest may see it. Room in the backlog comes in whole batches; counted like this, a guest
 /// at the bound goes on evenly at the destager's pace, and does not wait for a batch and then run for one.
@@ -380,8 +379,9 @@ impl Volume {
         let mut kept: Vec<(u64, Slice)> = Vec::new();
         let mut group: Vec<(u64, u64)> = Vec::new();
         let mut grouped = 0;
-        let mut queue: std::collections::VecDeque<(u64, u64)> = wanted.iter().copied().collect();
-        while let Some((block, count)) = queue.pop_front() {
+        // What was read last is appended while the next is read.
+        let mut images = Vec::new();
+        for (block, count) in wanted.iter().copied() {
             if count > BATCH_BLOCKS {
                 // A long range of zeroes: what is a hole needs no read, the rest goes in pieces of a batch.
                 for piece in self.allocation_of(block, count).await? {
@@ -402,39 +402,21 @@ impl Volume {
             }
             group.push((block, count));
             grouped += count;
-            if grouped >= BATCH_BLOCKS || queue.is_empty() {
-                self.image_group(log, &std::mem::take(&mut group), partial, landing, &mut kept).await?;
+            if grouped >= IO_BLOCKS {
+                let (read, appended) =
+                    join(self.read_before(&group, landing), self.append_before(log, std::mem::take(&mut images))).await;
+                appended?;
+                keep_bases(&read, partial, &mut kept);
+                images = read;
+                group.clear();
                 grouped = 0;
             }
         }
-        if !group.is_empty() {
-            self.image_group(log, &group, partial, landing, &mut kept).await?;
-        }
+        let (read, appended) = join(self.read_before(&group, landing), self.append_before(log, images)).await;
+        appended?;
+        keep_bases(&read, partial, &mut kept);
+        self.append_before(log, read).await?;
         Ok(kept)
-    }
-
-    async fn image_group(
-        self: &Rc<Self>,
-        log: &Rc<Log>,
-        ranges: &[(u64, u64)],
-        partial: &[u64],
-        landing: Option<&Landing>,
-        kept: &mut Vec<(u64, Slice)>,
-    ) -> Result<()> {
-        let images = self.read_before(ranges, landing).await;
-        for image in &images {
-            let (first, count, data) = match image {
-                Before::Data(block, data) => (*block, data.len() as u64 / BLOCK, Some(data)),
-                Before::Zero(block, count) => (*block, *count, None),
-                Before::Unreadable(_) => continue,
-            };
-            let from = partial.partition_point(|block| *block < first);
-            for block in partial[from..].iter().take_while(|block| **block < first + count) {
-                let old = data.map(|data| data.slice(((block - first) * BLOCK) as usize, BLOCK as usize));
-                kept.push((*block, old.unwrap_or_else(zero_block)));
-            }
-        }
-        self.append_before(log, images).await
     }
 
     /// The allocation of a block range: (first block, blocks, all of it a hole), in whole blocks.
@@ -489,10 +471,10 @@ impl Volume {
             }
         }
         let mut out = Vec::new();
-        let groups = reads.chunks(tune("T_GROUP", 16)).map(|group| async move {
+        let groups = reads.chunks(GROUP).map(|group| async move {
             (group, join_all(group.iter().map(|(block, count)| self.read_old(*block, *count))).await)
         });
-        let mut groups = stream::iter(groups).buffered(tune("T_GROUPS", 2));
+        let mut groups = stream::iter(groups).buffered(GROUPS);
         while let Some((reads, results)) = groups.next().await {
             if let Some(landing) = landing {
                 landing.step(reads.iter().map(|(_, count)| count).sum());
@@ -678,12 +660,12 @@ impl Volume {
     async fn write_and_sync_with(self: &Rc<Self>, writes: &[Write], landing: Option<&Landing>) -> Result<()> {
         let failed = RefCell::new(None);
         // After an error no more is begun, but what is under way is waited for: the writes of the next attempt must not meet these.
-        let groups = writes.chunks(tune("T_GROUP", 16)).take_while(|_| failed.borrow().is_none());
+        let groups = writes.chunks(GROUP).take_while(|_| failed.borrow().is_none());
         let groups = groups.map(|group| async move {
             let results = join_all(group.iter().map(|write| self.write_one(write))).await;
             (group.iter().map(Write::len).sum::<u64>(), results.into_iter().find_map(Result::err))
         });
-        let mut groups = stream::iter(groups).buffered(tune("T_GROUPS", 2));
+        let mut groups = stream::iter(groups).buffered(GROUPS);
         while let Some((bytes, error)) = groups.next().await {
             if let Some(landing) = landing {
                 landing.step(bytes / BLOCK);
@@ -997,6 +979,25 @@ fn ranges_of(blocks: &[u64]) -> Vec<(u64, u64)> {
         }
     }
     ranges
+}
+
+/// Keeps, of what was read, the blocks that are in `partial`, which is sorted.
+fn keep_bases(images: &[Before], partial: &[u64], kept: &mut Vec<(u64, Slice)>) {
+    if partial.is_empty() {
+        return;
+    }
+    for image in images {
+        let (first, count, data) = match image {
+            Before::Data(block, data) => (*block, data.len() as u64 / BLOCK, Some(data)),
+            Before::Zero(block, count) => (*block, *count, None),
+            Before::Unreadable(_) => continue,
+        };
+        let from = partial.partition_point(|block| *block < first);
+        for block in partial[from..].iter().take_while(|block| **block < first + count) {
+            let old = data.map(|data| data.slice(((block - first) * BLOCK) as usize, BLOCK as usize));
+            kept.push((*block, old.unwrap_or_else(zero_block)));
+        }
+    }
 }
 
 /// Cuts what was read into data and zeroes: blocks of zeroes need no payload.
