@@ -872,7 +872,9 @@ fn fold(side: &[Descriptor], base_seq: u64, place: &str, undecided: &[Uuid]) -> 
                 let cut = frame::cut(descriptor.header.start.get(), descriptor.header.count.get());
                 control.hints.push((base_seq, cut.whole.0, cut.whole.1, descriptor.instant()));
             }
-            DescriptorKind::Revert if undecided.iter().any(|group| descriptor.extra.starts_with(group.as_bytes())) => {}
+            DescriptorKind::Revert
+                if undecided.iter().any(|group| descriptor.extra.starts_with(group.as_bytes()))
+                    && !active(Mutation::UndecidedCounts) => {}
             DescriptorKind::Revert => {
                 let target = Instant(descriptor.header.start.get());
                 control.hints.retain(|(_, _, _, instant)| *instant <= target);
