@@ -94,6 +94,9 @@ pub struct VolumeSpec {
     /// The admin's named override of `needs_journal`, `primary_changed` or `revert_incomplete`: go on with the primary as it is; the journal
     /// of the fence's generation is never redone.
     pub override_journal: bool,
+    /// The admin's named decision to take over the journal that a CDP disk has of this volume, though this host has no fence for it: the disk was moved
+    /// here, or the state directory was lost. Without such a journal it changes nothing.
+    pub attach_journal: bool,
     /// Groups whose revert was begun and never decided ([`crate::group`]): theirs do not count.
     pub undecided_reverts: Vec<Uuid>,
 }

@@ -150,6 +150,7 @@ pub async fn open(world: &Rc<World>, vol: &Rc<Vol>) -> bool {
         primary: vol.primary.attach(&running.executor),
         fence: world.folder.fence(vol.id),
         override_journal: world.override_journal.get(),
+        attach_journal: false,
         undecided_reverts: world.folder.undecided(),
     };
     let handle = match running.engine.open_volume(spec).await {

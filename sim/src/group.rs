@@ -90,7 +90,7 @@ pub async fn revert(world: &Rc<World>, at: u64) {
             Err(error) => {
                 world.say(|| format!("volume {}: revert of the group to {target}: {error}", vol.index));
                 vol.oracle.borrow_mut().revert_refused();
-                let expected = match error {
+                let expected = match &error {
                     // Its own refusal, or another member's.
                     Error::State(text) => off || !before || text.starts_with("not done"),
                     Error::OutOfCoverage { .. } => !before || !after,
