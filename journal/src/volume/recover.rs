@@ -1020,7 +1020,9 @@ async fn scan_stream(
         // Frames at or past the next valid segment's first were cut off.
         let limit =
             headers[i + 1..].iter().flatten().map(|h| h.frame_first.get()).find(|f| *f >= header.frame_first.get());
-        if let Some((footer, side)) = read_footer(disk, *s, id, segment_blocks).await?
+        // Once a segment had to be walked its entries are in memory, and what is in memory counts as newer than every run: the rest is walked, too.
+        if scan.entries.is_empty()
+            && let Some((footer, side)) = read_footer(disk, *s, id, segment_blocks).await?
             && footer.frame_next.get() <= durable_frames
             && limit.is_none_or(|l| l == footer.frame_next.get())
             // The frames are durable; the footer's pages, which are derived from them, need not be.
