@@ -317,7 +317,7 @@ impl SimDisk {
                     piece.mask &= match policy {
                         0 => 0,
                         1 => 0xff,
-                        _ => rng.bits() as u8,
+                        _ => self.part_of(piece.mask, rng),
                     };
                 }
             }
@@ -368,6 +368,12 @@ impl SimDisk {
             state.mtime_ns = state.mtime_stable_ns;
         }
         state.mtime_stable_ns = state.mtime_ns;
+    }
+
+    /// Which sectors of a page a write leaves that is cut off while the power stays on: a physical sector is written whole or not at all.
+    fn part_of(&self, mask: u8, rng: &Rng) -> u8 {
+        let bits = rng.bits() as u8;
+        if mask == 0xff && u64::from(self.physical) >= PAGE { 0xff * (bits & 1) } else { bits }
     }
 
     /// Garbage in physical sectors that the unsynced write covered only in part.
@@ -555,7 +561,7 @@ impl Handle {
             pieces.clear();
         } else if verdict.error.is_some() {
             for piece in &mut pieces {
-                piece.mask &= self.rng().bits() as u8;
+                piece.mask &= self.disk.part_of(piece.mask, self.rng());
             }
         }
         let id = {

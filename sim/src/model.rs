@@ -190,6 +190,11 @@ impl Model {
         self.ops[op as usize].durable.get_or_insert(now.1);
     }
 
+    /// What was not flushed went to the disk out of the journal's order: it is lost sector by sector from now on.
+    pub fn unordered(&mut self) {
+        self.ops.iter_mut().filter(|op| op.durable.is_none()).for_each(|op| op.weak = true);
+    }
+
     /// A revert is asked for.
     pub fn revert_begin(&mut self, target: u64, now: Time) {
         self.reverts.push(Revert { lo: now, hi: Time(u64::MAX, u64::MAX), target });
@@ -662,6 +667,10 @@ impl Oracle {
     /// See [`Model::durable`].
     pub fn durable(&mut self, op: u32, now: Time) {
         self.all(|world| world.durable(op, now));
+    }
+    /// See [`Model::unordered`].
+    pub fn unordered(&mut self) {
+        self.all(Model::unordered);
     }
     /// See [`Model::revert_begin`].
     pub fn revert_begin(&mut self, target: u64, now: Time) {

@@ -3,6 +3,8 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::rc::Rc;
 
+use cdp_journal::FenceState;
+
 use crate::boot;
 use crate::executor::{Executor, Outcome};
 use crate::guest;
@@ -130,6 +132,11 @@ fn crash(world: &World, crash: Crash) {
     for vol in &world.volumes {
         let now = world.now(vol);
         let physical = u64::from(vol.primary.physical);
+        // A failed CDP disk was being left: the backlog was on its way from memory to the primary, and the journal may have lost it.
+        let leaving = world.folder.fence(vol.id).is_some_and(|fence| fence.state == FenceState::Detaching);
+        if crash.power && leaving {
+            vol.oracle.borrow_mut().unordered();
+        }
         vol.oracle.borrow_mut().crash(kind, physical, now);
         vol.protected.set(false);
     }

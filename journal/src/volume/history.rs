@@ -5,7 +5,7 @@ use std::rc::Rc;
 use futures::future::{Either, select};
 use zerocopy::IntoBytes;
 
-use super::{Attach, Mode, State, Ticket, Volume, write::done_ticket};
+use super::{Attach, Held, Mode, State, Ticket, Volume, write::done_ticket};
 use crate::disk::Disk;
 use crate::engine::RevertRequest;
 use crate::error::{Error, Result};
@@ -716,6 +716,7 @@ impl Volume {
         self.serving()?;
         Self::check_duration(&settings)?;
         let _lock = self.lock_admin().await;
+        self.settled().await?;
         let attach = self.state.borrow().attach.clone();
         match attach {
             Some(attach) => {
@@ -808,6 +809,7 @@ impl Volume {
         self.serving()?;
         let engine = self.engine()?;
         let _lock = self.lock_admin().await;
+        self.settled().await?;
         let (mode, on) = {
             let state = self.state.borrow();
             (state.mode, state.on)
@@ -945,6 +947,7 @@ impl Volume {
     pub async fn disable(self: &Rc<Self>) -> Result<()> {
         self.serving()?;
         let _lock = self.lock_admin().await;
+        self.settled().await?;
         let (mode, on, settings) = {
             let state = self.state.borrow();
             (state.mode, state.on, state.settings)
@@ -991,7 +994,12 @@ impl Volume {
         for view in lost {
             view.lose(&format!("history is gone: {why}"));
         }
-        // From here on this generation is never redone.
+        if let Some(reason) = disk.failure() {
+            return Err(Error::Gone(reason));
+        }
+        // From here on this generation is never redone, and a disk that fails changes nothing: what is on its way out of it is on the primary.
+        self.left_in_order.set(true);
+        let in_order = Held(&self.left_in_order, &self.changed);
         let kept = {
             let state = self.state.borrow();
             (state.settings, state.on, state.created_ns)
@@ -1015,6 +1023,7 @@ impl Volume {
             state.mode = Mode::Direct;
             (std::mem::take(&mut state.logs), std::mem::take(&mut state.leaving))
         };
+        drop(in_order);
         self.kick.notify();
         self.work.notify();
         self.changed.notify();
@@ -1024,6 +1033,11 @@ impl Volume {
                 (!state.appender_running && !state.destager_running).then_some(())
             })
             .await;
+        // An appender that ended with its disk left them.
+        let abandoned = std::mem::take(&mut self.state.borrow_mut().open);
+        for frame in abandoned {
+            frame.ticket.finish(Err(Error::Gone("the volume has left the journal".into())));
+        }
         for log in logs.iter().chain(&leaving) {
             log.state.borrow_mut().gone = true;
             log.until_unread().await;
@@ -1109,6 +1123,9 @@ impl Volume {
             return;
         }
         let _lock = self.lock_admin().await;
+        if self.state.borrow().mode != Mode::Direct || !self.state.borrow().on {
+            return;
+        }
         if let Err(error) = self.attach_to(None, settings).await {
             tracing::debug!(volume = %self.id, %error, "not protected again yet");
         }
@@ -1120,6 +1137,7 @@ impl Volume {
     pub async fn clean(self: &Rc<Self>, seq: Option<u64>) -> Result<()> {
         self.serving()?;
         let _lock = self.lock_admin().await;
+        self.settled().await?;
         let Some(seq) = seq else {
             if let Some(view) = self.state.borrow().views.keys().next() {
                 return Err(Error::State(format!("view {view} is open: close it first")));
@@ -1278,11 +1296,13 @@ impl Volume {
         }
         let now = engine.tick().await?;
         self.viewable(request.target, now)?;
-        let changed = self.changed_since(request.target).await?;
+        let mut seen = self.state.borrow().next_seq;
+        let mut changed = self.changed_since(request.target).await?;
         let attach = self.state.borrow().attach.clone().ok_or_else(|| Error::Gone("the CDP disk is offline".into()))?;
         let segment_size = attach.disk.geometry.segment_size;
         let usable = usable_bytes(segment_size);
-        let needed = ((changed.len() * (BLOCK + 128)).div_ceil(usable) + 2) * segment_size;
+        let room_for = |changed: &Touched| (changed.len() * (BLOCK + 128)).div_ceil(usable) + 2;
+        let needed = room_for(&changed) * segment_size;
         let available = {
             let state = self.state.borrow();
             let first = state.logs.iter().rposition(|l| l.start <= request.target).unwrap_or(0);
@@ -1326,6 +1346,13 @@ impl Volume {
             };
             // Capacity or age may have taken the target's log while this waited.
             self.viewable(request.target, now)?;
+            if self.state.borrow().next_seq != seen {
+                // A log was closed since the set was taken: what it holds is in no other.
+                seen = self.state.borrow().next_seq;
+                changed = self.changed_since(request.target).await?;
+                self.make_room(request.target, room_for(&changed)).await?;
+                continue;
+            }
             let mut state = self.state.borrow_mut();
             if state.mode != Mode::Journal {
                 return Err(Error::Gone("the CDP disk failed".into()));
@@ -1420,11 +1447,17 @@ impl Volume {
 
     /// Lets clients in again after a forced revert.
     pub async fn release(self: &Rc<Self>) -> Result<()> {
-        if !std::mem::replace(&mut self.state.borrow_mut().held, false) {
+        let _lock = self.lock_admin().await;
+        self.settled().await?;
+        if !std::mem::replace(&mut self.state.borrow_mut().held, false) || self.state.borrow().mode == Mode::Direct {
             return Ok(());
         }
         let ticket = self.store_settings();
-        self.durable(&ticket).await
+        match self.durable(&ticket).await {
+            // The journal that held the volume is being left: nothing says any more that it is held.
+            Err(Error::Gone(_) | Error::Device { .. }) => self.settled().await,
+            result => result,
+        }
     }
 
     // -- size ----------------------------------------------------------------------------------------------------------
@@ -1433,6 +1466,7 @@ impl Volume {
     pub async fn resize(self: &Rc<Self>, size: Option<u64>) -> Result<u64> {
         self.serving()?;
         let _lock = self.lock_admin().await;
+        self.settled().await?;
         let primary = self.primary.current_size().map_err(|e| Error::device("size of", self.path(), &e))?;
         let now = self.state.borrow().size;
         let wanted = size.unwrap_or(primary - primary % 512);
