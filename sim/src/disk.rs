@@ -151,6 +151,7 @@ struct State {
     syncs: (u64, u64),
     misuse: Option<String>,
     calls: u64,
+    has_dropped: bool,
 }
 
 /// The disk itself; it outlives the processes that use it.
@@ -200,6 +201,7 @@ impl SimDisk {
                 syncs: (0, 0),
                 misuse: None,
                 calls: 0,
+                has_dropped: false,
             }),
         })
     }
@@ -279,6 +281,11 @@ impl SimDisk {
     pub fn is_faulty(&self) -> bool {
         let state = self.state.borrow();
         state.gone || !state.faults.is_empty()
+    }
+
+    /// Whether a failed sync has dropped writes that reads still showed.
+    pub fn has_dropped(&self) -> bool {
+        self.state.borrow().has_dropped
     }
 
     /// Removes all faults; hung calls go on.
@@ -708,10 +715,11 @@ impl Device for Handle {
             move || {
                 {
                     let mut state = disk.state.borrow_mut();
-                    let State { stable, unsynced, .. } = &mut *state;
+                    let State { stable, unsynced, has_dropped, .. } = &mut *state;
                     for write in unsynced.iter_mut().filter(|write| covered.contains(&write.id)) {
                         if error.is_some() {
                             write.dropped |= forgets;
+                            *has_dropped |= forgets;
                         } else if !write.dropped {
                             write.pieces.iter().for_each(|piece| stable.apply(piece));
                         }

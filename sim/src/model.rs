@@ -83,6 +83,8 @@ struct Op {
     durable: Option<u64>,
     /// Perhaps not journaled: its sectors are lost one by one.
     weak: bool,
+    /// Written straight to a disk whose sync failed since: no later flush makes it durable.
+    forgotten: bool,
     block: u64,
     blocks: u64,
 }
@@ -135,7 +137,7 @@ impl Model {
     /// A volume of `sectors`; `initial` says of each block whether it holds stamps of operation 0 (else zeroes).
     pub fn new(volume: u32, sectors: u64, initial: Vec<bool>) -> Self {
         let blocks = sectors.div_ceil(8) as usize;
-        let first = Op { submitted: 0, acked: Some(0), durable: Some(0), weak: false, block: 0, blocks: 0 };
+        let first = Op { submitted: 0, acked: Some(0), durable: Some(0), weak: false, forgotten: false, block: 0, blocks: 0 };
         Self {
             volume,
             initial,
@@ -165,7 +167,7 @@ impl Model {
             let hi = Time(u64::MAX, u64::MAX);
             self.blocks[b as usize].push(Version { op, mask, kind, lo: now, hi, seen: 0, lost: 0, survived: 0 });
         }
-        self.ops.push(Op { submitted: now.1, acked: None, durable: None, weak, block, blocks: end - block });
+        self.ops.push(Op { submitted: now.1, acked: None, durable: None, weak, forgotten: false, block, blocks: end - block });
         op
     }
 
@@ -179,7 +181,7 @@ impl Model {
     /// A flush that began when the model's counter stood at `began` was acknowledged.
     pub fn flushed(&mut self, began: Time, now: Time) {
         for op in &mut self.ops {
-            if op.durable.is_none() && op.acked.is_some_and(|acked| acked <= began.1) {
+            if op.durable.is_none() && !op.forgotten && op.acked.is_some_and(|acked| acked <= began.1) {
                 op.durable = Some(now.1);
             }
         }
@@ -188,6 +190,11 @@ impl Model {
     /// The operation itself is durable (FUA).
     pub fn durable(&mut self, op: u32, now: Time) {
         self.ops[op as usize].durable.get_or_insert(now.1);
+    }
+
+    /// A sync of the plain disk failed, and somebody was told: what it should have covered may never become durable.
+    pub fn sync_failed(&mut self) {
+        self.ops.iter_mut().filter(|op| op.weak && op.durable.is_none()).for_each(|op| op.forgotten = true);
     }
 
     /// What was not flushed went to the disk out of the journal's order: it is lost sector by sector from now on.
@@ -667,6 +674,10 @@ impl Oracle {
     /// See [`Model::durable`].
     pub fn durable(&mut self, op: u32, now: Time) {
         self.all(|world| world.durable(op, now));
+    }
+    /// See [`Model::sync_failed`].
+    pub fn sync_failed(&mut self) {
+        self.all(Model::sync_failed);
     }
     /// See [`Model::unordered`].
     pub fn unordered(&mut self) {

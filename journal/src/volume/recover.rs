@@ -1011,7 +1011,8 @@ async fn scan_stream(
     // What later frames say of what was durable: a footer is believed only below that.
     let mut durable_frames = 0;
     for (s, header) in segments.iter().zip(&headers).rev().take(2) {
-        if header.is_some() {
+        // Frames name their log and their place themselves: a damaged header hides nothing.
+        if header.is_some() || has_frames(disk, *s, id).await? {
             let (own, other) = durable_claim(disk, *s, id).await?;
             durable_frames = durable_frames.max(own);
             scan.claim_other = scan.claim_other.max(other);
@@ -1063,6 +1064,12 @@ async fn scan_stream(
         scan.hole = Some(format!("{} log {seq} {kind:?} frame {} (segment {last})", disk.path, scan.frame_next));
     }
     Ok(scan)
+}
+
+/// Whether a segment begins with a frame of this log.
+async fn has_frames(disk: &Rc<Disk>, s: SegmentRef, log_id: u64) -> Result<bool> {
+    let bytes = disk.read(s.segment, 1, 1).await?;
+    Ok(frame::peek_frame(&bytes, log_id, s.segment, 1).is_some())
 }
 
 /// The highest `durable_frames` and `durable_frames_other` that any whole frame header of a segment claims.
