@@ -253,7 +253,10 @@ fn unserved(world: &World, vol: &Vol) -> bool {
     let all_there = !world.disk_missing.get() && world.cdp.iter().all(|disk| !disk.is_faulty());
     // A failed sync dropped what reads still showed, and a power cut came: the journal has a hole, as it says.
     let dropped = all_there && health.is_some() && world.cdp.iter().any(|disk| disk.has_dropped());
-    if dropped || health == Some(Health::RevertIncomplete) || (health.is_some() && !all_there && world.shared.rng.one_in(5)) {
+    if dropped
+        || health == Some(Health::RevertIncomplete)
+        || (health.is_some() && !all_there && world.shared.rng.one_in(5))
+    {
         world.say(|| "not served: the admin goes on without the journal".to_owned());
         world.override_journal.set(true);
         world.give_up.set(dropped || health == Some(Health::RevertIncomplete));

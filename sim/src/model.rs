@@ -137,7 +137,8 @@ impl Model {
     /// A volume of `sectors`; `initial` says of each block whether it holds stamps of operation 0 (else zeroes).
     pub fn new(volume: u32, sectors: u64, initial: Vec<bool>) -> Self {
         let blocks = sectors.div_ceil(8) as usize;
-        let first = Op { submitted: 0, acked: Some(0), durable: Some(0), weak: false, forgotten: false, block: 0, blocks: 0 };
+        let first =
+            Op { submitted: 0, acked: Some(0), durable: Some(0), weak: false, forgotten: false, block: 0, blocks: 0 };
         Self {
             volume,
             initial,
@@ -167,7 +168,15 @@ impl Model {
             let hi = Time(u64::MAX, u64::MAX);
             self.blocks[b as usize].push(Version { op, mask, kind, lo: now, hi, seen: 0, lost: 0, survived: 0 });
         }
-        self.ops.push(Op { submitted: now.1, acked: None, durable: None, weak, forgotten: false, block, blocks: end - block });
+        self.ops.push(Op {
+            submitted: now.1,
+            acked: None,
+            durable: None,
+            weak,
+            forgotten: false,
+            block,
+            blocks: end - block,
+        });
         op
     }
 

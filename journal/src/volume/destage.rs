@@ -675,6 +675,8 @@ impl Volume {
             // Only now: what the primary holds of them is what this log began with, and was kept.
             unrestorable.iter().for_each(|block| self.lose_block(log, *block));
             self.sync_before(disk, log).await?;
+            // The revert itself, too: what it overwrites must not outlive it.
+            self.sync_journal(disk, instant).await?;
             self.write_until_durable(disk, &writes).await?;
             self.end_losses(&blocks, &unrestorable);
             self.store_lost_blocks().await?;

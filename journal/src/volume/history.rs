@@ -501,8 +501,6 @@ impl Volume {
     fn evict_oldest(self: &Rc<Self>, state: &mut State, why: &str) {
         let Some(log) = state.logs.pop_front() else { return };
         log.state.borrow_mut().gone = true;
-        let hints: Vec<_> = log.state.borrow().hints.iter().map(|(block, count, _)| (block, count)).collect();
-        state.punch.extend(hints);
         state.leaving.push(Rc::clone(&log));
         Self::prune_markers(state);
         let lost: Vec<_> = state.views.values().filter(|v| Rc::ptr_eq(&v.log, &log)).cloned().collect();
@@ -527,6 +525,15 @@ impl Volume {
             self.durable(&ticket).await?;
             log.until_unread().await;
         }
+        {
+            // Only now: while the log may come back after a power cut, the primary holds what its instants before the discard show.
+            let mut state = self.state.borrow_mut();
+            let hints = std::mem::take(&mut log.state.borrow_mut().hints);
+            if state.attach.is_some() {
+                state.punch.extend(hints.iter().map(|(block, count, _)| (block, count)));
+            }
+        }
+        self.work.notify();
         let segments = {
             let mut inner = log.state.borrow_mut();
             let mut list = std::mem::take(&mut inner.writes.segments);

@@ -520,7 +520,7 @@ impl Volume {
         if state.lost_blocks.is_some() {
             Self::overwrite_lost(state, wanted, active.seq);
         }
-        for log in &state.logs {
+        for log in state.logs.iter().chain(&state.leaving) {
             let mut log = log.state.borrow_mut();
             if !log.hints.is_empty() {
                 log.hints.remove(wanted.first, wanted.blocks);
