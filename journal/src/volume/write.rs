@@ -300,7 +300,7 @@ impl Volume {
     fn note_flush_point(self: &Rc<Self>) {
         let Ok(engine) = self.engine() else { return };
         let mut state = self.state.borrow_mut();
-        if state.mode != Mode::Journal || !state.wrote_since_marker {
+        if state.mode != Mode::Journal || !state.wrote_since_marker || state.reverting.is_some() {
             return;
         }
         let Some(instant) = engine.try_tick() else { return };
@@ -369,6 +369,7 @@ impl Volume {
         loop {
             enum Next {
                 Wait,
+                Revert,
                 Raise,
                 Throttle,
             }
@@ -386,6 +387,7 @@ impl Volume {
                         return Err(Error::Gone("the volume is closed".into()));
                     }
                     Mode::Switching => Next::Wait,
+                    Mode::Journal if state.reverting.is_some() => Next::Revert,
                     Mode::Direct => {
                         state.direct_inflight += 1;
                         return Ok(Admitted::Direct);
@@ -421,6 +423,7 @@ impl Volume {
                 Next::Wait => {
                     self.changed.until(|| (self.state.borrow().mode != Mode::Switching).then_some(())).await;
                 }
+                Next::Revert => self.until_not_reverting().await,
                 Next::Throttle => {
                     throttled_since.get_or_insert_with(|| self.host.boot_ns());
                     self.work.notify();
