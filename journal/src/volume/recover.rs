@@ -422,8 +422,11 @@ impl Volume {
         self.restore_overlay(watermark).await?;
         self.restore_lost_blocks().await?;
         self.restore_reverts(&control, fence.state == FenceState::Detaching).await?;
-        self.check_destaged(watermark).await?;
         let detaching = fence.state == FenceState::Detaching;
+        if !detaching {
+            // A way out that was cut off wrote to the primary what the journal may have lost.
+            self.check_destaged(watermark).await?;
+        }
         self.resume_journal_after_recovery(engine, disk, control.reverted_at, detaching).await?;
         self.event(
             EventKind::Recovered,
