@@ -333,8 +333,8 @@ impl SimDisk {
         state.unsynced.iter_mut().for_each(|write| write.completed = true);
     }
 
-    /// The power went: what no sync had covered survives in any subset and order.
-    pub fn power_cut(&self, rng: &Rng) {
+    /// The power went: what no sync had covered survives in any subset and order. Answers the pages that came out as garbage.
+    pub fn power_cut(&self, rng: &Rng) -> Vec<u64> {
         let mut state = self.state.borrow_mut();
         state.hung.clear();
         let policy = *rng.pick(&[
@@ -351,6 +351,7 @@ impl SimDisk {
         }
         let torn_at = rng.below(writes.len() as u64 + 1) as usize;
         let damage = rng.one_in(2);
+        let mut garbage = Vec::new();
         for (place, write) in writes.iter().enumerate().filter(|(_, write)| !write.dropped) {
             let whole = rng.one_in(2);
             for piece in &write.pieces {
@@ -367,7 +368,7 @@ impl SimDisk {
                 state.stable.apply_masked(piece, piece.mask & keep);
             }
             if damage {
-                self.damage(&mut state.stable, write, rng);
+                self.damage(&mut state.stable, write, rng, &mut garbage);
             }
         }
         state.current = Pages(state.stable.0.clone());
@@ -375,6 +376,7 @@ impl SimDisk {
             state.mtime_ns = state.mtime_stable_ns;
         }
         state.mtime_stable_ns = state.mtime_ns;
+        garbage
     }
 
     /// Which sectors of a page a write leaves that is cut off while the power stays on: a physical sector is written whole or not at all.
@@ -384,7 +386,7 @@ impl SimDisk {
     }
 
     /// Garbage in physical sectors that the unsynced write covered only in part.
-    fn damage(&self, stable: &mut Pages, write: &Unsynced, rng: &Rng) {
+    fn damage(&self, stable: &mut Pages, write: &Unsynced, rng: &Rng, damaged: &mut Vec<u64>) {
         if self.physical <= SECTOR as u32 {
             return;
         }
@@ -403,6 +405,7 @@ impl SimDisk {
                     chunk.copy_from_slice(&rng.bits().to_le_bytes());
                 }
                 stable.0.insert(page, Rc::new(garbage));
+                damaged.push(page);
             }
         }
     }

@@ -130,6 +130,8 @@ pub struct Model {
     ops: Vec<Op>,
     reverts: Vec<Revert>,
     crashes: Vec<Crash>,
+    /// Blocks of which nothing is known any more.
+    ruined: BTreeSet<u64>,
     event: u64,
 }
 
@@ -147,6 +149,7 @@ impl Model {
             ops: vec![first],
             reverts: Vec::new(),
             crashes: Vec::new(),
+            ruined: BTreeSet::new(),
             event: 1,
         }
     }
@@ -204,6 +207,11 @@ impl Model {
     /// A sync of the plain disk failed, and somebody was told: what it should have covered may never become durable.
     pub fn sync_failed(&mut self) {
         self.ops.iter_mut().filter(|op| op.weak && op.durable.is_none()).for_each(|op| op.forgotten = true);
+    }
+
+    /// The disk itself lost a block: it could not be read, a part of it was overwritten, and the power went.
+    pub fn ruin(&mut self, block: u64) {
+        self.ruined.insert(block);
     }
 
     /// What was not flushed went to the disk out of the journal's order: it is lost sector by sector from now on.
@@ -309,6 +317,9 @@ impl Model {
     pub fn check(&mut self, sector: u64, bytes: &[u8], when: When) -> Result<(), String> {
         for (i, chunk) in bytes.chunks_exact(SECTOR).enumerate() {
             let at = sector + i as u64;
+            if self.ruined.contains(&(at / 8)) {
+                continue;
+            }
             let value = decode(self.volume, at, chunk);
             self.check_sector(at, &value, when).map_err(|text| {
                 let within = format!("sector {at} (block {}, sector {} of it)", at / 8, at % 8);
@@ -687,6 +698,10 @@ impl Oracle {
     /// See [`Model::sync_failed`].
     pub fn sync_failed(&mut self) {
         self.all(Model::sync_failed);
+    }
+    /// See [`Model::ruin`].
+    pub fn ruin(&mut self, block: u64) {
+        self.all(|world| world.ruin(block));
     }
     /// See [`Model::unordered`].
     pub fn unordered(&mut self) {

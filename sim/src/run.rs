@@ -120,11 +120,22 @@ fn bury(world: &World, executor: &Rc<Executor>) -> bool {
 fn crash(world: &World, crash: Crash) {
     world.say(|| format!("==== {} ====", if crash.power { "power cut" } else { "kill" }));
     let rng = &world.shared.rng;
-    for disk in world.cdp.iter().chain(world.volumes.iter().map(|vol| &vol.primary)) {
+    for disk in &world.cdp {
         if crash.power {
             disk.power_cut(rng);
         } else {
             disk.kill(rng);
+        }
+    }
+    for vol in &world.volumes {
+        if crash.power {
+            let garbage = vol.primary.power_cut(rng);
+            // Where the old content could not be read, a part of a physical sector had to be written.
+            if world.primary_faulty.get() {
+                garbage.iter().for_each(|page| vol.oracle.borrow_mut().ruin(*page));
+            }
+        } else {
+            vol.primary.kill(rng);
         }
     }
     world.folder.crash(rng);
