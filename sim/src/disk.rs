@@ -231,6 +231,12 @@ impl SimDisk {
         out
     }
 
+    /// All bytes as they are now, for one who reads them like a file.
+    pub fn snapshot(&self) -> Snapshot {
+        let state = self.state.borrow();
+        Snapshot { pages: Pages(state.current.0.clone()), size: state.size, at: 0 }
+    }
+
     /// Flips one bit at rest.
     pub fn flip_bit(&self, offset: u64, bit: u8) {
         let mut state = self.state.borrow_mut();
@@ -408,6 +414,34 @@ impl SimDisk {
                 damaged.push(page);
             }
         }
+    }
+}
+
+/// See [`SimDisk::snapshot`].
+pub struct Snapshot {
+    pages: Pages,
+    size: u64,
+    at: u64,
+}
+
+impl io::Read for Snapshot {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        let len = (buf.len() as u64).min(self.size.saturating_sub(self.at)) as usize;
+        self.pages.read(self.at, &mut buf[..len]);
+        self.at += len as u64;
+        Ok(len)
+    }
+}
+
+impl io::Seek for Snapshot {
+    fn seek(&mut self, to: io::SeekFrom) -> io::Result<u64> {
+        let to = match to {
+            io::SeekFrom::Start(at) => Some(at),
+            io::SeekFrom::End(by) => self.size.checked_add_signed(by),
+            io::SeekFrom::Current(by) => self.at.checked_add_signed(by),
+        };
+        self.at = to.ok_or(io::ErrorKind::InvalidInput)?;
+        Ok(self.at)
     }
 }
 

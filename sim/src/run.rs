@@ -1,9 +1,11 @@
 //! One history from its first start to its last check: incarnations of the agent, and what a crash leaves between two.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
 use std::rc::Rc;
 
 use cdp_journal::FenceState;
+use cdp_journal::check::{Severity, check_medium};
 
 use crate::boot;
 use crate::executor::{Executor, Outcome};
@@ -61,6 +63,9 @@ fn report(world: &World, panic: Option<String>) -> Report {
 
 fn incarnations(world: &Rc<World>) {
     for _ in 0..INCARNATIONS_MAX {
+        if world.failed() {
+            return;
+        }
         let executor = Executor::new(Rc::clone(&world.shared));
         if let Some(crash @ Crash { again: Some(steps), .. }) = world.armed.get() {
             executor.arm_crash(Some(steps));
@@ -70,6 +75,9 @@ fn incarnations(world: &Rc<World>) {
         let outcome = executor.run(Box::pin(async move { boot::live(w, e).await }));
         world.clock_ends();
         let stopped = bury(world, &executor);
+        if matches!(outcome, Outcome::Crash) || (stopped && !world.unclean.get()) {
+            audit(world);
+        }
         if world.failed() {
             return;
         }
@@ -77,6 +85,7 @@ fn incarnations(world: &Rc<World>) {
             Outcome::Crash => {
                 if let Some(armed) = world.armed.get() {
                     crash(world, armed);
+                    audit(world);
                 }
             }
             Outcome::Done | Outcome::Halted if world.completed.get() => return,
@@ -114,6 +123,23 @@ fn bury(world: &World, executor: &Rc<Executor>) -> bool {
     world.running.take();
     world.in_flight.set(0);
     clean
+}
+
+/// The offline check reads what the agent left with code of its own: whatever the stop was, nothing that counts may be damaged.
+fn audit(world: &World) {
+    if world.any_fault() || !world.initialised.get() {
+        return;
+    }
+    for disk in &world.cdp {
+        match check_medium(Box::new(disk.snapshot()), Path::new(&disk.name), &mut |_, _| {}) {
+            Ok(report) if report.is_clean() => {}
+            Ok(report) => {
+                let damage = report.findings.iter().find(|finding| finding.severity == Severity::Damage);
+                world.fail(format!("the offline check of {}: {damage:?}", disk.name));
+            }
+            Err(error) => world.fail(format!("the offline check of {}: {error}", disk.name)),
+        }
+    }
 }
 
 /// What the disks, the state folder and the oracles make of the agent's death.
