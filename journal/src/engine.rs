@@ -139,6 +139,17 @@ pub struct Engine {
     step_told: Cell<bool>,
 }
 
+impl Drop for Engine {
+    /// An engine that is dropped without a stop (a simulated crash) leaves nothing behind: views hold their volume, and it holds them.
+    fn drop(&mut self) {
+        for volume in self.volumes.borrow().values() {
+            let views = std::mem::take(&mut volume.state.borrow_mut().views);
+            let clients = std::mem::take(&mut volume.state.borrow_mut().clients);
+            drop((views, clients));
+        }
+    }
+}
+
 impl Engine {
     /// `events` is called on the engine's thread for each state change and must not block.
     pub fn new(

@@ -251,6 +251,7 @@ pub async fn stop(world: &Rc<World>) {
         }
         Err(error) if world.any_fault() => {
             world.say(|| format!("stop: {error}"));
+            world.volumes.iter().for_each(|vol| vol.oracle.borrow_mut().sync_failed());
             world.unclean.set(true);
         }
         Err(error) => return world.fail(format!("stop: {error}")),
@@ -538,6 +539,7 @@ pub async fn enable(world: &Rc<World>, vol: &Rc<Vol>) {
             vol.expect_on.set(was);
             // After an error the protection may come on by itself later.
             vol.gap_open.set(gap.filter(|_| !world.any_fault()));
+            vol.oracle.borrow_mut().sync_failed();
             if !world.any_fault() {
                 world.fail(format!("enable of volume {}: {error}", vol.index));
             }
@@ -669,6 +671,7 @@ async fn reopen(world: &Rc<World>, vol: &Rc<Vol>) {
             boot::open(world, vol).await;
         }
         Err(_) if world.any_fault() => {
+            vol.oracle.borrow_mut().sync_failed();
             world.unclean.set(true);
             leave(world);
         }

@@ -252,11 +252,20 @@ async fn tampered(world: &World, vol: &Vol, health: Health) -> bool {
 /// A volume that is not served for want of its journal: the disks come back, or the admin goes on without.
 fn unserved(world: &World, vol: &Vol) -> bool {
     let health = vol.handle.borrow().as_ref().map(|handle| handle.info().health);
+    if world.primary_faulty.get() && world.shared.rng.one_in(2) {
+        world.say(|| "all primaries work again".to_owned());
+        world.volumes.iter().for_each(|vol| vol.primary.heal());
+    }
     let all_there = !world.disk_missing.get() && world.cdp.iter().all(|disk| !disk.is_faulty());
-    if health == Some(Health::RevertIncomplete) || (health.is_some() && !all_there && world.shared.rng.one_in(5)) {
+    // A failed sync dropped what reads still showed, and a power cut came: the journal has a hole, as it says.
+    let dropped = all_there && health.is_some() && world.cdp.iter().any(|disk| disk.has_dropped());
+    if dropped
+        || health == Some(Health::RevertIncomplete)
+        || (health.is_some() && !all_there && world.shared.rng.one_in(5))
+    {
         world.say(|| "not served: the admin goes on without the journal".to_owned());
         world.override_journal.set(true);
-        world.give_up.set(health == Some(Health::RevertIncomplete));
+        world.give_up.set(dropped || health == Some(Health::RevertIncomplete));
     } else if all_there && world.damaged.get() {
         // The journal is damaged below its durable point: a person decides. Nothing was served.
         world.say(|| "the journal is damaged; the history ends here".to_owned());

@@ -13,7 +13,7 @@ use std::rc::Rc;
 
 use uuid::Uuid;
 
-use super::{Attach, CloseReason, Mode, State, Volume};
+use super::{Attach, CloseReason, Mode, State, Volume, whole_mask};
 use crate::buf::{IoBuf, Slice};
 use crate::disk::{Disk, SegmentRef};
 use crate::engine::{Engine, VolumeSpec};
@@ -90,7 +90,7 @@ pub(crate) async fn open(engine: &Rc<Engine>, spec: VolumeSpec) -> Result<Rc<Vol
             writes_inflight: 0,
             lost_blocks: None,
             lost_changed: false,
-            stale_blocks: Touched::default(),
+            stale_blocks: BTreeMap::new(),
             punch: Vec::new(),
             drain_waiters: 0,
             backlog_full: false,
@@ -108,6 +108,8 @@ pub(crate) async fn open(engine: &Rc<Engine>, spec: VolumeSpec) -> Result<Rc<Vol
         stats: RefCell::new(VolumeStats::default()),
         image_epoch: Cell::new(0),
         admin: Cell::new(false),
+        fence_busy: Cell::new(false),
+        left_in_order: Cell::new(false),
     });
     if let Some(fence) = &fence
         && !fence.lost_blocks.is_empty()
@@ -433,9 +435,13 @@ impl Volume {
         engine.clock().past(instant_last.max(Instant(base_last_instant(&control))));
         self.assume(disk, &control, logs, instant_last, next_seq)?;
         self.restore_overlay(watermark).await?;
+        self.restore_lost_blocks().await?;
         self.restore_reverts(&control, fence.state == FenceState::Detaching).await?;
-        self.check_destaged(watermark).await?;
         let detaching = fence.state == FenceState::Detaching;
+        if !detaching {
+            // A way out that was cut off wrote to the primary what the journal may have lost.
+            self.check_destaged(watermark).await?;
+        }
         self.resume_journal_after_recovery(engine, disk, control.reverted_at, detaching).await?;
         self.event(
             EventKind::Recovered,
@@ -497,26 +503,6 @@ impl Volume {
                 }
             }
             last.state.borrow_mut().touched = touched;
-        }
-        // What was written since the loss is not lost any more.
-        let state = &mut *state;
-        if let Some(lost) = &mut state.lost_blocks {
-            let mut imaged = Touched::default();
-            let mut touched = Touched::default();
-            for log in &logs {
-                let log = log.state.borrow();
-                touched.union(&log.touched);
-                if let Some(set) = &log.imaged {
-                    imaged.union(set);
-                }
-            }
-            for block in lost.iter().filter(|b| touched.contains(*b) || imaged.contains(*b)).collect::<Vec<_>>() {
-                lost.remove_range(block, 1);
-                state.lost_changed = true;
-                if !imaged.contains(block) {
-                    state.stale_blocks.insert(block);
-                }
-            }
         }
         state.logs = logs;
         state.flushes.extend(control.flushes.iter().copied());
@@ -607,6 +593,39 @@ impl Volume {
         next.map_or(state.instant_last, |n| n.start.before())
     }
 
+    /// Of the blocks that the fence calls lost, those that were written whole since are not lost any more. A block is lost when a revert is copied:
+    /// what the log of that revert wrote itself came before.
+    async fn restore_lost_blocks(self: &Rc<Self>) -> Result<()> {
+        let (lost, logs): (Vec<u64>, Vec<_>) = {
+            let state = self.state.borrow();
+            let Some(lost) = &state.lost_blocks else { return Ok(()) };
+            let unsealed = state.logs.iter().filter(|l| !l.state.borrow().sealed);
+            let copied =
+                |(i, l): &(usize, &Rc<Log>)| *i == 0 && l.state.borrow().close_reason == CloseReason::Reverted as u32;
+            let logs = unsealed.enumerate().filter(|log| !copied(log)).map(|(_, l)| Rc::clone(l)).collect();
+            (lost.iter().collect(), logs)
+        };
+        for block in lost {
+            for log in &logs {
+                if !log.state.borrow().touched.contains(block) {
+                    continue;
+                }
+                let mut missing = whole_mask(self.state.borrow().size, block);
+                log.lookup_writes(block, Instant::MAX, &mut missing, &mut Vec::new()).await?;
+                if missing == 0 {
+                    let mut state = self.state.borrow_mut();
+                    if log.imaged(block) != Some(true) {
+                        state.stale_blocks.insert(block, log.seq);
+                    }
+                    state.lost_blocks.get_or_insert_with(Default::default).remove_range(block, 1);
+                    state.lost_changed = true;
+                    break;
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// Reverts that were not copied to the end go on where they were.
     async fn restore_reverts(self: &Rc<Self>, control: &Control, detaching: bool) -> Result<()> {
         for row in control.reverts.values() {
@@ -630,7 +649,7 @@ impl Volume {
                     let touched = since.iter().any(|l| l.state.borrow().touched.contains(block));
                     if touched && self.rests_on_primary(target, block).await? {
                         left.remove_range(block, 1);
-                        self.lose_block(block);
+                        self.lose_block(&log, block);
                     }
                 }
             }
@@ -1026,7 +1045,8 @@ async fn scan_stream(
     // What later frames say of what was durable: a footer is believed only below that.
     let mut durable_frames = 0;
     for (s, header) in segments.iter().zip(&headers).rev().take(2) {
-        if header.is_some() {
+        // Frames name their log and their place themselves: a damaged header hides nothing.
+        if header.is_some() || has_frames(disk, *s, id).await? {
             let (own, other) = durable_claim(disk, *s, id).await?;
             durable_frames = durable_frames.max(own);
             scan.claim_other = scan.claim_other.max(other);
@@ -1051,7 +1071,9 @@ async fn scan_stream(
         // Frames at or past the next valid segment's first were cut off.
         let limit =
             headers[i + 1..].iter().flatten().map(|h| h.frame_first.get()).find(|f| *f >= header.frame_first.get());
-        if let Some((footer, side)) = read_footer(disk, *s, id, segment_blocks).await?
+        // Once a segment had to be walked its entries are in memory, and what is in memory counts as newer than every run: the rest is walked, too.
+        if scan.entries.is_empty()
+            && let Some((footer, side)) = read_footer(disk, *s, id, segment_blocks).await?
             && footer.frame_next.get() <= durable_frames
             && limit.is_none_or(|l| l == footer.frame_next.get())
             // The frames are durable; the footer's pages, which are derived from them, need not be.
@@ -1076,6 +1098,12 @@ async fn scan_stream(
         scan.hole = Some(format!("{} log {seq} {kind:?} frame {} (segment {last})", disk.path, scan.frame_next));
     }
     Ok(scan)
+}
+
+/// Whether a segment begins with a frame of this log.
+async fn has_frames(disk: &Rc<Disk>, s: SegmentRef, log_id: u64) -> Result<bool> {
+    let bytes = disk.read(s.segment, 1, 1).await?;
+    Ok(frame::peek_frame(&bytes, log_id, s.segment, 1).is_some())
 }
 
 /// The highest `durable_frames` and `durable_frames_other` that any whole frame header of a segment claims.
