@@ -163,6 +163,7 @@ async fn world(ring: &Ring, dir: &Path, size_mib: u64, reserve_mib: u64, filled:
             primary: open(&files.primary)?,
             fence: None,
             override_journal: false,
+            attach_journal: false,
             undecided_reverts: Vec::new(),
         })
         .await?;

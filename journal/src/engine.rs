@@ -98,6 +98,9 @@ pub struct VolumeSpec {
     /// The admin's named override of `needs_journal`, `primary_changed` or `revert_incomplete`: go on with the primary as it is; the journal
     /// of the fence's generation is never redone.
     pub override_journal: bool,
+    /// The admin's named decision to take over the journal that a CDP disk has of this volume, though this host has no fence for it: the disk was moved
+    /// here, or the state directory was lost. Without such a journal it changes nothing.
+    pub attach_journal: bool,
     /// Groups whose revert was begun and never decided ([`crate::group`]): theirs do not count.
     pub undecided_reverts: Vec<Uuid>,
 }
@@ -138,6 +141,17 @@ pub struct Engine {
     /// Wall and boot clock when the engine began: age runs on the boot clock from there.
     began: (u64, u64),
     step_told: Cell<bool>,
+}
+
+impl Drop for Engine {
+    /// An engine that is dropped without a stop (a simulated crash) leaves nothing behind: views hold their volume, and it holds them.
+    fn drop(&mut self) {
+        for volume in self.volumes.borrow().values() {
+            let views = std::mem::take(&mut volume.state.borrow_mut().views);
+            let clients = std::mem::take(&mut volume.state.borrow_mut().clients);
+            drop((views, clients));
+        }
+    }
 }
 
 impl Engine {

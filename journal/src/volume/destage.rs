@@ -19,7 +19,7 @@ use futures::future::{Either, join, join_all, select};
 use futures::stream;
 use zerocopy::IntoBytes;
 
-use super::{State, Volume};
+use super::{State, Volume, whole_mask};
 use crate::buf::{IoBuf, Slice};
 use crate::disk::Disk;
 use crate::error::{Error, Result};
@@ -251,8 +251,20 @@ impl Volume {
         }
         drop(state);
         let blocks_max = self.engine.upgrade()?.config().destage_blocks_max;
-        let batch = log.state.borrow_mut().overlay.take(blocks_max, BATCH_ZERO_BLOCKS);
-        Some(batch)
+        loop {
+            let mut inner = log.state.borrow_mut();
+            let batch = inner.overlay.take(blocks_max, BATCH_ZERO_BLOCKS);
+            if !batch.items.is_empty() {
+                return Some(batch);
+            }
+            // All that the queue named is under way already, in a newer version.
+            inner.overlay.put_back(&batch);
+            if !inner.overlay.has_work() {
+                drop(inner);
+                self.changed.notify();
+                return None;
+            }
+        }
     }
 
     /// Whether a log has something that must not wait any longer.
@@ -379,9 +391,11 @@ impl Volume {
         let mut kept: Vec<(u64, Slice)> = Vec::new();
         let mut group: Vec<(u64, u64)> = Vec::new();
         let mut grouped = 0;
+        let (wanted, lost) = self.without_lost(log, wanted);
+        self.append_before(log, lost.into_iter().map(Before::Unreadable).collect()).await?;
         // What was read last is appended while the next is read.
         let mut images = Vec::new();
-        for (block, count) in wanted.iter().copied() {
+        for (block, count) in wanted {
             if count > BATCH_BLOCKS {
                 // A long range of zeroes: what is a hole needs no read, the rest goes in pieces of a batch.
                 for piece in self.allocation_of(block, count).await? {
@@ -417,6 +431,25 @@ impl Volume {
         keep_bases(&read, partial, &mut kept);
         self.append_before(log, read).await?;
         Ok(kept)
+    }
+
+    /// The ranges without the blocks whose content at the log's start was lost, and those.
+    fn without_lost(&self, log: &Rc<Log>, wanted: &[(u64, u64)]) -> (Vec<(u64, u64)>, Vec<u64>) {
+        let state = self.state.borrow();
+        if state.lost_blocks.is_none() && state.stale_blocks.is_empty() {
+            return (wanted.to_vec(), Vec::new());
+        }
+        let (mut ranges, mut lost) = (Vec::new(), Vec::new());
+        for (first, count) in wanted {
+            for block in *first..first + count {
+                if state.lost_before(block, log.seq) {
+                    lost.push(block);
+                } else {
+                    push_range(&mut ranges, block, 1);
+                }
+            }
+        }
+        (ranges, lost)
     }
 
     /// The allocation of a block range: (first block, blocks, all of it a hole), in whole blocks.
@@ -590,7 +623,13 @@ impl Volume {
         let mut state = self.state.borrow_mut();
         if !state.stale_blocks.is_empty() {
             for (block, count) in marks {
-                state.lost_changed |= state.stale_blocks.remove_range(*block, *count) > 0;
+                let taken: Vec<u64> = state.stale_blocks.range(*block..block + count).map(|(b, _)| *b).collect();
+                for block in taken {
+                    if state.stale_blocks.get(&block).is_some_and(|seq| *seq <= log.seq) {
+                        state.stale_blocks.remove(&block);
+                        state.lost_changed = true;
+                    }
+                }
             }
         }
         Ok(())
@@ -772,6 +811,7 @@ impl Volume {
             // The target's content first: it is read as the state was, before-images of this log or not.
             let mut writes = Vec::new();
             let mut contents = Vec::new();
+            let mut unrestorable = Vec::new();
             for chunk in ranges.chunks(16) {
                 contents.extend(
                     join_all(chunk.iter().map(|(block, count)| self.blocks_at(target, &source, *block, *count))).await,
@@ -789,7 +829,7 @@ impl Volume {
                                 Err(error @ Error::Device { op: "read", .. }) => return Err(error),
                                 Err(error) => {
                                     tracing::error!(volume = %self.id, block = b, %error, "revert: block cannot be restored");
-                                    self.lose_block(b);
+                                    unrestorable.push(b);
                                 }
                             }
                         }
@@ -797,8 +837,13 @@ impl Volume {
                 }
             }
             self.take_before_images(log, &wanted, &[], None).await?;
+            // Only now: what the primary holds of them is what this log began with, and was kept.
+            unrestorable.iter().for_each(|block| self.lose_block(log, *block));
             self.sync_before(disk, log).await?;
+            // The revert itself, too: what it overwrites must not outlive it.
+            self.sync_journal(disk, instant).await?;
             self.write_until_durable(disk, &writes, None).await?;
+            self.end_losses(&blocks, &unrestorable);
             self.store_lost_blocks().await?;
         }
         let (row, done) = {
@@ -831,18 +876,46 @@ impl Volume {
         Ok(())
     }
 
-    pub(super) fn lose_block(&self, block: u64) {
+    /// A block that the revert at the end of `log` cannot bring back. What was written whole in a newer log is good from there on.
+    pub(super) fn lose_block(&self, log: &Log, block: u64) {
         let mut state = self.state.borrow_mut();
-        state.lost_blocks.get_or_insert_with(Default::default).insert(block);
+        let whole = whole_mask(state.size, block);
+        let newer = state.logs.iter().filter(|l| l.seq > log.seq);
+        let overwritten = newer
+            .filter(|l| match l.state.borrow().overlay.get(block) {
+                Some(Content::Zero) => true,
+                Some(Content::Data(_, mask)) => mask & whole == whole,
+                None => false,
+            })
+            .map(|l| l.seq)
+            .next();
         state.lost_changed = true;
+        if let Some(seq) = overwritten {
+            state.stale_blocks.insert(block, seq);
+            return;
+        }
+        state.lost_blocks.get_or_insert_with(Default::default).insert(block);
         state.health = Health::RevertIncomplete;
         state.health_reason =
             "the history that a revert goes back to is damaged: some blocks read as errors until overwritten".into();
     }
 
+    /// Blocks that a revert brought back are not lost any more.
+    fn end_losses(&self, blocks: &[u64], unrestorable: &[u64]) {
+        let mut guard = self.state.borrow_mut();
+        let state = &mut *guard;
+        for block in blocks.iter().filter(|block| !unrestorable.contains(block)) {
+            let was_lost = state.lost_blocks.as_mut().is_some_and(|lost| lost.remove_range(*block, 1) > 0);
+            let was_stale = state.stale_blocks.remove(block).is_some();
+            state.lost_changed |= was_lost || was_stale;
+        }
+    }
+
     /// Everything of a closed log is on the primary: its indexes become one run each, and the log is final.
     async fn seal(self: &Rc<Self>, disk: &Rc<Disk>, log: &Rc<Log>) -> Result<()> {
         let recording = log.state.borrow().recording;
+        // What it overwrote is known from its own records only while they are scanned.
+        self.store_lost_blocks().await?;
         let point = self.volume_point();
         let fail = |error: Error| {
             if !matches!(error, Error::Damaged { .. }) {
