@@ -1540,12 +1540,13 @@ impl Volume {
                 }
             }
         }
-        let state = self.state.borrow();
-        for (instant, _) in state.flushes.iter().filter(|(at, _)| *at >= from && *at < to) {
+        self.each_flush(from, to, |instant, clean| {
             if let Some(bucket) = out.get_mut(((instant.0 - from.0) / width) as usize) {
                 bucket.flushes += 1;
+                bucket.flushes_clean += u64::from(clean);
             }
-        }
+        })
+        .await?;
         Ok(out)
     }
 

@@ -6,6 +6,7 @@
 //! | `read.rs` | the live state and the state at any instant |
 //! | `destage.rs` | the destager: before-images, the primary, sealing, copying of reverts |
 //! | `history.rs` | logs come and go: rotate, mark, enable, disable, evict, clean, revert, coverage |
+//! | `query.rs` | what the journal tells on demand: flush points, reverts, writes in order, changed blocks |
 //! | `recover.rs` | from what a stop left on the disks to a served volume |
 //! | `detach.rs` | the way out when the CDP disk fails |
 //!
@@ -14,6 +15,7 @@
 mod destage;
 mod detach;
 mod history;
+mod query;
 pub(crate) mod read;
 mod recover;
 mod write;
@@ -143,6 +145,8 @@ pub(crate) struct State {
     pub markers: BTreeMap<(Instant, String), Marker>,
     pub marker_last: Instant,
     pub wrote_since_marker: bool,
+    /// Something was admitted since the last flush point with no write in flight.
+    pub wrote_since_flush: bool,
     /// Guest-visible size from each instant on.
     pub sizes: Vec<(Instant, u64)>,
     pub views: BTreeMap<Uuid, Rc<View>>,
@@ -175,8 +179,8 @@ pub(crate) struct State {
 /// How far the fence's `next_seq` runs ahead of the journal's.
 const SEQS_AHEAD: u64 = 1 << 20;
 
-/// Flush points kept in memory for the time line.
-const FLUSHES_MAX: usize = 65536;
+/// Newest flush points in memory: those that may not be in a completed frame yet. The rest is read from the journal.
+const FLUSHES_MAX: usize = 4096;
 
 impl State {
     pub fn note_flush(&mut self, instant: Instant, clean: bool) {
@@ -184,6 +188,7 @@ impl State {
             self.flushes.pop_front();
         }
         self.flushes.push_back((instant, clean));
+        self.wrote_since_flush &= !clean;
     }
 }
 
