@@ -36,15 +36,14 @@ use crate::fence::{Fence, FenceState};
 use crate::frame::FrameBuilder;
 use crate::host::{Device, LocalFuture};
 use crate::index::Touched;
-use crate::info::{
-    CdpState, Event, EventKind, Health, Marker, RevertProgress, Settings, ViewInfo, VolumeInfo, VolumeStats,
-};
+use crate::info::{CdpState, Event, EventKind, Health, Marker, Settings, ViewInfo, VolumeInfo, VolumeStats};
 use crate::log::Log;
 use crate::signal::Signal;
 use crate::types::{BLOCK, Instant, SECTOR};
 use crate::view::View;
 
 pub(crate) use history::CloseReason;
+pub use history::auto_names;
 pub(crate) use recover::open;
 
 /// How requests are served.
@@ -333,14 +332,7 @@ impl Volume {
         let now = self.engine.upgrade().map_or(Instant::ZERO, |e| e.clock_now());
         let state = self.state.borrow();
         let segment_size = state.attach.as_ref().map_or(0, |a| a.disk.geometry.segment_size);
-        let revert = state.logs.iter().find_map(|l| {
-            l.state.borrow().revert.as_ref().map(|r| RevertProgress {
-                instant: r.instant,
-                target: r.target,
-                blocks_total: r.total,
-                blocks_done: r.done,
-            })
-        });
+        let revert = self.revert_progress();
         VolumeInfo {
             id: self.id,
             name: state.name.clone(),

@@ -15,7 +15,7 @@ use crate::error::{Error, Result};
 use crate::format::{self, DescriptorKind, EntryKind, IndexEntry, SegmentHeader, StreamKind};
 use crate::frame::{self, Descriptor};
 use crate::index::{Key, Run, Touched};
-use crate::info::{Change, ChangeKind, ChangeList, FlushNear, RevertPoint};
+use crate::info::{Change, ChangeKind, ChangeList, FlushNear, RevertPoint, RevertProgress};
 use crate::log::{Log, ReadPin, SegmentCount};
 use crate::signal::yield_now;
 use crate::types::{BLOCK, Instant, SECTOR};
@@ -377,6 +377,18 @@ impl Volume {
             }
         }
         Ok(())
+    }
+
+    /// How far the pending revert is; of several the oldest.
+    pub fn revert_progress(&self) -> Option<RevertProgress> {
+        self.state.borrow().logs.iter().find_map(|l| {
+            l.state.borrow().revert.as_ref().map(|r| RevertProgress {
+                instant: r.instant,
+                target: r.target,
+                blocks_total: r.total,
+                blocks_done: r.done,
+            })
+        })
     }
 
     // -- reverts -------------------------------------------------------------------------------------------------------

@@ -508,6 +508,8 @@ impl Volume {
         for (instant, clean) in &control.flushes {
             state.note_flush(*instant, *clean);
         }
+        // What came behind them is not looked for: the guest's next flush is noted.
+        state.wrote_since_flush = true;
         state.instant_last = instant_last;
         state.framed = instant_last;
         state.completed = instant_last;
