@@ -555,9 +555,7 @@ impl<'a> Section<'a> {
             return Err(self.wrong_type(key, value, "a list of texts in quotes"));
         };
         let text = |item: &Spanned<DeValue<'_>>| match item.get_ref() {
-            DeValue::String(text) => {
-                Ok(Value { text: text.to_string(), line: self.source.line(item.span().start) })
-            }
+            DeValue::String(text) => Ok(Value { text: text.to_string(), line: self.source.line(item.span().start) }),
             _ => Err(self.wrong_type(key, item, "a list of texts in quotes")),
         };
         items.iter().map(text).collect()
@@ -842,7 +840,11 @@ mod tests {
             ("[[group]]\nname = \"a b\"\nvolumes = [\"x\"]", 2, &["group[0].name", "a b"]),
             ("[[group]]\nname = \"a\"\nvolumes = [\"x\", \"x\"]", 3, &["group[0].volumes", "each once"]),
             ("[[group]]\nname = \"a\"\nvolumes = \"x\"", 3, &["group[0].volumes", "a list"]),
-            ("[[group]]\nname=\"a\"\nvolumes=[\"a\"]\n[[volume]]\nname=\"a\"\npath=\"/a\"", 2, &["the name of a volume"]),
+            (
+                "[[group]]\nname=\"a\"\nvolumes=[\"a\"]\n[[volume]]\nname=\"a\"\npath=\"/a\"",
+                2,
+                &["the name of a volume"],
+            ),
             ("[[disk]]\npath=\"/a\"\n[[volume]]\nname=\"b\"\npath=\"/a\"", 3, &["its own journal"]),
         ];
         for (text, line, parts) in table {

@@ -47,7 +47,13 @@ impl Rate {
         } else if spent > 0.0 {
             let lately = (revert.blocks_done - self.done) as f64 / spent;
             let rate = self.blocks_per_s.map_or(lately, |before| before + WEIGHT * (lately - before));
-            *self = Self { seen: now, done: revert.blocks_done, blocks_per_s: Some(rate), rounds: self.rounds + 1, ..*self };
+            *self = Self {
+                seen: now,
+                done: revert.blocks_done,
+                blocks_per_s: Some(rate),
+                rounds: self.rounds + 1,
+                ..*self
+            };
         }
     }
 
@@ -99,7 +105,11 @@ async fn round(control: &Arc<Control>) {
     for (volume, revert) in control.copying.look(&pending, Instant::now()) {
         let (rate, eta) = control.copying.forecast(volume, &revert);
         let (done, total) = (revert.blocks_done, revert.blocks_total);
-        let left = if rate == 0 { "it stands still".to_owned() } else { format!("about {eta} s left at {rate} blocks a second") };
+        let left = if rate == 0 {
+            "it stands still".to_owned()
+        } else {
+            format!("about {eta} s left at {rate} blocks a second")
+        };
         let message = format!("the revert to {}: {done} of {total} blocks copied, {left}", revert.target);
         control.events().publish_now(EventKind::RevertProgress, Some(volume), None, message);
     }

@@ -35,7 +35,10 @@ impl Control {
         for group in configured {
             let known = Group { name: group.name.clone(), members: group.volumes.clone(), configured: true };
             if registry.groups.insert(group.name.clone(), known).is_some_and(|old| !old.configured) {
-                tracing::warn!(group = group.name, "it was added, and the configuration has it too: the configuration counts");
+                tracing::warn!(
+                    group = group.name,
+                    "it was added, and the configuration has it too: the configuration counts"
+                );
             }
         }
     }

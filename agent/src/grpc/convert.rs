@@ -1,7 +1,8 @@
 //! What the engine tells, as messages.
 
 use cdp_journal::info::{
-    CdpState, Change, ChangeKind, DiskInfo, Health, Interval, LogInfo, Marker, MarkerKind, RevertPoint, RevertProgress, Settings, ViewInfo, VolumeInfo,
+    CdpState, Change, ChangeKind, DiskInfo, Health, Interval, LogInfo, Marker, MarkerKind, RevertPoint, RevertProgress,
+    Settings, ViewInfo, VolumeInfo,
 };
 use cdp_proto::v1;
 

@@ -93,7 +93,11 @@ impl TryFrom<&v1::MarkRequest> for Mark {
         };
         let quiesce = wire.quiesce.iter().map(|text| quiesce_path(text)).collect::<Result<Vec<_>>>()?;
         if quiesce.len() > QUIESCE_MAX {
-            return Err(Error::invalid("quiesce", format!("{} guests", quiesce.len()), format!("at most {QUIESCE_MAX}")));
+            return Err(Error::invalid(
+                "quiesce",
+                format!("{} guests", quiesce.len()),
+                format!("at most {QUIESCE_MAX}"),
+            ));
         }
         if (1..quiesce.len()).any(|at| quiesce[..at].contains(&quiesce[at])) {
             return Err(Error::invalid("quiesce", format!("{:?}", wire.quiesce), "each guest once"));
