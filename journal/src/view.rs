@@ -308,7 +308,14 @@ impl Export for ViewExport {
                 let bound = format!("not after the view's own instant, which is {}", view.time);
                 return Err(Error::invalid("since", since, bound));
             }
-            view.volume.changed_between(since, view.time).await.map(Rc::new)
+            let mut changed = view.volume.changed_between(since, view.time).await?;
+            // What was not there then is new.
+            let size = view.volume.size_at(since);
+            if size < view.size {
+                let first = size / BLOCK;
+                changed.insert_range(first, view.size.div_ceil(BLOCK) - first);
+            }
+            Ok(Rc::new(changed))
         })
     }
     fn connect(&self, writable: bool, on_disconnect: Box<dyn FnOnce()>) -> Result<ClientGuard> {
