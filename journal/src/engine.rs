@@ -14,7 +14,7 @@ use crate::disk::Disk;
 use crate::error::{Error, Result};
 use crate::fence::{Fence, FenceState};
 use crate::host::{Device, Host, LocalFuture, StateStore};
-use crate::index::PageCache;
+use crate::index::{PageCache, Touched};
 use crate::info::*;
 use crate::mutation::{Mutation, active};
 use crate::signal::Signal;
@@ -510,6 +510,11 @@ pub trait Export {
     fn flush(&self) -> LocalFuture<'static, Result<()>>;
     /// Allocation of a range, in order; the answer may be shorter than the question.
     fn status(&self, offset: u64, len: u64) -> LocalFuture<'static, Result<Vec<BlockStatus>>>;
+    /// The blocks (of 4 KiB) whose content may differ from what the export was at an instant. Only a read-only view can tell.
+    fn changed_since(&self, since: Instant) -> LocalFuture<'static, Result<Rc<Touched>>> {
+        let error = Error::State(format!("what changed since {since} is told by a read-only view, and this is none"));
+        Box::pin(async move { Err(error) })
+    }
     /// A client opens the export. Refused with [`crate::Error::State`] while the export is held (after a forced revert) or not served.
     /// `on_disconnect` is called (once, on the shard's thread) when the engine wants the client gone: forced revert, view closed or lost, volume removed.
     fn connect(&self, writable: bool, on_disconnect: Box<dyn FnOnce()>) -> Result<ClientGuard>;

@@ -82,6 +82,7 @@ pub(crate) async fn open(engine: &Rc<Engine>, spec: VolumeSpec) -> Result<Rc<Vol
             markers: BTreeMap::new(),
             marker_last: Instant::ZERO,
             wrote_since_marker: false,
+            wrote_since_flush: false,
             sizes: Vec::new(),
             views: BTreeMap::new(),
             clients: BTreeMap::new(),
@@ -506,7 +507,11 @@ impl Volume {
             last.state.borrow_mut().touched = touched;
         }
         state.logs = logs;
-        state.flushes.extend(control.flushes.iter().copied());
+        for (instant, clean) in &control.flushes {
+            state.note_flush(*instant, *clean);
+        }
+        // What came behind them is not looked for: the guest's next flush is noted.
+        state.wrote_since_flush = true;
         state.instant_last = instant_last;
         state.framed = instant_last;
         state.completed = instant_last;
@@ -1258,7 +1263,7 @@ async fn whole_run(disk: &Rc<Disk>, log_id: u64, kind: StreamKind, root: format:
 }
 
 /// The footer of a full segment, with its copy of descriptors.
-async fn read_footer(
+pub(super) async fn read_footer(
     disk: &Rc<Disk>,
     s: SegmentRef,
     log_id: u64,

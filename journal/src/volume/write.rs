@@ -78,7 +78,7 @@ impl Volume {
     }
 
     async fn write_pieces(self: &Rc<Self>, offset: u64, len: u64, data: Slice, fua: bool) -> Result<()> {
-        let _inflight = InFlight::enter(self);
+        let inflight = InFlight::enter(self);
         let end = offset + len;
         let base = offset - offset % BLOCK;
         let mut at = offset;
@@ -115,6 +115,8 @@ impl Volume {
         if let Some(ticket) = ticket {
             ticket.wait().await?;
         }
+        // What is whole in the journal is in flight no more: the flush point of a FUA write that was alone is a clean one.
+        drop(inflight);
         if fua || (direct && self.state.borrow().mode == Mode::Journal) {
             // A request that began before protection came on may lie partly on the primary only: its ack then stands for the primary, too.
             self.flush_inner().await?;
@@ -125,7 +127,7 @@ impl Volume {
     pub(crate) async fn write_zeroes(self: &Rc<Self>, offset: u64, len: u32, no_hole: bool, fua: bool) -> Result<()> {
         let len = u64::from(len);
         self.check_range(offset, len)?;
-        let _inflight = InFlight::enter(self);
+        let inflight = InFlight::enter(self);
         let end = offset + len;
         let mut at = offset;
         let mut ticket = None;
@@ -157,6 +159,7 @@ impl Volume {
         if let Some(ticket) = ticket {
             ticket.wait().await?;
         }
+        drop(inflight);
         self.stats.borrow_mut().zeroes += 1;
         if fua {
             self.flush_inner().await?;
@@ -300,7 +303,7 @@ impl Volume {
     fn note_flush_point(self: &Rc<Self>) {
         let Ok(engine) = self.engine() else { return };
         let mut state = self.state.borrow_mut();
-        if state.mode != Mode::Journal || !state.wrote_since_marker || state.reverting.is_some() {
+        if state.mode != Mode::Journal || !state.wrote_since_flush || state.reverting.is_some() {
             return;
         }
         let Some(instant) = engine.try_tick() else { return };
@@ -528,6 +531,7 @@ impl Volume {
         state.instant_last = instant;
         state.last_write_ns = self.host.boot_ns();
         state.wrote_since_marker = true;
+        state.wrote_since_flush = true;
         // Admission saw the active log in this same step.
         let active = Rc::clone(state.logs.back().expect("journal mode has an active log"));
         if state.lost_blocks.is_some() {
