@@ -24,7 +24,7 @@ use crate::format::{
     SegmentFooter, SegmentHeader, StreamKind, crc, log_flags,
 };
 use crate::frame::{self, Descriptor, ParsedFrame};
-use crate::index::{Key, Run, Touched};
+use crate::index::{Filter, Key, Run, Touched};
 use crate::info::{EventKind, Health, Marker, Priority, Settings, VolumeStats};
 use crate::log::{Log, PendingRevert, Stream};
 use crate::mutation::{Mutation, active};
@@ -353,10 +353,10 @@ impl Volume {
                 if state.thin {
                     dead.extend(segments(StreamKind::Writes));
                 } else {
-                    state.writes_index.push_run(run(row.writes_root, StreamKind::Writes));
+                    state.writes_index.push_run(run(row.writes_root, StreamKind::Writes), None);
                     state.writes.segments = segments(StreamKind::Writes);
                 }
-                state.before_index.push_run(run(row.before_root, StreamKind::Before));
+                state.before_index.push_run(run(row.before_root, StreamKind::Before), None);
                 state.before.segments = segments(StreamKind::Before);
             } else {
                 let writes = match base_scan.take_if(|_| seq == base_seq && id == base_id) {
@@ -378,12 +378,12 @@ impl Volume {
                 let mut touched = Touched::default();
                 let mut imaged = Touched::default();
                 let mut io = (Instant::MAX, Instant::ZERO);
-                for_each_entry(disk, id, StreamKind::Writes, &writes, |entry| {
+                let writes_filters = for_each_entry(disk, id, StreamKind::Writes, &writes, |entry| {
                     touched.insert_range(entry.block.get(), entry.blocks());
                     io = (io.0.min(Instant(entry.instant.get())), io.1.max(Instant(entry.instant.get())));
                 })
                 .await?;
-                for_each_entry(disk, id, StreamKind::Before, &before, |entry| {
+                let before_filters = for_each_entry(disk, id, StreamKind::Before, &before, |entry| {
                     imaged.insert_range(entry.block.get(), entry.blocks());
                 })
                 .await?;
@@ -402,7 +402,9 @@ impl Volume {
                 state.charged = touched.len() * 2 * BLOCK;
                 state.touched = touched;
                 state.imaged = Some(imaged);
-                for (scan, kind) in [(&writes, StreamKind::Writes), (&before, StreamKind::Before)] {
+                for (scan, filters, kind) in
+                    [(&writes, writes_filters, StreamKind::Writes), (&before, before_filters, StreamKind::Before)]
+                {
                     dead.extend(&scan.dead);
                     let stream =
                         Stream::resume(scan.segments.clone(), scan.number_next, scan.frame_next, scan.previous_crc);
@@ -412,8 +414,8 @@ impl Volume {
                         StreamKind::Before => (&mut state.before, &mut state.before_index),
                     };
                     *slot = stream;
-                    for run in &scan.runs {
-                        index.push_run(Run { root: *run, log_id: id, kind });
+                    for (run, filter) in scan.runs.iter().zip(filters) {
+                        index.push_run(Run { root: *run, log_id: id, kind }, Some(filter));
                     }
                     for entry in &scan.entries {
                         index.insert(*entry);
@@ -982,30 +984,35 @@ struct Scan {
     claim_other: u64,
 }
 
-/// Calls `f` for every entry that a scan found.
+/// Calls `f` for every entry that a scan found. Answers a filter for each run.
 async fn for_each_entry(
     disk: &Rc<Disk>,
     log_id: u64,
     kind: StreamKind,
     scan: &Scan,
     mut f: impl FnMut(&IndexEntry),
-) -> Result<()> {
+) -> Result<Vec<Filter>> {
+    let mut filters = Vec::with_capacity(scan.runs.len());
     for root in &scan.runs {
+        let mut filter = Filter::new(root.entries.get());
         if root.entries.get() == 0 {
+            filters.push(filter);
             continue;
         }
         let mut cursor = Run { root: *root, log_id, kind }.cursor(Key { level: 0, block: 0, instant: 0 });
         let mut n = 0u32;
         while let Some(entry) = cursor.next(&**disk).await? {
             f(&entry);
+            filter.insert(&entry);
             n += 1;
             if n.is_multiple_of(4096) {
                 yield_now().await;
             }
         }
+        filters.push(filter);
     }
     scan.entries.iter().for_each(f);
-    Ok(())
+    Ok(filters)
 }
 
 /// Scans one stream of a log.
