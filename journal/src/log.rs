@@ -5,6 +5,7 @@
 //! (which is the destager) for the writes stream of a log that is closed.
 
 use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
 use std::rc::Rc;
 
 use uuid::Uuid;
@@ -240,6 +241,8 @@ pub struct LogState {
     pub hints: ExtentMap,
     /// The revert that closed it.
     pub revert: Option<PendingRevert>,
+    /// Target of the revert that closed it, once it was asked for.
+    pub reverted_to: Option<Instant>,
     /// Bytes charged to it.
     pub charged: u64,
     /// Bytes admitted for the writes stream and not framed yet.
@@ -250,6 +253,17 @@ pub struct LogState {
     pub writes_root: RunRoot,
     /// See `writes_root`.
     pub before_root: RunRoot,
+}
+
+/// How many writes a segment holds.
+#[derive(Clone, Copy, Debug)]
+pub struct SegmentCount {
+    /// Number of writes.
+    pub writes: u64,
+    /// First of them.
+    pub first: Instant,
+    /// Last of them.
+    pub last: Instant,
 }
 
 /// See the module's text.
@@ -270,6 +284,8 @@ pub struct Log {
     readers: Cell<u32>,
     /// Bytes appended, by kind of stream.
     pub appended: [Cell<u64>; 2],
+    /// Counts of full segments of writes that were asked for, by number.
+    pub counts: RefCell<BTreeMap<u32, SegmentCount>>,
     changed: Signal,
 }
 
@@ -333,6 +349,7 @@ impl Log {
                 overlay: Overlay::default(),
                 hints: ExtentMap::default(),
                 revert: None,
+                reverted_to: None,
                 charged: 0,
                 unframed: 0,
                 frames_pending: 0,
@@ -341,6 +358,7 @@ impl Log {
             }),
             readers: Cell::new(0),
             appended: [Cell::new(0), Cell::new(0)],
+            counts: RefCell::default(),
             changed: Signal::default(),
         })
     }

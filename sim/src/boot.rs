@@ -10,6 +10,7 @@ use uuid::Uuid;
 
 use crate::admin;
 use crate::executor::{Executor, SimHost};
+use crate::group;
 use crate::guest::{barrier, read_view, sleep, verify, watch};
 use crate::model::When;
 use crate::world::{Running, SEGMENT, Vol, World};
@@ -45,6 +46,8 @@ fn config(world: &World) -> EngineConfig {
     let setup = &world.history.setup;
     EngineConfig {
         backlog_bytes_max: setup.backlog_bytes,
+        // Small batches, so that two of them are under way also on small volumes.
+        destage_blocks_max: [1, 4, 2048][(world.history.seed % 3) as usize],
         marker_interval_s: setup.marker_interval_s,
         default_settings: Settings {
             reserve_capacity: setup.reserve_segments * SEGMENT,
@@ -107,6 +110,9 @@ async fn start(world: &Rc<World>, executor: &Rc<Executor>) -> bool {
             return false;
         }
     }
+    if !group::settle(world).await {
+        return false;
+    }
     world.override_journal.set(false);
     let first = !world.initialised.replace(true);
     if first && world.history.setup.enabled {
@@ -146,7 +152,8 @@ pub async fn open(world: &Rc<World>, vol: &Rc<Vol>) -> bool {
         primary: vol.primary.attach(&running.executor),
         fence: world.folder.fence(vol.id),
         override_journal: world.override_journal.get(),
-        undecided_reverts: Vec::new(),
+        attach_journal: false,
+        undecided_reverts: world.folder.undecided(),
     };
     let handle = match running.engine.open_volume(spec).await {
         Ok(handle) => handle,

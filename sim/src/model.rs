@@ -94,6 +94,8 @@ struct Revert {
     lo: Time,
     hi: Time,
     target: u64,
+    /// Number of the group's revert that it is part of; 0: alone.
+    group: u64,
 }
 
 #[derive(Clone, Debug)]
@@ -221,7 +223,14 @@ impl Model {
 
     /// A revert is asked for.
     pub fn revert_begin(&mut self, target: u64, now: Time) {
-        self.reverts.push(Revert { lo: now, hi: Time(u64::MAX, u64::MAX), target });
+        self.reverts.push(Revert { lo: now, hi: Time(u64::MAX, u64::MAX), target, group: 0 });
+    }
+
+    /// The revert just begun is part of a group's.
+    pub fn revert_in_group(&mut self, group: u64) {
+        if let Some(revert) = self.reverts.last_mut() {
+            revert.group = group;
+        }
     }
 
     /// The revert took place at `instant`.
@@ -710,6 +719,20 @@ impl Oracle {
     /// See [`Model::revert_begin`].
     pub fn revert_begin(&mut self, target: u64, now: Time) {
         self.all(|world| world.revert_begin(target, now));
+    }
+    /// See [`Model::revert_in_group`].
+    pub fn revert_in_group(&mut self, group: u64) {
+        self.all(|world| world.revert_in_group(group));
+    }
+    /// Whether a group's revert happened here; `None`: both are still possible.
+    pub fn reverted_in_group(&self, group: u64) -> Option<bool> {
+        let happened = |world: &Model| world.reverts.iter().any(|revert| revert.group == group);
+        let first = happened(&self.worlds[0]);
+        self.worlds.iter().all(|world| happened(world) == first).then_some(first)
+    }
+    /// It happened, or did not, as another member of the group has shown.
+    pub fn settle_group(&mut self, group: u64, happened: bool) {
+        self.worlds.retain(|world| world.reverts.iter().any(|revert| revert.group == group) == happened);
     }
     /// See [`Model::revert_done`].
     pub fn revert_done(&mut self, instant: u64) -> Result<(), String> {

@@ -11,7 +11,7 @@ use cdp_sim::run::run;
 use cdp_sim::workload::generate;
 
 /// The fault, what it breaks, the profile that looks for it, and a seed that found it when this was written.
-const FAULTS: [(Mutation, &str, &str, u64); 19] = [
+const FAULTS: [(Mutation, &str, &str, u64); 20] = [
     (Mutation::AckBeforeAppend, "I1", "crash", 27),
     (Mutation::FlushWithoutSync, "I1", "crash", 5),
     (Mutation::FlushSyncEarly, "I1", "crash", 1552),
@@ -24,6 +24,7 @@ const FAULTS: [(Mutation, &str, &str, u64); 19] = [
     (Mutation::BeforeImageSkipped, "I4", "views", 0),
     (Mutation::RevertNotDurable, "I5", "revert", 21),
     (Mutation::RevertNotRedirected, "I5", "revert", 0),
+    (Mutation::UndecidedCounts, "I5", "group", 0),
     (Mutation::NoRecheck, "I6", "views", 1),
     (Mutation::PayloadUnchecked, "I7", "damage", 8),
     (Mutation::HoleAccepted, "I7", "damage", 1),

@@ -196,9 +196,32 @@ impl Volume {
 
     // -- markers -------------------------------------------------------------------------------------------------------
 
-    /// Adds a marker for an instant taken from the host's clock. An empty name makes an automatic one.
+    /// Adds a marker for an instant taken from the host's clock. An empty name makes an automatic one, whose name tells the second, and the nanosecond
+    /// too where the second is taken.
     pub async fn mark(self: &Rc<Self>, name: &str, kind: MarkerKind, instant: Instant) -> Result<Marker> {
+        if !name.is_empty() {
+            return self.mark_as(name, kind, instant, false).await;
+        }
+        let mut names = auto_names(instant).into_iter();
+        let first = names.next().unwrap_or_default();
+        match self.mark_as(&first, kind, instant, true).await {
+            Err(Error::Exists { .. }) => self.mark_as(&names.next().unwrap_or_default(), kind, instant, true).await,
+            marked => marked,
+        }
+    }
+
+    /// Adds a marker of a given name, which may be one of [`auto_names`](crate::auto_names) with `auto`.
+    pub async fn mark_as(
+        self: &Rc<Self>,
+        name: &str,
+        kind: MarkerKind,
+        instant: Instant,
+        auto: bool,
+    ) -> Result<Marker> {
         self.serving()?;
+        if name.is_empty() {
+            return Err(Error::invalid("name", "\"\"", "1 byte or more"));
+        }
         if name.len() > MARKER_NAME_MAX {
             return Err(Error::invalid(
                 "name",
@@ -209,7 +232,7 @@ impl Volume {
         if name.chars().any(char::is_control) {
             return Err(Error::invalid("name", format!("{name:?}"), "no control characters"));
         }
-        if !name.is_empty() && name.bytes().all(|b| b.is_ascii_digit()) {
+        if name.bytes().all(|b| b.is_ascii_digit()) {
             return Err(Error::invalid("name", name, "not digits alone: those are read as an instant"));
         }
         self.until_not_reverting().await;
@@ -221,17 +244,15 @@ impl Volume {
             if state.markers.len() >= MARKERS_MAX {
                 return Err(Error::NoSpace { what: "markers of a volume", needed: 1, free: 0 });
             }
-            let auto = name.is_empty();
-            let name = if auto { auto_name(instant) } else { name.to_owned() };
             if let Some(found) = state.markers.values().find(|m| m.name == name) {
-                if auto || found.time == instant {
+                if found.time == instant {
                     return Ok(found.clone());
                 }
-                return Err(Error::Exists { what: "marker", name });
+                return Err(Error::Exists { what: "marker", name: name.to_owned() });
             }
             let marker = self
-                .add_marker(&mut state, &name, kind, instant, auto)
-                .ok_or_else(|| Error::Exists { what: "marker", name: name.clone() })?;
+                .add_marker(&mut state, name, kind, instant, auto)
+                .ok_or_else(|| Error::Exists { what: "marker", name: name.to_owned() })?;
             let ticket = state.open.back_mut().map(|frame| {
                 frame.urgent = true;
                 Rc::clone(&frame.ticket)
@@ -263,6 +284,10 @@ impl Volume {
             return None;
         }
         let log = state.logs.back().cloned()?;
+        // Nothing was admitted since a flush that left nothing in flight: the file system is as after a sync.
+        let flushed =
+            !state.wrote_since_flush && state.flushes.back().is_some_and(|(at, clean)| *clean && *at <= instant);
+        let kind = if kind == MarkerKind::Crash && flushed { MarkerKind::Flush } else { kind };
         let marker = Marker { name: name.to_owned(), time: instant, kind, auto };
         self.open_frame(state, &log, 0, false).builder.push_marker(&marker);
         state.markers.insert((instant, name.to_owned()), marker.clone());
@@ -1357,12 +1382,13 @@ impl Volume {
                 }
             }
         }
-        let state = self.state.borrow();
-        for (instant, _) in state.flushes.iter().filter(|(at, _)| *at >= from && *at < to) {
+        self.each_flush(from, to, |instant, clean| {
             if let Some(bucket) = out.get_mut(((instant.0 - from.0) / width) as usize) {
                 bucket.flushes += 1;
+                bucket.flushes_clean += u64::from(clean);
             }
-        }
+        })
+        .await?;
         Ok(out)
     }
 
@@ -1373,6 +1399,11 @@ impl Volume {
 /// Name of the automatic marker of an instant.
 fn auto_name(instant: Instant) -> String {
     format!("CDP-auto-{}", instant.0 / 1_000_000_000)
+}
+
+/// Names that an automatic marker of an instant may have, in the order to try them. The last one is nobody else's: instants are unique.
+pub fn auto_names(instant: Instant) -> [String; 2] {
+    [auto_name(instant), format!("{}.{:09}", auto_name(instant), instant.0 % 1_000_000_000)]
 }
 
 fn covered(coverage: &[Interval], instant: Instant) -> bool {

@@ -6,6 +6,7 @@
 //! | `read.rs` | the live state and the state at any instant |
 //! | `destage.rs` | the destager: before-images, the primary, sealing, copying of reverts |
 //! | `history.rs` | logs come and go: rotate, mark, enable, disable, evict, clean, coverage |
+//! | `query.rs` | what the journal tells on demand: flush points, reverts, writes in order, changed blocks |
 //! | `revert.rs` | back to an instant, alone or with a group |
 //! | `recover.rs` | from what a stop left on the disks to a served volume |
 //! | `detach.rs` | the way out when the CDP disk fails |
@@ -15,6 +16,7 @@
 mod destage;
 mod detach;
 mod history;
+mod query;
 pub(crate) mod read;
 mod recover;
 mod revert;
@@ -35,15 +37,14 @@ use crate::fence::{Fence, FenceState};
 use crate::frame::FrameBuilder;
 use crate::host::{Device, LocalFuture};
 use crate::index::Touched;
-use crate::info::{
-    CdpState, Event, EventKind, Health, Marker, RevertProgress, Settings, ViewInfo, VolumeInfo, VolumeStats,
-};
+use crate::info::{CdpState, Event, EventKind, Health, Marker, Settings, ViewInfo, VolumeInfo, VolumeStats};
 use crate::log::Log;
 use crate::signal::Signal;
 use crate::types::{BLOCK, Instant, SECTOR, SECTORS_PER_BLOCK};
 use crate::view::View;
 
 pub(crate) use history::CloseReason;
+pub use history::auto_names;
 pub(crate) use recover::open;
 
 /// How requests are served.
@@ -148,6 +149,8 @@ pub(crate) struct State {
     pub markers: BTreeMap<(Instant, String), Marker>,
     pub marker_last: Instant,
     pub wrote_since_marker: bool,
+    /// Something was admitted since the last flush point with no write in flight.
+    pub wrote_since_flush: bool,
     /// Guest-visible size from each instant on.
     pub sizes: Vec<(Instant, u64)>,
     pub views: BTreeMap<Uuid, Rc<View>>,
@@ -181,8 +184,8 @@ pub(crate) struct State {
 /// How far the fence's `next_seq` runs ahead of the journal's.
 const SEQS_AHEAD: u64 = 1 << 20;
 
-/// Flush points kept in memory for the time line.
-const FLUSHES_MAX: usize = 65536;
+/// Newest flush points in memory: those that may not be in a completed frame yet. The rest is read from the journal.
+const FLUSHES_MAX: usize = 4096;
 
 impl State {
     /// Whether a block's content at the start of a log was lost: what the primary holds of it is not that.
@@ -202,6 +205,7 @@ impl State {
             self.flushes.pop_front();
         }
         self.flushes.push_back((instant, clean));
+        self.wrote_since_flush &= !clean;
     }
 }
 
@@ -221,6 +225,8 @@ pub struct Volume {
     pub(crate) stats: RefCell<VolumeStats>,
     /// Raised whenever a before-image was added (invariant I6).
     pub(crate) image_epoch: Cell<u64>,
+    /// Bytes of the backlog that the destager has as good as done.
+    pub(crate) landing: Cell<u64>,
     /// Only one admin call at a time changes the row of logs.
     pub(crate) admin: Cell<bool>,
     /// A fence is on its way to the state directory.
@@ -370,14 +376,7 @@ impl Volume {
         let now = self.engine.upgrade().map_or(Instant::ZERO, |e| e.clock_now());
         let state = self.state.borrow();
         let segment_size = state.attach.as_ref().map_or(0, |a| a.disk.geometry.segment_size);
-        let revert = state.logs.iter().find_map(|l| {
-            l.state.borrow().revert.as_ref().map(|r| RevertProgress {
-                instant: r.instant,
-                target: r.target,
-                blocks_total: r.total,
-                blocks_done: r.done,
-            })
-        });
+        let revert = self.revert_progress();
         VolumeInfo {
             id: self.id,
             name: state.name.clone(),

@@ -31,6 +31,8 @@ use crate::mutation::{Mutation, active};
 use crate::signal::{Signal, yield_now};
 use crate::types::{BLOCK, Instant, SECTOR, SECTORS_PER_BLOCK};
 
+/// Generation of a fence that was made for a journal found without one.
+const ANY_GENERATION: u64 = u64::MAX;
 /// Blocks that one read of a scan fetches.
 const WINDOW_BLOCKS: u32 = 256;
 
@@ -53,8 +55,8 @@ pub(crate) async fn open(engine: &Rc<Engine>, spec: VolumeSpec) -> Result<Rc<Vol
         host: Rc::clone(engine.host()),
         primary: Rc::clone(&spec.primary),
         state: RefCell::new(State {
-            name: spec.name,
-            path: spec.path,
+            name: spec.name.clone(),
+            path: spec.path.clone(),
             size,
             mode: Mode::Direct,
             health: Health::Ok,
@@ -80,6 +82,7 @@ pub(crate) async fn open(engine: &Rc<Engine>, spec: VolumeSpec) -> Result<Rc<Vol
             markers: BTreeMap::new(),
             marker_last: Instant::ZERO,
             wrote_since_marker: false,
+            wrote_since_flush: false,
             sizes: Vec::new(),
             views: BTreeMap::new(),
             clients: BTreeMap::new(),
@@ -105,6 +108,7 @@ pub(crate) async fn open(engine: &Rc<Engine>, spec: VolumeSpec) -> Result<Rc<Vol
         work: Signal::default(),
         stats: RefCell::new(VolumeStats::default()),
         image_epoch: Cell::new(0),
+        landing: Cell::new(0),
         admin: Cell::new(false),
         fence_busy: Cell::new(false),
         left_in_order: Cell::new(false),
@@ -121,33 +125,29 @@ pub(crate) async fn open(engine: &Rc<Engine>, spec: VolumeSpec) -> Result<Rc<Vol
         state.health = Health::RevertIncomplete;
         state.health_reason = fence.reason.clone();
     }
-    volume.decide(engine, fence, spec.override_journal, &spec.undecided_reverts).await?;
+    volume.decide(engine, fence, &spec).await?;
     volume.host.spawn(Box::pin(Rc::clone(&volume).run_caretaker()));
     Ok(volume)
 }
 
 impl Volume {
     /// What the fence, the disks and the primary say together.
-    async fn decide(
-        self: &Rc<Self>,
-        engine: &Rc<Engine>,
-        fence: Option<Fence>,
-        override_journal: bool,
-        undecided: &[Uuid],
-    ) -> Result<()> {
+    async fn decide(self: &Rc<Self>, engine: &Rc<Engine>, fence: Option<Fence>, spec: &VolumeSpec) -> Result<()> {
+        let (override_journal, undecided) = (spec.override_journal, &spec.undecided_reverts);
         let Some(fence) = fence else {
             let found = engine.disk_list().into_iter().find(|d| !d.segments_of(self.id).is_empty());
-            if let Some(disk) = found {
-                if !override_journal {
-                    let reason = format!(
-                        "CDP disk {} holds history of this volume, but this host has no fence for it: say explicitly what to do",
-                        disk.path
-                    );
-                    return self.refuse(Health::NeedsJournal, EventKind::NeedsJournal, reason);
-                }
-                self.drop_leftovers(engine).await?;
+            let Some(disk) = found else { return Ok(()) };
+            if spec.attach_journal {
+                return self.attach_found(engine, &disk).await;
             }
-            return Ok(());
+            if !override_journal {
+                let reason = format!(
+                    "CDP disk {} holds history of this volume, but this host has no fence for it: attach it, or give it up",
+                    disk.path
+                );
+                return self.refuse(Health::NeedsJournal, EventKind::NeedsJournal, reason);
+            }
+            return self.drop_leftovers(engine).await;
         };
         match fence.state {
             FenceState::Detached => {
@@ -195,6 +195,23 @@ impl Volume {
                     Err(error) => self.refuse(Health::NeedsJournal, EventKind::Damage, error.to_string()),
                 }
             }
+        }
+    }
+
+    /// Takes over a journal that this host has no fence for. Whether the primary is the one that it belongs to, and whether this journal is the volume's
+    /// newest, the admin vouches for; that what was destaged last is on the primary is checked.
+    async fn attach_found(self: &Rc<Self>, engine: &Rc<Engine>, disk: &Rc<Disk>) -> Result<()> {
+        let fence = {
+            let mut state = self.state.borrow_mut();
+            state.generation = ANY_GENERATION;
+            self.make_fence(&state, FenceState::Dirty, disk.id, "attached")
+        };
+        match self.recover(engine, disk, &fence, &[]).await {
+            Ok(()) => Ok(()),
+            Err(error @ Error::State(_)) => {
+                self.refuse(Health::PrimaryChanged, EventKind::PrimaryChanged, error.to_string())
+            }
+            Err(error) => self.refuse(Health::NeedsJournal, EventKind::Damage, error.to_string()),
         }
     }
 
@@ -302,7 +319,7 @@ impl Volume {
             };
         };
         let control = fold(&base_scan.side, base_seq, &disk.path, undecided)?;
-        if control.settings.generation.get() != fence.generation {
+        if control.settings.generation.get() != fence.generation && fence.generation != ANY_GENERATION {
             // The fence knows a newer attachment than the disk: what is here is never redone.
             return Err(Error::Damaged {
                 what: "journal: it is of another generation than the fence says",
@@ -491,7 +508,11 @@ impl Volume {
             last.state.borrow_mut().touched = touched;
         }
         state.logs = logs;
-        state.flushes.extend(control.flushes.iter().copied());
+        for (instant, clean) in &control.flushes {
+            state.note_flush(*instant, *clean);
+        }
+        // What came behind them is not looked for: the guest's next flush is noted.
+        state.wrote_since_flush = true;
         state.instant_last = instant_last;
         state.framed = instant_last;
         state.completed = instant_last;
@@ -892,7 +913,9 @@ fn fold(side: &[Descriptor], base_seq: u64, place: &str, undecided: &[Uuid]) -> 
                 let cut = frame::cut(descriptor.header.start.get(), descriptor.header.count.get());
                 control.hints.push((base_seq, cut.whole.0, cut.whole.1, descriptor.instant()));
             }
-            DescriptorKind::Revert if undecided.iter().any(|group| descriptor.extra.starts_with(group.as_bytes())) => {}
+            DescriptorKind::Revert
+                if undecided.iter().any(|group| descriptor.extra.starts_with(group.as_bytes()))
+                    && !active(Mutation::UndecidedCounts) => {}
             DescriptorKind::Revert => {
                 let target = Instant(descriptor.header.start.get());
                 control.hints.retain(|(_, _, _, instant)| *instant <= target);
@@ -1241,7 +1264,7 @@ async fn whole_run(disk: &Rc<Disk>, log_id: u64, kind: StreamKind, root: format:
 }
 
 /// The footer of a full segment, with its copy of descriptors.
-async fn read_footer(
+pub(super) async fn read_footer(
     disk: &Rc<Disk>,
     s: SegmentRef,
     log_id: u64,

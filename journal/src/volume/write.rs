@@ -78,7 +78,7 @@ impl Volume {
     }
 
     async fn write_pieces(self: &Rc<Self>, offset: u64, len: u64, data: Slice, fua: bool) -> Result<()> {
-        let _inflight = InFlight::enter(self);
+        let inflight = InFlight::enter(self);
         let end = offset + len;
         let base = offset - offset % BLOCK;
         let mut at = offset;
@@ -115,6 +115,8 @@ impl Volume {
         if let Some(ticket) = ticket {
             ticket.wait().await?;
         }
+        // What is whole in the journal is in flight no more: the flush point of a FUA write that was alone is a clean one.
+        drop(inflight);
         if fua || (direct && self.state.borrow().mode == Mode::Journal) {
             // A request that began before protection came on may lie partly on the primary only: its ack then stands for the primary, too.
             self.flush_inner().await?;
@@ -125,7 +127,7 @@ impl Volume {
     pub(crate) async fn write_zeroes(self: &Rc<Self>, offset: u64, len: u32, no_hole: bool, fua: bool) -> Result<()> {
         let len = u64::from(len);
         self.check_range(offset, len)?;
-        let _inflight = InFlight::enter(self);
+        let inflight = InFlight::enter(self);
         let end = offset + len;
         let mut at = offset;
         let mut ticket = None;
@@ -157,6 +159,7 @@ impl Volume {
         if let Some(ticket) = ticket {
             ticket.wait().await?;
         }
+        drop(inflight);
         self.stats.borrow_mut().zeroes += 1;
         if fua {
             self.flush_inner().await?;
@@ -300,7 +303,7 @@ impl Volume {
     fn note_flush_point(self: &Rc<Self>) {
         let Ok(engine) = self.engine() else { return };
         let mut state = self.state.borrow_mut();
-        if state.mode != Mode::Journal || !state.wrote_since_marker || state.reverting.is_some() {
+        if state.mode != Mode::Journal || !state.wrote_since_flush || state.reverting.is_some() {
             return;
         }
         let Some(instant) = engine.try_tick() else { return };
@@ -458,7 +461,9 @@ impl Volume {
         let Some(attach) = state.attach.clone() else { return Ok(Room::Later) };
         let backlog = Self::backlog(state);
         let backlog_max = engine.config().backlog_bytes_max;
-        if wanted.payload > 0 && backlog > 0 && backlog + wanted.payload > backlog_max {
+        // From three quarters on, a guest gets as much room as the destager has under way and nearly done.
+        let even = backlog.saturating_sub(self.landing.get()) + wanted.payload > backlog_max / 4 * 3;
+        if wanted.payload > 0 && backlog > 0 && (even || backlog + wanted.payload > backlog_max) {
             if !state.backlog_full {
                 state.backlog_full = true;
                 self.event_later(EventKind::BacklogFull, "acks run at the destager's pace");
@@ -478,12 +483,20 @@ impl Volume {
         // Segments that this request adds to the bound of the active log, rounded up.
         let usable = usable_bytes(attach.disk.geometry.segment_size);
         let more = (wanted.payload + 2 * BLOCK).div_ceil(usable) + (fresh * (BLOCK + 128)).div_ceil(usable);
-        let unsealed: u64 = state.logs.iter().filter(|l| !l.state.borrow().sealed).map(|l| l.segments_bound()).sum();
-        if unsealed + more > attach.capacity / 2 && state.logs.iter().filter(|l| !l.state.borrow().sealed).count() > 1 {
+        let revert = Self::revert_segments(state, usable);
+        let mut total = revert + state.leaving.iter().map(|log| log.segment_count()).sum::<u64>();
+        let (mut unsealed, mut unsealed_logs) = (0, 0);
+        for log in &state.logs {
+            let bound = log.segments_bound();
+            total += bound;
+            if !log.state.borrow().sealed {
+                unsealed += bound;
+                unsealed_logs += 1;
+            }
+        }
+        if unsealed + more > attach.capacity / 2 && unsealed_logs > 1 {
             return Ok(Room::Later);
         }
-        let revert = Self::revert_segments(state, usable);
-        let total = Self::total_bound(state) + revert;
         if total + more + 1 > attach.capacity {
             self.evict_for_capacity(state);
             return Ok(Room::Later);
@@ -518,6 +531,7 @@ impl Volume {
         state.instant_last = instant;
         state.last_write_ns = self.host.boot_ns();
         state.wrote_since_marker = true;
+        state.wrote_since_flush = true;
         // Admission saw the active log in this same step.
         let active = Rc::clone(state.logs.back().expect("journal mode has an active log"));
         if state.lost_blocks.is_some() {
