@@ -70,6 +70,13 @@ impl LogIndex {
         }
     }
 
+    /// What recovery read from frames of segments up to `number` stays apart: the footer of the next segment holds its own entries only.
+    pub fn close_recovered(&mut self, number: u32) {
+        if !self.mem.is_empty() {
+            self.freeze(number);
+        }
+    }
+
     /// Replaces everything by one run.
     pub fn replace(&mut self, run: Option<Run>) {
         self.mem = MemIndex::default();

@@ -420,6 +420,7 @@ impl Volume {
                     for entry in &scan.entries {
                         index.insert(*entry);
                     }
+                    index.close_recovered(scan.number_next.saturating_sub(1));
                 }
             }
             logs.push_back(log);
