@@ -472,12 +472,6 @@ impl Control {
     /// The admin's decision to go on with the primary as it is: opens the volume anew.
     pub async fn override_volume(&self, volume: Uuid, health: Health) -> Result<VolumeStatus> {
         let _changing = self.changing.lock().await;
-        let (record, shard) = {
-            let registry = self.registry.read();
-            let slot = registry.volumes.get(&volume);
-            let slot = slot.ok_or_else(|| Error::NotFound { what: "volume", name: volume.to_string() })?;
-            (slot.record.clone(), slot.shard)
-        };
         let info = self.info(volume).await?;
         if info.health != health {
             return Err(Error::State(format!(
@@ -487,6 +481,30 @@ impl Control {
                 health_word(health)
             )));
         }
+        self.open_anew(volume, false).await
+    }
+
+    /// The admin's decision to take over the history that a CDP disk has of this volume, though this host knows nothing of it.
+    pub async fn attach_volume(&self, volume: Uuid) -> Result<VolumeStatus> {
+        let _changing = self.changing.lock().await;
+        let fence = self.state.fence(volume).map_err(|error| Error::State(error.to_string()))?;
+        let info = self.info(volume).await?;
+        if fence.is_some() || info.health != Health::NeedsJournal {
+            let name = info.name;
+            return Err(Error::State(format!(
+                "volume {name:?} has no history to attach: that is for one in state needs_journal whose CDP disk came from elsewhere"
+            )));
+        }
+        self.open_anew(volume, true).await
+    }
+
+    async fn open_anew(&self, volume: Uuid, attach: bool) -> Result<VolumeStatus> {
+        let (record, shard) = {
+            let registry = self.registry.read();
+            let slot = registry.volumes.get(&volume);
+            let slot = slot.ok_or_else(|| Error::NotFound { what: "volume", name: volume.to_string() })?;
+            (slot.record.clone(), slot.shard)
+        };
         let fence = self.state.fence(volume).map_err(|error| Error::State(error.to_string()))?;
         let undecided_reverts = self.state.undecided_reverts();
         let reopened = self.shards[shard].call(move |local, _| async move {
@@ -500,7 +518,8 @@ impl Control {
                 size: record.size,
                 primary,
                 fence,
-                override_journal: true,
+                override_journal: !attach,
+                attach_journal: attach,
                 undecided_reverts,
             };
             local.engine.open_volume(spec).await.map(drop)
@@ -545,6 +564,7 @@ impl Control {
                 primary: Rc::clone(&primary),
                 fence,
                 override_journal: false,
+                attach_journal: false,
                 undecided_reverts,
             };
             let volume = local.engine.open_volume(spec).await?;

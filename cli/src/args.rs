@@ -227,6 +227,13 @@ pub enum Volume {
         after_help = "Examples:\n  cdpctl volume xml vm1-root\n  cdpctl volume xml vm1-root --target vdb > disk.xml\n  cdpctl volume xml vm1-root --only libvirt > disk.xml"
     )]
     Xml(VolumeXml),
+    /// Take over the history that a CDP disk brought from another host
+    #[command(
+        after_help = "Examples:\n  cdpctl volume add vm1-root --path /dev/vg0/vm1-root --uuid 0d9a…\n  cdpctl volume attach vm1-root\n\n\
+        For a volume that was added with the uuid that it had, after its CDP disk was moved here or the agent's state\n\
+        directory was lost. You vouch that the primary is the one that the history belongs to, and that the other host is out of the way."
+    )]
+    Attach(VolumeAttach),
     /// Go on with the primary as it is, where the agent refuses to decide
     #[command(after_help = "Examples:\n  cdpctl volume override vm1-root --accept needs_journal\n\n\
         The state must be named, and be the one that the volume is in:\n  \
@@ -296,6 +303,12 @@ pub enum XmlForm {
     Blockdev,
     /// -drive
     Drive,
+}
+
+#[derive(Debug, Args)]
+pub struct VolumeAttach {
+    /// Volume, by uuid or name
+    pub volume: String,
 }
 
 #[derive(Debug, Args)]

@@ -52,6 +52,7 @@ pub async fn run(cli: Cli) -> Result<Answer, Failure> {
         Command::Volume(Volume::Remove(args)) => volume::remove(agent, args).await,
         Command::Volume(Volume::Resize(args)) => volume::resize(agent, args).await,
         Command::Volume(Volume::Xml(args)) => volume::xml(agent, args).await,
+        Command::Volume(Volume::Attach(args)) => volume::attach(agent, args).await,
         Command::Volume(Volume::Override(args)) => volume::override_health(agent, args).await,
         Command::Edit(args) => settings::edit(agent, args).await,
         Command::Enable(args) => settings::enable(agent, args).await,

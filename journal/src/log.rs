@@ -12,7 +12,7 @@ use uuid::Uuid;
 
 use crate::buf::{IoBuf, Slice};
 use crate::disk::{Disk, Owner, SegmentRef};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::format::{
     self, ControlLog, EntryKind, IndexEntry, RunRoot, SegmentFooter, SegmentHeader, StreamKind, log_flags,
 };
@@ -422,6 +422,11 @@ impl Log {
                     + (stream.side.len() + frame.side_bytes()).div_ceil(BLOCK as usize) as u32
                     + 1;
                 let position = stream.position.max(1);
+                if 1 + frame.blocks() + footer > segment_blocks {
+                    // It would fit no segment, however many were taken for it.
+                    let needed = u64::from(1 + frame.blocks() + footer) * BLOCK;
+                    return Err(Error::NoSpace { what: "frame", needed, free: self.disk.geometry.segment_size });
+                }
                 if stream.segments.is_empty() || stream.finished {
                     None
                 } else if position + frame.blocks() + footer <= segment_blocks {

@@ -17,7 +17,7 @@ use crate::info::{EventKind, ViewInfo};
 use crate::log::Log;
 use crate::overlay::{Content, Overlay, copy_sectors};
 use crate::types::{BLOCK, Instant, SECTOR};
-use crate::volume::{Volume, blocks_of, check_range, read::Point};
+use crate::volume::{Mode, Volume, blocks_of, check_range, read::Point};
 
 /// See the module's text.
 pub struct View {
@@ -84,6 +84,10 @@ impl Volume {
             .await;
         let log = self.viewable(time, now)?;
         let mut state = self.state.borrow_mut();
+        // While the journal is left the primary moves on without before-images; views that were open have been lost.
+        if state.mode != Mode::Journal || state.attach.as_ref().is_none_or(|a| a.disk.failure().is_some()) {
+            return Err(Error::State(format!("volume {:?} is leaving its journal: its history ends", state.name)));
+        }
         if state.views.len() >= config.views_max {
             return Err(Error::NoSpace { what: "views of a volume", needed: 1, free: 0 });
         }

@@ -9,7 +9,7 @@ use cdp_sim::run::run;
 use cdp_sim::workload::generate;
 
 /// The fault, what it breaks, and the profile that looks for it.
-const FAULTS: [(Mutation, &str, &str); 19] = [
+const FAULTS: [(Mutation, &str, &str); 20] = [
     (Mutation::AckBeforeAppend, "I1", "crash"),
     (Mutation::FlushWithoutSync, "I1", "crash"),
     (Mutation::FlushSyncEarly, "I1", "crash"),
@@ -22,6 +22,7 @@ const FAULTS: [(Mutation, &str, &str); 19] = [
     (Mutation::BeforeImageSkipped, "I4", "views"),
     (Mutation::RevertNotDurable, "I5", "revert"),
     (Mutation::RevertNotRedirected, "I5", "revert"),
+    (Mutation::UndecidedCounts, "I5", "group"),
     (Mutation::NoRecheck, "I6", "views"),
     (Mutation::PayloadUnchecked, "I7", "damage"),
     (Mutation::HoleAccepted, "I7", "damage"),

@@ -595,6 +595,17 @@ impl CdpAgent for Service {
         .await
     }
 
+    async fn attach_volume(&self, call: Request<v1::AttachVolumeRequest>) -> Answer<v1::AttachVolumeResponse> {
+        let (metadata, _, wire) = call.into_parts();
+        let this = self.clone();
+        self.run(&metadata, async move {
+            let volume = this.resolve(&wire.volume)?;
+            let after = this.control.attach_volume(volume.uuid).await.map_err(|error| status(&error))?;
+            Ok(v1::AttachVolumeResponse { volume: Some(convert::volume(&after, &this.about.place)) })
+        })
+        .await
+    }
+
     async fn init_disk(&self, call: Request<v1::InitDiskRequest>) -> Answer<v1::InitDiskResponse> {
         let (metadata, _, wire) = call.into_parts();
         let this = self.clone();

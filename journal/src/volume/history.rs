@@ -5,7 +5,7 @@ use std::rc::Rc;
 use futures::future::{Either, select};
 use zerocopy::IntoBytes;
 
-use super::{Attach, Mode, State, Ticket, Volume, write::done_ticket};
+use super::{Attach, Held, Mode, State, Ticket, Volume, write::done_ticket};
 use crate::disk::Disk;
 use crate::error::{Error, Result};
 use crate::fence::FenceState;
@@ -529,8 +529,6 @@ impl Volume {
     fn evict_oldest(self: &Rc<Self>, state: &mut State, why: &str) {
         let Some(log) = state.logs.pop_front() else { return };
         log.state.borrow_mut().gone = true;
-        let hints: Vec<_> = log.state.borrow().hints.iter().map(|(block, count, _)| (block, count)).collect();
-        state.punch.extend(hints);
         state.leaving.push(Rc::clone(&log));
         Self::prune_markers(state);
         let lost: Vec<_> = state.views.values().filter(|v| Rc::ptr_eq(&v.log, &log)).cloned().collect();
@@ -555,6 +553,15 @@ impl Volume {
             self.durable(&ticket).await?;
             log.until_unread().await;
         }
+        {
+            // Only now: while the log may come back after a power cut, the primary holds what its instants before the discard show.
+            let mut state = self.state.borrow_mut();
+            let hints = std::mem::take(&mut log.state.borrow_mut().hints);
+            if state.attach.is_some() {
+                state.punch.extend(hints.iter().map(|(block, count, _)| (block, count)));
+            }
+        }
+        self.work.notify();
         let segments = {
             let mut inner = log.state.borrow_mut();
             let mut list = std::mem::take(&mut inner.writes.segments);
@@ -744,6 +751,7 @@ impl Volume {
         self.serving()?;
         Self::check_duration(&settings)?;
         let _lock = self.lock_admin().await;
+        self.settled().await?;
         let attach = self.state.borrow().attach.clone();
         match attach {
             Some(attach) => {
@@ -836,6 +844,7 @@ impl Volume {
         self.serving()?;
         let engine = self.engine()?;
         let _lock = self.lock_admin().await;
+        self.settled().await?;
         let (mode, on) = {
             let state = self.state.borrow();
             (state.mode, state.on)
@@ -973,6 +982,7 @@ impl Volume {
     pub async fn disable(self: &Rc<Self>) -> Result<()> {
         self.serving()?;
         let _lock = self.lock_admin().await;
+        self.settled().await?;
         let (mode, on, settings) = {
             let state = self.state.borrow();
             (state.mode, state.on, state.settings)
@@ -1019,7 +1029,12 @@ impl Volume {
         for view in lost {
             view.lose(&format!("history is gone: {why}"));
         }
-        // From here on this generation is never redone.
+        if let Some(reason) = disk.failure() {
+            return Err(Error::Gone(reason));
+        }
+        // From here on this generation is never redone, and a disk that fails changes nothing: what is on its way out of it is on the primary.
+        self.left_in_order.set(true);
+        let in_order = Held(&self.left_in_order, &self.changed);
         let kept = {
             let state = self.state.borrow();
             (state.settings, state.on, state.created_ns)
@@ -1043,6 +1058,7 @@ impl Volume {
             state.mode = Mode::Direct;
             (std::mem::take(&mut state.logs), std::mem::take(&mut state.leaving))
         };
+        drop(in_order);
         self.kick.notify();
         self.work.notify();
         self.changed.notify();
@@ -1052,6 +1068,11 @@ impl Volume {
                 (!state.appender_running && !state.destager_running).then_some(())
             })
             .await;
+        // An appender that ended with its disk left them.
+        let abandoned = std::mem::take(&mut self.state.borrow_mut().open);
+        for frame in abandoned {
+            frame.ticket.finish(Err(Error::Gone("the volume has left the journal".into())));
+        }
         for log in logs.iter().chain(&leaving) {
             log.state.borrow_mut().gone = true;
             log.until_unread().await;
@@ -1137,6 +1158,9 @@ impl Volume {
             return;
         }
         let _lock = self.lock_admin().await;
+        if self.state.borrow().mode != Mode::Direct || !self.state.borrow().on {
+            return;
+        }
         if let Err(error) = self.attach_to(None, settings).await {
             tracing::debug!(volume = %self.id, %error, "not protected again yet");
         }
@@ -1148,6 +1172,7 @@ impl Volume {
     pub async fn clean(self: &Rc<Self>, seq: Option<u64>) -> Result<()> {
         self.serving()?;
         let _lock = self.lock_admin().await;
+        self.settled().await?;
         let Some(seq) = seq else {
             if let Some(view) = self.state.borrow().views.keys().next() {
                 return Err(Error::State(format!("view {view} is open: close it first")));
@@ -1249,6 +1274,7 @@ impl Volume {
     pub async fn resize(self: &Rc<Self>, size: Option<u64>) -> Result<u64> {
         self.serving()?;
         let _lock = self.lock_admin().await;
+        self.settled().await?;
         let primary = self.primary.current_size().map_err(|e| Error::device("size of", self.path(), &e))?;
         let now = self.state.borrow().size;
         let wanted = size.unwrap_or(primary - primary % 512);
