@@ -308,7 +308,8 @@ async fn views(ring: &Ring, args: &ViewArgs) -> Result<Value> {
         while made.get() < args.records {
             made.set(made.get() + 1);
             if made.get().is_multiple_of((args.records / 1000).max(1)) {
-                instants.borrow_mut().push(world.engine.tick().await?);
+                let instant = world.engine.tick().await?;
+                instants.borrow_mut().push(instant);
             }
             export.write_zeroes(random.below(blocks) * BLOCK, BLOCK as u32, false, false).await?;
         }

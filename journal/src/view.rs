@@ -74,14 +74,7 @@ impl Volume {
         self.viewable(time, now)?;
         let config = engine.config().clone();
         // Every write at or before the instant is in the journal before the view answers.
-        self.kick.notify();
-        self.changed
-            .until(|| {
-                let state = self.state.borrow();
-                let pending = state.open.iter().any(|f| f.urgent) || state.inflight.is_some();
-                (!pending || state.completed >= time || state.attach.is_none()).then_some(())
-            })
-            .await;
+        self.completed_up_to(time).await;
         let log = self.viewable(time, now)?;
         let mut state = self.state.borrow_mut();
         // While the journal is left the primary moves on without before-images; views that were open have been lost.

@@ -53,7 +53,8 @@ fn a_kill_leaves_the_revert_of_a_group_on_all_volumes_or_on_none() {
         change(&agent, &mut rng);
         let new = images(&agent);
         // From well below the length of the call to well above it, on a fast machine as on a slow one.
-        let delay = Duration::from_micros(rng.below(1 << (10 + rng.below(8))));
+        let most = 1 << (10 + rng.below(8));
+        let delay = Duration::from_micros(rng.below(most));
         std::thread::scope(|scope| {
             let call = scope.spawn(|| {
                 let mut args = vec!["revert"];

@@ -291,7 +291,7 @@ impl Volume {
     }
 
     /// Ends when every write at or before an instant is in the journal.
-    async fn settled(self: &Rc<Self>, at: Instant) {
+    pub(crate) async fn completed_up_to(self: &Rc<Self>, at: Instant) {
         self.kick.notify();
         self.changed
             .until(|| {
@@ -447,7 +447,7 @@ impl Volume {
         let now = self.engine()?.tick().await?;
         self.viewable(after, now)?;
         self.viewable(upto, now)?;
-        self.settled(upto).await;
+        self.completed_up_to(upto).await;
         let parts = {
             let state = self.state.borrow();
             let ends = state.logs.iter().skip(1).map(|l| l.start).chain([Instant::MAX]);
@@ -508,7 +508,7 @@ impl Volume {
         let now = self.engine()?.tick().await?;
         self.viewable(from, now)?;
         self.viewable(to, now)?;
-        self.settled(to).await;
+        self.completed_up_to(to).await;
         let row: Vec<(Rc<Log>, ReadPin, Instant)> = {
             let state = self.state.borrow();
             let ends = state.logs.iter().skip(1).map(|l| l.start).chain([Instant::MAX]);
