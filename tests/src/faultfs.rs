@@ -56,6 +56,8 @@ pub enum Op {
 pub enum Effect {
     /// This errno.
     Fail(i32),
+    /// For a sync: this errno, and all that was written since the last good sync is forgotten.
+    FailAndForget(i32),
     /// It waits until [`FaultFs::heal`], and is done then.
     Hang,
     /// It is done so much later.
@@ -163,7 +165,9 @@ struct State {
     next_ino: u64,
     faults: HashMap<String, Vec<Fault>>,
     met: u64,
-    parked: Vec<Box<dyn FnOnce() + Send>>,
+    parked: Vec<(String, Box<dyn FnOnce() + Send>)>,
+    /// Files that may have to forget: as their last good sync left them.
+    synced: HashMap<u64, Arc<Vec<u8>>>,
     recording: Option<Recording>,
     /// Of 100 writes while it records, so many end later than they began.
     late_percent: u64,
@@ -249,7 +253,15 @@ impl FaultFs {
 
     /// From now on calls on the file `name` (in whatever folder) meet this fault.
     pub fn inject(&self, name: &str, fault: Fault) {
-        self.shared.lock().faults.entry(name.to_owned()).or_default().push(fault);
+        let mut state = self.shared.lock();
+        if matches!(fault.effect, Effect::FailAndForget(_))
+            && let Ok(ino) = state.entry(ROOT, OsStr::new(name))
+        {
+            // What is not synced yet is forgotten only if it was written after this.
+            let now = Arc::clone(state.file(ino).expect("it is a file"));
+            state.synced.insert(ino, now);
+        }
+        state.faults.entry(name.to_owned()).or_default().push(fault);
     }
 
     /// Ends all faults; what hangs is done now.
@@ -259,7 +271,19 @@ impl FaultFs {
             state.faults.clear();
             std::mem::take(&mut state.parked)
         };
-        for call in parked {
+        for (_, call) in parked {
+            call();
+        }
+    }
+
+    /// The same for one file.
+    pub fn heal_file(&self, name: &str) {
+        let parked: Vec<_> = {
+            let mut state = self.shared.lock();
+            state.faults.remove(name);
+            state.parked.extract_if(.., |(file, _)| file == name).collect()
+        };
+        for (_, call) in parked {
             call();
         }
     }
@@ -586,6 +610,14 @@ impl State {
         None
     }
 
+    fn forget_unsynced(&mut self, ino: u64) {
+        if let Some(kept) = self.synced.get(&ino).cloned()
+            && let Ok(content) = self.file(ino)
+        {
+            *content = kept;
+        }
+    }
+
     fn reserve(&mut self, ino: u64, end: u64) -> Result<(), Errno> {
         let content = self.file(ino)?;
         let end = usize::try_from(end).map_err(|_| Errno::EFBIG)?;
@@ -630,7 +662,15 @@ impl Handler {
         };
         match (effect, late) {
             (Some(Effect::Fail(errno)), _) => run(Some(Errno::from_i32(errno))),
-            (Some(Effect::Hang), _) => self.0.lock().parked.push(Box::new(move || run(None))),
+            (Some(Effect::FailAndForget(errno)), _) => {
+                self.0.lock().forget_unsynced(ino);
+                run(Some(Errno::from_i32(errno)));
+            }
+            (Some(Effect::Hang), _) => {
+                let mut state = self.0.lock();
+                let name = state.name_of(ino);
+                state.parked.push((name, Box::new(move || run(None))));
+            }
             (Some(Effect::Delay(delay)), _) | (None, Some(delay)) => later(delay, Box::new(move || run(None))),
             (None, None) => run(None),
         }
@@ -832,6 +872,12 @@ impl Filesystem for Handler {
             None => {
                 if let Some(begun) = begun {
                     state.note(What::SyncEnded(begun));
+                }
+                if state.synced.contains_key(&ino.0)
+                    && let Ok(content) = state.file(ino.0)
+                {
+                    let content = Arc::clone(content);
+                    state.synced.insert(ino.0, content);
                 }
                 reply.ok();
             }
