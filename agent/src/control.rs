@@ -16,9 +16,9 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use cdp_journal::clock::HostClock;
-use cdp_journal::info::{DiskInfo, Health, RevertReport, ViewInfo, VolumeInfo, VolumeStats};
+use cdp_journal::info::{DiskInfo, Health, ViewInfo, VolumeInfo, VolumeStats};
 use cdp_journal::{
-    Device, Engine, EngineConfig, Error, Export, InitOptions, Instant, Result, RevertRequest, View, Volume, VolumeSpec,
+    Device, Engine, EngineConfig, Error, Export, InitOptions, Instant, Result, View, Volume, VolumeSpec,
 };
 use cdp_proto::v1::EventKind;
 use futures::future::{BoxFuture, FutureExt as _, join_all};
@@ -102,17 +102,6 @@ pub struct NewVolume {
     pub size: u64,
     /// Make the file, sparse, where there is none.
     pub create: bool,
-}
-
-/// A revert of one or several volumes.
-#[derive(Clone, Copy, Debug)]
-pub struct Rewind {
-    /// Disconnect clients and hold the export.
-    pub force: bool,
-    /// Let clients in at once.
-    pub release: bool,
-    /// Change nothing.
-    pub dry_run: bool,
 }
 
 /// See the module's text.
@@ -207,6 +196,7 @@ impl Control {
         let deadline = tokio::time::Instant::now() + PREDECESSOR_PATIENCE;
         control.open_disks(config, &saved.disks, deadline).await?;
         control.open_volumes(config, &saved, deadline).await?;
+        control.settle_reverts().await;
         control.reopen_views(saved.views).await?;
         Ok(control)
     }
@@ -481,6 +471,7 @@ impl Control {
             )));
         }
         let fence = self.state.fence(volume).map_err(|error| Error::State(error.to_string()))?;
+        let undecided_reverts = self.state.undecided_reverts();
         let reopened = self.shards[shard].call(move |local, _| async move {
             let primary = local.primaries.borrow().get(&volume).cloned();
             let primary = primary.ok_or_else(|| Error::Gone(format!("volume {volume} is being removed")))?;
@@ -493,11 +484,15 @@ impl Control {
                 primary,
                 fence,
                 override_journal: true,
+                undecided_reverts,
             };
             local.engine.open_volume(spec).await.map(drop)
         });
         match reopened.await.unwrap_or_else(|_| Err(stopping())) {
-            Ok(()) => self.volume(volume).await,
+            Ok(()) => {
+                self.settle_reverts().await;
+                self.volume(volume).await
+            }
             Err(error) => {
                 if let Some(slot) = self.registry.write().volumes.get_mut(&volume) {
                     slot.failed = Some(error.to_string());
@@ -522,6 +517,7 @@ impl Control {
         let shard = self.place(fence.as_ref().map(|fence| fence.disk)).await;
         let file = open_patiently(&record.path, deadline).await.map_err(open_error)?;
         let record = record.clone();
+        let undecided_reverts = self.state.undecided_reverts();
         let opened = self.shards[shard].call(move |local, ring| async move {
             let primary: Rc<dyn Device> = Rc::new(Disk::new(&ring, file));
             let spec = VolumeSpec {
@@ -532,6 +528,7 @@ impl Control {
                 primary: Rc::clone(&primary),
                 fence,
                 override_journal: false,
+                undecided_reverts,
             };
             let volume = local.engine.open_volume(spec).await?;
             local.primaries.borrow_mut().insert(record.uuid, primary);
@@ -860,52 +857,25 @@ impl Control {
         self.record_views().await.context("record the views")
     }
 
-    // ---- several volumes at once ----
-
-    /// Takes volumes back, together or not at all. Answers in the order given.
-    pub async fn revert(&self, targets: Vec<(Uuid, Instant)>, how: Rewind) -> Vec<Result<RevertReport>> {
-        let request = |target: Instant, dry_run: bool, group| RevertRequest {
-            target,
-            force: how.force,
-            release: how.release,
-            dry_run,
-            group,
-        };
-        let run = |volume: Uuid, request: RevertRequest| {
-            self.on_volume(volume, move |volume| async move { volume.revert(request).await })
-        };
-        if how.dry_run || targets.len() == 1 {
-            return join_all(targets.iter().map(|(volume, at)| run(*volume, request(*at, how.dry_run, None)))).await;
+    /// Groups whose revert was not decided when the agent ended, and all of whose volumes have been recovered without it: they are told, and done with.
+    async fn settle_reverts(&self) {
+        for (group, members) in self.state.undecided_members() {
+            let mut open = false;
+            for volume in &members {
+                let known = self.registry.read().volumes.contains_key(volume);
+                // One that is not served yet still has to be recovered without it.
+                open |= known
+                    && !matches!(self.info(*volume).await, Ok(info) if !matches!(info.health, Health::NeedsJournal | Health::PrimaryChanged));
+            }
+            if !open {
+                let message = format!(
+                    "the revert of {} volumes was cut off before it was decided: none of them was reverted",
+                    members.len()
+                );
+                self.events.publish_now(EventKind::Recovered, members.first().copied(), None, message);
+                self.state.decide_revert(group).await;
+            }
         }
-        // What can be refused is refused before anything changes.
-        let checks = join_all(targets.iter().map(|(volume, at)| run(*volume, request(*at, true, None)))).await;
-        if checks.iter().any(Result::is_err) {
-            let aborted = || Err(Error::Gone("not done: another volume of the group was refused".to_owned()));
-            return checks.into_iter().map(|check| check.and_then(|_| aborted())).collect();
-        }
-        let group = Some((Uuid::new_v4(), u32::try_from(targets.len()).unwrap_or(u32::MAX)));
-        let done = join_all(targets.iter().map(|(volume, at)| run(*volume, request(*at, false, group)))).await;
-        if done.iter().all(Result::is_ok) {
-            return done;
-        }
-        let mut answers = Vec::new();
-        for (result, (volume, _)) in done.into_iter().zip(&targets) {
-            let Ok(report) = result else {
-                answers.push(result);
-                continue;
-            };
-            let undone = run(*volume, request(report.instant.before(), false, None)).await;
-            answers.push(Err(match undone {
-                Ok(_) => Error::Gone("taken back again: another volume of the group failed".to_owned()),
-                Err(error) => Error::State(format!(
-                    "another volume of the group failed, and taking this one back again failed too: {error}; \
-                     it stands at {}, and reverting it to {} undoes that",
-                    report.target,
-                    report.instant.before()
-                )),
-            }));
-        }
-        answers
     }
 
     // ---- metrics, health, end ----
@@ -1001,7 +971,7 @@ fn health_word(health: Health) -> String {
     crate::grpc::convert::health(health).word()
 }
 
-fn stopping() -> Error {
+pub(crate) fn stopping() -> Error {
     Error::Gone("the agent is stopping".to_owned())
 }
 

@@ -7,6 +7,7 @@
 //! | `clock` | the clock's high-water mark |
 //! | `volumes`, `disks`, `views` | what was added and opened, to be served again after a restart |
 //! | `fences/<uuid>` | the fence of a volume |
+//! | `reverts/<uuid>` | the volumes of a group whose revert is not decided |
 //!
 //! A file is one line `cdp-state <version> <kind> <bytes> <crc32>` and then that many bytes of JSON, whose CRC-32 (IEEE) the
 //! line tells. A file that is damaged, of another kind or newer than this agent stops the start and is named: it is never
@@ -19,12 +20,14 @@ use std::io::{self, Read as _, Write as _};
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use cdp_journal::info::Settings;
 use cdp_journal::{Fence, FenceState, Instant, LocalFuture, StateStore};
 use crossbeam_channel::{Receiver, Sender};
 use futures::channel::oneshot;
 use nix::fcntl::{Flock, FlockArg};
+use parking_lot::Mutex;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
@@ -127,6 +130,8 @@ pub struct StateDir {
     dir: PathBuf,
     host: Uuid,
     writer: Writer,
+    /// Groups whose revert is not decided, with their volumes.
+    undecided: Mutex<BTreeMap<Uuid, Vec<Uuid>>>,
     _lock: Flock<File>,
 }
 
@@ -136,8 +141,13 @@ impl StateDir {
         let fences_dir = dir.join("fences");
         let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(&fences_dir);
         made.map_err(io_error("create directory", &fences_dir))?;
+        let reverts_dir = dir.join("reverts");
+        let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(&reverts_dir);
+        made.map_err(io_error("create directory", &reverts_dir))?;
         let lock = lock(dir)?;
         remove_leftovers(dir)?;
+        remove_leftovers(&reverts_dir)?;
+        let undecided = read_reverts(&reverts_dir)?;
         remove_leftovers(&fences_dir)?;
         let fences = read_fences(&fences_dir)?;
         let host_path = dir.join("host");
@@ -158,7 +168,8 @@ impl StateDir {
             fences,
         };
         let writer = Writer::start(saved.high_water).map_err(io_error("start the writer of", dir))?;
-        Ok((Arc::new(Self { dir: dir.to_owned(), host, writer, _lock: lock }), saved))
+        let undecided = Mutex::new(undecided);
+        Ok((Arc::new(Self { dir: dir.to_owned(), host, writer, undecided, _lock: lock }), saved))
     }
 
     /// Whether the directory can be read and whether all in it is right. Changes nothing and takes no lock.
@@ -170,6 +181,9 @@ impl StateDir {
         read_file::<Vec<ViewRecord>>(&dir.join("views"), "views")?;
         if dir.join("fences").exists() {
             read_fences(&dir.join("fences"))?;
+        }
+        if dir.join("reverts").exists() {
+            read_reverts(&dir.join("reverts"))?;
         }
         Ok(())
     }
@@ -202,6 +216,36 @@ impl StateDir {
     /// Replaces the list of views.
     pub async fn put_views(&self, views: &[ViewRecord]) -> io::Result<()> {
         self.writer.put(self.dir.join("views"), encode("views", &views)).await
+    }
+
+    /// Groups whose revert is not decided: their records do not count at recovery.
+    pub fn undecided_reverts(&self) -> Vec<Uuid> {
+        self.undecided.lock().keys().copied().collect()
+    }
+
+    /// The same, with their volumes.
+    pub fn undecided_members(&self) -> BTreeMap<Uuid, Vec<Uuid>> {
+        self.undecided.lock().clone()
+    }
+
+    /// From now on the revert of a group is undecided, durably.
+    pub async fn begin_revert(&self, group: Uuid, members: Vec<Uuid>) -> io::Result<()> {
+        self.undecided.lock().insert(group, members.clone());
+        self.writer.put(self.revert_path(group), encode("revert", &members)).await
+    }
+
+    /// It is not undecided any more, durably: repeated with back-off for as long as the directory fails, since either answer may be on disk then.
+    pub async fn decide_revert(&self, group: Uuid) {
+        let mut pause = Duration::from_millis(10);
+        while answer(self.writer.send(self.revert_path(group), Change::Remove)).await.is_err() {
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(Duration::from_secs(1));
+        }
+        self.undecided.lock().remove(&group);
+    }
+
+    fn revert_path(&self, group: Uuid) -> PathBuf {
+        self.dir.join("reverts").join(group.to_string())
     }
 
     fn fence_path(&self, volume: Uuid) -> PathBuf {
@@ -384,6 +428,22 @@ fn read_fences(dir: &Path) -> Result<BTreeMap<Uuid, Fence>, StateError> {
     Ok(fences)
 }
 
+fn read_reverts(dir: &Path) -> Result<BTreeMap<Uuid, Vec<Uuid>>, StateError> {
+    let mut reverts = BTreeMap::new();
+    for entry in fs::read_dir(dir).map_err(io_error("read", dir))? {
+        let path = entry.map_err(io_error("read", dir))?.path();
+        if path.extension().is_some_and(|extension| extension == "tmp") {
+            continue;
+        }
+        let name = path.file_name().and_then(|name| name.to_str()).and_then(|name| Uuid::parse_str(name).ok());
+        let group = name.ok_or_else(|| damaged(&path, "its name is no group's uuid"))?;
+        if let Some(members) = read_file::<Vec<Uuid>>(&path, "revert")? {
+            reverts.insert(group, members);
+        }
+    }
+    Ok(reverts)
+}
+
 fn read_fence(path: &Path, volume: Uuid) -> Result<Option<Fence>, StateError> {
     let Some(record) = read_file::<FenceRecord>(path, "fence")? else { return Ok(None) };
     if record.volume != volume {
@@ -458,7 +518,8 @@ fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
 fn remove(path: &Path) -> io::Result<()> {
     match fs::remove_file(path) {
         Ok(()) => sync_parent(path),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        // Gone, perhaps by a call before this one whose sync failed.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => sync_parent(path),
         Err(error) => Err(error),
     }
 }

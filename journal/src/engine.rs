@@ -94,6 +94,8 @@ pub struct VolumeSpec {
     /// The admin's named override of `needs_journal`, `primary_changed` or `revert_incomplete`: go on with the primary as it is; the journal
     /// of the fence's generation is never redone.
     pub override_journal: bool,
+    /// Groups whose revert was begun and never decided ([`crate::group`]): theirs do not count.
+    pub undecided_reverts: Vec<Uuid>,
 }
 
 /// What `revert` is asked for.
@@ -107,8 +109,6 @@ pub struct RevertRequest {
     pub release: bool,
     /// Change nothing, only report.
     pub dry_run: bool,
-    /// The group's id and all member volumes; a lone revert has none.
-    pub group: Option<(Uuid, u32)>,
 }
 
 /// A wall clock that moves by more than this against the boot clock has stepped.

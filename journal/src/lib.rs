@@ -13,6 +13,7 @@ mod error;
 mod fence;
 pub mod format;
 mod frame;
+pub mod group;
 pub mod host;
 pub mod index;
 pub mod info;

@@ -68,6 +68,7 @@ impl Volume {
     ) -> Result<Rc<View>> {
         self.serving()?;
         let engine = self.engine()?;
+        self.until_not_reverting().await;
         let now = engine.tick().await?;
         self.viewable(time, now)?;
         let config = engine.config().clone();

@@ -393,7 +393,7 @@ async fn revert(world: &Rc<World>, vol: &Rc<Vol>, at: u64, exact: Option<u64>, f
     let before = Vol::covers(&handle.info(), target);
     let now = world.now(vol);
     vol.oracle.borrow_mut().revert_begin(target, now);
-    let request = RevertRequest { target: Instant(target), force, release, dry_run: false, group: None };
+    let request = RevertRequest { target: Instant(target), force, release, dry_run: false };
     if force && !release {
         vol.held.set(None);
     }
@@ -467,7 +467,7 @@ async fn dry_run(world: &Rc<World>, vol: &Rc<Vol>, at: u64) {
     let handle = vol.handle();
     let target = world.pick_instant(&handle.info(), at);
     let before = Vol::covers(&handle.info(), target);
-    let request = RevertRequest { target: Instant(target), force: true, release: false, dry_run: true, group: None };
+    let request = RevertRequest { target: Instant(target), force: true, release: false, dry_run: true };
     let result = handle.revert(request).await;
     let info = handle.info();
     if vol.disconnected.get() || info.held {

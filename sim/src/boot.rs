@@ -146,6 +146,7 @@ pub async fn open(world: &Rc<World>, vol: &Rc<Vol>) -> bool {
         primary: vol.primary.attach(&running.executor),
         fence: world.folder.fence(vol.id),
         override_journal: world.override_journal.get(),
+        undecided_reverts: Vec::new(),
     };
     let handle = match running.engine.open_volume(spec).await {
         Ok(handle) => handle,

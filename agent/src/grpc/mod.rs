@@ -29,8 +29,9 @@ use tonic::transport::Server;
 use tonic::{Code, Request, Response, Status};
 use uuid::Uuid;
 
-use crate::control::{Control, NewVolume, Resolved, Rewind};
+use crate::control::{Control, NewVolume, Resolved};
 use crate::listen::Connection;
+use crate::revert::Rewind;
 
 use convert::Place;
 use request::{At, Edit, Mark, NewDisk};

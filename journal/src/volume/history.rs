@@ -7,18 +7,15 @@ use zerocopy::IntoBytes;
 
 use super::{Attach, Mode, State, Ticket, Volume, write::done_ticket};
 use crate::disk::Disk;
-use crate::engine::RevertRequest;
 use crate::error::{Error, Result};
 use crate::fence::FenceState;
 use crate::format::{ControlKind, ControlRevert, ControlSettings, EntryKind, StreamKind};
 use crate::index::{Key, Touched};
-use crate::info::{
-    EventKind, Health, Interval, LogInfo, Marker, MarkerKind, Priority, RevertReport, Settings, TimelineBucket,
-};
-use crate::log::{Log, PendingRevert, usable_bytes};
+use crate::info::{EventKind, Health, Interval, LogInfo, Marker, MarkerKind, Priority, Settings, TimelineBucket};
+use crate::log::{Log, usable_bytes};
 use crate::mutation::{Mutation, active};
 use crate::signal::yield_now;
-use crate::types::{BLOCK, Instant};
+use crate::types::Instant;
 
 /// Fewest segments of a `reserve_capacity`: eight logs of four.
 pub(crate) const CAPACITY_SEGMENTS_MIN: u64 = 32;
@@ -75,7 +72,11 @@ impl Volume {
 
     /// Rotates with an instant taken in the same step, so that no write of the old log is newer than the new log's start. Answers the ticket of the
     /// new log's first frames.
-    async fn rotate_now(self: &Rc<Self>, reason: CloseReason, set: impl Fn(&mut State)) -> Result<Rc<Ticket>> {
+    pub(super) async fn rotate_now(
+        self: &Rc<Self>,
+        reason: CloseReason,
+        set: impl Fn(&mut State),
+    ) -> Result<Rc<Ticket>> {
         let engine = self.engine()?;
         loop {
             {
@@ -178,13 +179,13 @@ impl Volume {
         ticket
     }
 
-    fn store_settings(self: &Rc<Self>) -> Rc<Ticket> {
+    pub(super) fn store_settings(self: &Rc<Self>) -> Rc<Ticket> {
         let row = Self::settings_row(&self.state.borrow());
         self.control(ControlKind::Settings, Instant::ZERO, 0, 0, row.as_bytes(), true)
     }
 
     /// Waits for a control record and makes it durable.
-    async fn durable(self: &Rc<Self>, ticket: &Ticket) -> Result<()> {
+    pub(super) async fn durable(self: &Rc<Self>, ticket: &Ticket) -> Result<()> {
         ticket.wait().await?;
         let disk = self.state.borrow().attach.as_ref().map(|a| Rc::clone(&a.disk));
         match disk {
@@ -211,6 +212,7 @@ impl Volume {
         if !name.is_empty() && name.bytes().all(|b| b.is_ascii_digit()) {
             return Err(Error::invalid("name", name, "not digits alone: those are read as an instant"));
         }
+        self.until_not_reverting().await;
         let (marker, ticket) = {
             let mut state = self.state.borrow_mut();
             if state.mode != Mode::Journal || !state.on {
@@ -386,13 +388,14 @@ impl Volume {
 
     // -- eviction ------------------------------------------------------------------------------------------------------
 
-    /// Whether a pending revert needs the log at a position.
+    /// Whether a revert, pending or being made, needs the log at a position.
     fn pinned(state: &State, position: usize) -> bool {
         let end = state.logs.get(position + 1).map_or(Instant::MAX, |n| n.start);
-        state.logs.iter().any(|l| l.state.borrow().revert.as_ref().is_some_and(|r| r.target < end))
+        state.reverting.as_ref().is_some_and(|r| r.target() < end)
+            || state.logs.iter().any(|l| l.state.borrow().revert.as_ref().is_some_and(|r| r.target < end))
     }
 
-    fn oldest_can_go(state: &State) -> bool {
+    pub(super) fn oldest_can_go(state: &State) -> bool {
         state.logs.len() > 1 && state.logs.front().is_some_and(|l| l.state.borrow().sealed) && !Self::pinned(state, 0)
     }
 
@@ -1213,218 +1216,6 @@ impl Volume {
             .await;
         self.state.borrow_mut().drain_waiters -= 1;
         result
-    }
-
-    // -- revert --------------------------------------------------------------------------------------------------------
-
-    /// Blocks that may differ between the target and now.
-    async fn changed_since(self: &Rc<Self>, target: Instant) -> Result<Touched> {
-        let logs: Vec<_> = {
-            let state = self.state.borrow();
-            let first = state.logs.iter().rposition(|l| l.start <= target).unwrap_or(0);
-            state.logs.iter().skip(first).cloned().collect()
-        };
-        let mut changed = Touched::default();
-        for log in logs {
-            let _pin = log.pin();
-            let runs = {
-                let state = log.state.borrow();
-                changed.union(&state.touched);
-                if let Some(revert) = &state.revert {
-                    changed.union(&revert.left);
-                }
-                match &state.imaged {
-                    Some(imaged) => {
-                        changed.union(imaged);
-                        Vec::new()
-                    }
-                    None => state.before_index.runs(),
-                }
-            };
-            for run in runs {
-                let mut cursor = run.cursor(Key { level: 0, block: 0, instant: 0 });
-                let mut n = 0u32;
-                while let Some(entry) = cursor.next(&*log.disk).await? {
-                    changed.insert_range(entry.block.get(), entry.blocks());
-                    n += 1;
-                    if n.is_multiple_of(1024) {
-                        yield_now().await;
-                    }
-                }
-            }
-        }
-        Ok(changed)
-    }
-
-    /// Goes back to an instant: reads are switched when this ends, copying goes on behind.
-    pub async fn revert(self: &Rc<Self>, request: RevertRequest) -> Result<RevertReport> {
-        self.serving()?;
-        let engine = self.engine()?;
-        let _lock = self.lock_admin().await;
-        {
-            let state = self.state.borrow();
-            if state.mode != Mode::Journal {
-                return Err(Error::State(format!(
-                    "volume {:?} is not protected: there is no history to go back to",
-                    state.name
-                )));
-            }
-            if !state.on && !request.dry_run {
-                return Err(Error::State(format!(
-                    "volume {:?} is switched off: `enable` it first, so that the revert can be undone",
-                    state.name
-                )));
-            }
-        }
-        let now = engine.tick().await?;
-        self.viewable(request.target, now)?;
-        let changed = self.changed_since(request.target).await?;
-        let attach = self.state.borrow().attach.clone().ok_or_else(|| Error::Gone("the CDP disk is offline".into()))?;
-        let segment_size = attach.disk.geometry.segment_size;
-        let usable = usable_bytes(segment_size);
-        let needed = ((changed.len() * (BLOCK + 128)).div_ceil(usable) + 2) * segment_size;
-        let available = {
-            let state = self.state.borrow();
-            let first = state.logs.iter().rposition(|l| l.start <= request.target).unwrap_or(0);
-            let kept: u64 = state.logs.iter().skip(first).map(|l| l.segments_bound()).sum();
-            attach.capacity.saturating_sub(kept + 4) * segment_size
-        };
-        let mut report = RevertReport {
-            instant: engine.clock_now(),
-            target: request.target,
-            blocks: changed.len(),
-            bytes: changed.len() * BLOCK,
-            needed_bytes: needed,
-            available_bytes: available,
-        };
-        if request.dry_run {
-            return Ok(report);
-        }
-        let writers = self.state.borrow().clients.values().filter(|c| c.writable).count();
-        if writers > 0 && !request.force {
-            return Err(Error::State(format!(
-                "{writers} client(s) hold volume {:?} open for writing: stop them, or use force",
-                self.name()
-            )));
-        }
-        if needed > available {
-            return Err(Error::NoSpace { what: "revert", needed, free: available });
-        }
-        if request.force {
-            // Clients are disconnected, and stay out until release: a guest with stale caches must not write over the reverted state.
-            self.state.borrow_mut().held = !request.release && writers > 0;
-            self.disconnect_all();
-            self.until_writers_gone(engine.config().stall_max_ns).await?;
-        }
-        self.make_room(request.target, needed / segment_size).await?;
-        let ticket = loop {
-            // Taken in the step that uses it: no write lies between. The next log begins at the revert's own instant, so every instant from the revert
-            // on resolves in it.
-            let Some(instant) = engine.try_tick() else {
-                engine.raise_clock().await;
-                continue;
-            };
-            // Capacity or age may have taken the target's log while this waited.
-            self.viewable(request.target, now)?;
-            let mut state = self.state.borrow_mut();
-            if state.mode != Mode::Journal {
-                return Err(Error::Gone("the CDP disk failed".into()));
-            }
-            let closing = Rc::clone(state.logs.back().ok_or_else(|| Error::Gone("no active log".into()))?);
-            // Writes admitted since the set was taken are in the active log's touched set.
-            let mut left = changed;
-            left.union(&closing.state.borrow().touched);
-            for log in &state.logs {
-                log.state.borrow_mut().hints.remove_since(request.target.after());
-            }
-            state.instant_last = instant;
-            report.instant = instant;
-            let total = left.len();
-            self.open_frame(&mut state, &closing, 0, true).builder.push_revert(instant, request.target, total, &[]);
-            if total > 0 {
-                let pending = PendingRevert { instant, target: request.target, left, total, done: 0, next_block: 0 };
-                closing.state.borrow_mut().revert = Some(pending);
-            }
-            self.rotate(&mut state, instant, true, CloseReason::Reverted);
-            break state.open.back().map(|f| Rc::clone(&f.ticket));
-        };
-        if let Some(ticket) = ticket.filter(|_| !active(Mutation::RevertNotDurable)) {
-            self.durable(&ticket).await?;
-        }
-        self.event(
-            EventKind::Reverted,
-            format!("to {} at {}; {} blocks to copy", request.target, report.instant, report.blocks),
-        );
-        Ok(report)
-    }
-
-    /// Clients that were asked to go finish the requests that they have under way; that takes no longer than a stall may.
-    async fn until_writers_gone(self: &Rc<Self>, wait_ns: u64) -> Result<()> {
-        let gone = self.changed.until(|| self.state.borrow().clients.values().all(|c| !c.writable).then_some(()));
-        futures::pin_mut!(gone);
-        match select(gone, self.host.sleep(wait_ns)).await {
-            Either::Left(_) => Ok(()),
-            Either::Right(_) => Err(Error::State(format!(
-                "clients of volume {:?} were asked to go and did not: nothing was reverted",
-                self.name()
-            ))),
-        }
-    }
-
-    /// Logs older than the target go until the revert has the room that it needs.
-    async fn make_room(self: &Rc<Self>, target: Instant, segments: u64) -> Result<()> {
-        loop {
-            {
-                let mut state = self.state.borrow_mut();
-                let Some(attach) = state.attach.clone() else {
-                    return Err(Error::Gone("the CDP disk is offline".into()));
-                };
-                if Self::total_bound(&state) + segments + 2 <= attach.capacity {
-                    return Ok(());
-                }
-                let older = state.logs.get(1).is_some_and(|second| second.start <= target);
-                if state.leaving.is_empty() {
-                    if !older || !Self::oldest_can_go(&state) {
-                        let free = attach.capacity.saturating_sub(Self::total_bound(&state))
-                            * attach.disk.geometry.segment_size;
-                        let needed = segments * attach.disk.geometry.segment_size;
-                        return Err(Error::NoSpace { what: "revert", needed, free });
-                    }
-                    self.evict_for_capacity(&mut state);
-                }
-            }
-            self.changed
-                .until(|| {
-                    let state = self.state.borrow();
-                    (state.leaving.is_empty() || state.mode != Mode::Journal).then_some(())
-                })
-                .await;
-        }
-    }
-
-    /// Ends when no revert is pending.
-    pub async fn revert_done(self: &Rc<Self>) -> Result<()> {
-        self.changed
-            .until(|| {
-                let state = self.state.borrow();
-                if state.mode == Mode::Closed {
-                    return Some(Err(Error::Gone("the volume is closed".into())));
-                }
-                if state.lost_blocks.is_some() {
-                    return Some(Err(Error::State(state.health_reason.clone())));
-                }
-                state.logs.iter().all(|l| l.state.borrow().revert.is_none()).then_some(Ok(()))
-            })
-            .await
-    }
-
-    /// Lets clients in again after a forced revert.
-    pub async fn release(self: &Rc<Self>) -> Result<()> {
-        if !std::mem::replace(&mut self.state.borrow_mut().held, false) {
-            return Ok(());
-        }
-        let ticket = self.store_settings();
-        self.durable(&ticket).await
     }
 
     // -- size ----------------------------------------------------------------------------------------------------------

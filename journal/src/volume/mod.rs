@@ -5,7 +5,8 @@
 //! | `write.rs` | admission, the open frame, acks, flushes |
 //! | `read.rs` | the live state and the state at any instant |
 //! | `destage.rs` | the destager: before-images, the primary, sealing, copying of reverts |
-//! | `history.rs` | logs come and go: rotate, mark, enable, disable, evict, clean, revert, coverage |
+//! | `history.rs` | logs come and go: rotate, mark, enable, disable, evict, clean, coverage |
+//! | `revert.rs` | back to an instant, alone or with a group |
 //! | `recover.rs` | from what a stop left on the disks to a served volume |
 //! | `detach.rs` | the way out when the CDP disk fails |
 //!
@@ -16,6 +17,7 @@ mod detach;
 mod history;
 pub(crate) mod read;
 mod recover;
+mod revert;
 mod write;
 
 use std::cell::{Cell, RefCell};
@@ -119,6 +121,8 @@ pub(crate) struct State {
     pub on: bool,
     pub created_ns: u64,
     pub held: bool,
+    /// A revert is prepared: writes wait.
+    pub reverting: Option<revert::Reverting>,
     pub generation: u64,
     pub next_seq: u64,
     pub attach: Option<Attach>,
@@ -208,12 +212,28 @@ pub struct Volume {
 }
 
 /// Held by the admin call that changes the row of logs.
-pub(crate) struct AdminLock(Rc<Volume>);
+pub(crate) struct AdminLock(Option<Rc<Volume>>);
+
+impl AdminLock {
+    /// Ends the call but not the lock: a later call of the same work takes it over with [`AdminLock::kept`].
+    fn keep(mut self) {
+        self.0 = None;
+    }
+
+    /// Takes over a lock that was kept.
+    fn kept(volume: &Rc<Volume>) -> Self {
+        debug_assert!(volume.admin.get());
+        Self(Some(Rc::clone(volume)))
+    }
+}
 
 impl Drop for AdminLock {
     fn drop(&mut self) {
-        self.0.admin.set(false);
-        self.0.changed.notify();
+        if let Some(volume) = self.0.take() {
+            volume.state.borrow_mut().reverting = None;
+            volume.admin.set(false);
+            volume.changed.notify();
+        }
     }
 }
 
@@ -263,7 +283,16 @@ impl Volume {
 
     pub(crate) async fn lock_admin(self: &Rc<Self>) -> AdminLock {
         self.changed.until(|| (!self.admin.replace(true)).then_some(())).await;
-        AdminLock(Rc::clone(self))
+        AdminLock(Some(Rc::clone(self)))
+    }
+
+    /// Ends when no revert is between its first and its last step: what is asked for at an instant after it must show it.
+    pub(crate) async fn until_not_reverting(&self) {
+        let over = || {
+            let state = self.state.borrow();
+            (state.reverting.is_none() || state.mode != Mode::Journal).then_some(())
+        };
+        self.changed.until(over).await;
     }
 
     /// The state that an admin call needs; names what is in the way otherwise.
@@ -398,6 +427,9 @@ impl Volume {
     fn connect(self: &Rc<Self>, writable: bool, on_disconnect: Box<dyn FnOnce()>) -> Result<ClientGuard> {
         self.serving()?;
         let mut state = self.state.borrow_mut();
+        if state.reverting.is_some() && writable {
+            return Err(Error::State(format!("volume {:?} is being reverted: try again", state.name)));
+        }
         if state.held {
             return Err(Error::State(format!(
                 "volume {:?} is held after a forced revert: `release` lets clients in again",

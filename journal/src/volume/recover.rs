@@ -63,6 +63,7 @@ pub(crate) async fn open(engine: &Rc<Engine>, spec: VolumeSpec) -> Result<Rc<Vol
             on: fence.as_ref().is_some_and(|f| f.on),
             created_ns: fence.as_ref().map_or(0, |f| f.created_ns),
             held: false,
+            reverting: None,
             generation: fence.as_ref().map_or(0, |f| f.generation),
             next_seq: fence.as_ref().map_or(0, |f| f.next_seq),
             attach: None,
@@ -118,14 +119,20 @@ pub(crate) async fn open(engine: &Rc<Engine>, spec: VolumeSpec) -> Result<Rc<Vol
         state.health = Health::RevertIncomplete;
         state.health_reason = fence.reason.clone();
     }
-    volume.decide(engine, fence, spec.override_journal).await?;
+    volume.decide(engine, fence, spec.override_journal, &spec.undecided_reverts).await?;
     volume.host.spawn(Box::pin(Rc::clone(&volume).run_caretaker()));
     Ok(volume)
 }
 
 impl Volume {
     /// What the fence, the disks and the primary say together.
-    async fn decide(self: &Rc<Self>, engine: &Rc<Engine>, fence: Option<Fence>, override_journal: bool) -> Result<()> {
+    async fn decide(
+        self: &Rc<Self>,
+        engine: &Rc<Engine>,
+        fence: Option<Fence>,
+        override_journal: bool,
+        undecided: &[Uuid],
+    ) -> Result<()> {
         let Some(fence) = fence else {
             let found = engine.disk_list().into_iter().find(|d| !d.segments_of(self.id).is_empty());
             if let Some(disk) = found {
@@ -174,7 +181,7 @@ impl Volume {
                     }
                     return self.refuse(Health::PrimaryChanged, EventKind::PrimaryChanged, what);
                 }
-                match self.recover(engine, &disk, &fence).await {
+                match self.recover(engine, &disk, &fence, undecided).await {
                     Ok(()) => Ok(()),
                     Err(error) if override_journal => {
                         self.go_on_without(&error.to_string()).await?;
@@ -248,7 +255,13 @@ impl Volume {
         Ok(None)
     }
 
-    async fn recover(self: &Rc<Self>, engine: &Rc<Engine>, disk: &Rc<Disk>, fence: &Fence) -> Result<()> {
+    async fn recover(
+        self: &Rc<Self>,
+        engine: &Rc<Engine>,
+        disk: &Rc<Disk>,
+        fence: &Fence,
+        undecided: &[Uuid],
+    ) -> Result<()> {
         let streams = group_segments(disk, self.id);
         // The newest log with a complete carry.
         let mut candidates: Vec<(u64, u64)> = streams.keys().map(|(seq, id, _)| (*seq, *id)).collect();
@@ -286,7 +299,7 @@ impl Volume {
                 _ => Ok(()),
             };
         };
-        let control = fold(&base_scan.side, base_seq, &disk.path)?;
+        let control = fold(&base_scan.side, base_seq, &disk.path, undecided)?;
         if control.settings.generation.get() != fence.generation {
             // The fence knows a newer attachment than the disk: what is here is never redone.
             return Err(Error::Damaged {
@@ -829,8 +842,8 @@ fn base_last_instant(control: &Control) -> u64 {
     control.markers.iter().map(|m| m.time.0).chain(control.sizes.iter().map(|s| s.0.0)).max().unwrap_or(0)
 }
 
-/// Folds the records of the newest log: the carry, then what changed since.
-fn fold(side: &[Descriptor], base_seq: u64, place: &str) -> Result<Control> {
+/// Folds the records of the newest log: the carry, then what changed since. Reverts of `undecided` groups do not count.
+fn fold(side: &[Descriptor], base_seq: u64, place: &str, undecided: &[Uuid]) -> Result<Control> {
     let bad = || Error::Damaged { what: "control record", place: place.to_owned() };
     let mut settings = None;
     let mut control = Control {
@@ -859,6 +872,7 @@ fn fold(side: &[Descriptor], base_seq: u64, place: &str) -> Result<Control> {
                 let cut = frame::cut(descriptor.header.start.get(), descriptor.header.count.get());
                 control.hints.push((base_seq, cut.whole.0, cut.whole.1, descriptor.instant()));
             }
+            DescriptorKind::Revert if undecided.iter().any(|group| descriptor.extra.starts_with(group.as_bytes())) => {}
             DescriptorKind::Revert => {
                 let target = Instant(descriptor.header.start.get());
                 control.hints.retain(|(_, _, _, instant)| *instant <= target);

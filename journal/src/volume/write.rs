@@ -290,7 +290,7 @@ impl Volume {
     fn note_flush_point(self: &Rc<Self>) {
         let Ok(engine) = self.engine() else { return };
         let mut state = self.state.borrow_mut();
-        if state.mode != Mode::Journal || !state.wrote_since_marker {
+        if state.mode != Mode::Journal || !state.wrote_since_marker || state.reverting.is_some() {
             return;
         }
         let Some(instant) = engine.try_tick() else { return };
@@ -353,6 +353,7 @@ impl Volume {
         loop {
             enum Next {
                 Wait,
+                Revert,
                 Raise,
                 Throttle,
             }
@@ -365,6 +366,7 @@ impl Volume {
                         return Err(Error::Gone("the volume is closed".into()));
                     }
                     Mode::Switching => Next::Wait,
+                    Mode::Journal if state.reverting.is_some() => Next::Revert,
                     Mode::Direct => {
                         state.direct_inflight += 1;
                         return Ok(Admitted::Direct);
@@ -396,6 +398,7 @@ impl Volume {
                 Next::Wait => {
                     self.changed.until(|| (self.state.borrow().mode != Mode::Switching).then_some(())).await;
                 }
+                Next::Revert => self.until_not_reverting().await,
                 Next::Throttle => {
                     throttled_since.get_or_insert_with(|| self.host.boot_ns());
                     self.work.notify();
