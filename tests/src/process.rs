@@ -225,6 +225,15 @@ impl Agent {
         }
     }
 
+    /// Ends the process, if it runs, without a word.
+    pub fn end(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            // Either it still runs, or there is nothing left to end.
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+
     /// The process lives.
     pub fn assert_alive(&mut self) {
         let child = self.child.as_mut().expect("the agent was started");
@@ -377,11 +386,7 @@ impl View {
 
 impl Drop for Agent {
     fn drop(&mut self) {
-        if let Some(mut child) = self.child.take() {
-            // Either it still runs, or there is nothing left to end.
-            let _ = child.kill();
-            let _ = child.wait();
-        }
+        self.end();
         if std::thread::panicking()
             && let Some(dir) = self.dir.take()
         {

@@ -12,6 +12,7 @@ use crate::load::{Load, Plan};
 use crate::now_ns;
 use crate::oracle::Oracle;
 use crate::process::Agent;
+use crate::tools;
 
 /// The CDP disk that is in use from the start.
 pub const CDP: &str = "cdp.img";
@@ -28,6 +29,8 @@ pub struct Rig {
     pub disks: FaultFs,
     /// What was written.
     pub oracle: Arc<Mutex<Oracle>>,
+    /// Path of the CDP disk in use from the start.
+    pub cdp: String,
     size: u64,
     metrics: std::net::SocketAddr,
 }
@@ -51,6 +54,17 @@ impl Sizes {
 impl Rig {
     /// Up, protected, and idle.
     pub fn new(seed: u64, sizes: Sizes, engine: &str) -> Self {
+        Self::with(seed, sizes, engine, |disks| disks.path_str(CDP))
+    }
+
+    /// The same with the CDP disk as a block device: a loop device on the file. [`Rig::drop`] lets go of it.
+    pub fn on_block_device(seed: u64, sizes: Sizes, engine: &str) -> Self {
+        Self::with(seed, sizes, engine, |disks| {
+            tools::run("losetup", ["--find", "--show", &disks.path_str(CDP)]).trim().to_owned()
+        })
+    }
+
+    fn with(seed: u64, sizes: Sizes, engine: &str, cdp: impl FnOnce(&FaultFs) -> String) -> Self {
         let disks = FaultFs::new();
         let size = sizes.volume << 20;
         disks.create(PRIMARY, usize::try_from(size).expect("fits memory"));
@@ -78,12 +92,13 @@ reserve_capacity = "{reserve}MiB"
             state = disks.path_str("state"),
             reserve = sizes.reserve,
         ));
+        let cdp = cdp(&disks);
         agent.start_unserved();
-        agent.ctl(&["disk", "init", &disks.path_str(CDP), "--segment-size", "1MiB"]);
+        agent.ctl(&["disk", "init", &cdp, "--segment-size", "1MiB"]);
         agent.ctl(&["volume", "add", "demo", "--path", &disks.path_str(PRIMARY)]);
         agent.ctl(&["enable", "demo"]);
         let oracle = Arc::new(Mutex::new(Oracle::new(seed, size)));
-        Self { agent, disks, oracle, size, metrics }
+        Self { agent, disks, oracle, cdp, size, metrics }
     }
 
     /// Takes the second CDP disk into use.
@@ -185,5 +200,10 @@ impl Drop for Rig {
     fn drop(&mut self) {
         // A call that hangs would keep the agent from ending.
         self.disks.heal();
+        if self.cdp.starts_with("/dev/loop") {
+            self.agent.end();
+            // Lazy, if somebody still holds it.
+            tools::output("losetup", ["--detach", &self.cdp]);
+        }
     }
 }

@@ -691,10 +691,9 @@ impl Volume {
     async fn seal(self: &Rc<Self>, disk: &Rc<Disk>, log: &Rc<Log>) -> Result<()> {
         let recording = log.state.borrow().recording;
         let point = self.volume_point();
+        // Damage too: a log that cannot be sealed keeps every later one from being destaged, and in the end the guest from writing.
         let fail = |error: Error| {
-            if !matches!(error, Error::Damaged { .. }) {
-                disk.fail(format!("seal log: {error}"));
-            }
+            disk.fail(format!("seal log: {error}"));
             error
         };
         let writes_root = if recording {

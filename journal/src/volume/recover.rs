@@ -181,6 +181,19 @@ impl Volume {
                     }
                     return self.refuse(Health::PrimaryChanged, EventKind::PrimaryChanged, what);
                 }
+                if disk.clock_high_water().0 < fence.disk_clock_ns {
+                    let reason = format!(
+                        "CDP disk {} is an older copy of itself (its clock stands at {}, it was at {}): newer acked writes may be missing",
+                        disk.path,
+                        disk.clock_high_water(),
+                        Instant(fence.disk_clock_ns)
+                    );
+                    if override_journal {
+                        self.go_on_without(&reason).await?;
+                        return self.drop_leftovers(engine).await;
+                    }
+                    return self.refuse(Health::NeedsJournal, EventKind::NeedsJournal, reason);
+                }
                 match self.recover(engine, &disk, &fence, undecided).await {
                     Ok(()) => Ok(()),
                     Err(error) if override_journal => {
@@ -736,8 +749,9 @@ impl Volume {
         disk.reserve(self.id, reserve, true)?;
         // A way out that was cut off stays one: part of the backlog went to the primary without before-images.
         let fence = if detaching { FenceState::Detaching } else { FenceState::Dirty };
-        self.put_fence(fence, disk.id, "").await?;
+        // The instant first: it raises the disk's clock mark, which the fence then tells from older copies of this disk.
         let now = engine.tick().await?;
+        self.put_fence(fence, disk.id, "").await?;
         let instant = reverted_at.unwrap_or(now);
         let (ticket, empty) = {
             let mut state = self.state.borrow_mut();
