@@ -295,6 +295,16 @@ impl Agent {
         Ok(serde_json::from_str(&text).unwrap_or_else(|e| panic!("cdpctl {}: no JSON ({e}): {text}", args.join(" "))))
     }
 
+    /// `disk check` of a disk that no agent uses; its JSON, also when damage was found.
+    pub fn check_disk(&self, path: &str) -> Value {
+        let output = Command::new(binaries().join("cdpctl"))
+            .args(["--output", "json", "disk", "check", path])
+            .stdin(Stdio::null())
+            .output()
+            .expect("run cdpctl");
+        serde_json::from_slice(&output.stdout).unwrap_or_else(|e| panic!("disk check: no JSON ({e}): {output:?}"))
+    }
+
     /// Connects to an export.
     pub fn connect(&self, export: &str) -> nbd::Client {
         nbd::Client::connect(&self.socket(), export)
