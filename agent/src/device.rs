@@ -568,6 +568,18 @@ impl Device for Disk {
         })
     }
 
+    fn sync_all(&self) -> LocalFuture<'static, io::Result<()>> {
+        let disk = self.clone();
+        Box::pin(async move {
+            loop {
+                match disk.ring.sync_all(&disk.shared.main).await {
+                    Err(error) if error.raw_os_error() == Some(libc::EINTR) => {}
+                    result => return result,
+                }
+            }
+        })
+    }
+
     fn allocation(&self, offset: u64, len: u64) -> LocalFuture<'static, io::Result<Vec<Allocation>>> {
         let disk = self.clone();
         Box::pin(async move {

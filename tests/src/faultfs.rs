@@ -370,6 +370,23 @@ impl Recording {
 
     /// The files as a power cut before the event `cut` may leave them.
     pub fn power_cut(&self, cut: usize, rng: &mut Rng) -> Image {
+        self.image_after(cut, rng, false)
+    }
+
+    /// Whether a sync is one of a file in the root folder: a disk, not the agent's state.
+    fn is_disk(&self, sync: usize) -> bool {
+        match (&self.events[sync].what, self.start.nodes.get(&ROOT).map(|root| &root.content)) {
+            (What::SyncBegun { ino, .. }, Some(Content::Dir(root))) => root.values().any(|disk| disk == ino),
+            _ => false,
+        }
+    }
+
+    /// The same with disks that forget what they said was synced: what a test of power cuts must find.
+    pub fn power_cut_of_liars(&self, cut: usize, rng: &mut Rng) -> Image {
+        self.image_after(cut, rng, true)
+    }
+
+    fn image_after(&self, cut: usize, rng: &mut Rng, liars: bool) -> Image {
         let events = &self.events[..cut];
         let mut ended: HashMap<usize, usize> = HashMap::new();
         // By file: the newest sync that ended, by where it began; the same for full ones.
@@ -379,6 +396,7 @@ impl Recording {
         for (at, event) in events.iter().enumerate() {
             match &event.what {
                 What::WriteEnded(begun) => drop(ended.insert(*begun, at)),
+                What::SyncEnded(begun) if liars && self.is_disk(*begun) => {}
                 What::SyncEnded(begun) => {
                     let What::SyncBegun { ino, full } = events[*begun].what else { unreachable!("a sync's place") };
                     let newest = synced.entry(ino).or_default();
