@@ -11,6 +11,9 @@ pub mod daemon;
 pub mod device;
 pub mod events;
 pub mod frontend;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod grpc;
 pub mod listen;
 pub mod metrics;

@@ -44,6 +44,8 @@ use crate::view::View;
 
 pub(crate) use history::CloseReason;
 pub(crate) use recover::open;
+#[cfg(feature = "fuzzing")]
+pub(crate) use recover::read_frame;
 
 /// How requests are served.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1277,3 +1277,30 @@ impl Window {
         Ok(&self.bytes[at..at + (u64::from(blocks) * BLOCK) as usize])
     }
 }
+
+/// What recovery does with the bytes of a frame, without a disk: for the fuzzers.
+#[cfg(feature = "fuzzing")]
+pub(crate) fn read_frame(bytes: &[u8], header: FrameHeader) {
+    let Some(parsed) = verified(bytes, header) else { return };
+    let mut scan = Scan {
+        segments: Vec::new(),
+        dead: Vec::new(),
+        runs: Vec::new(),
+        entries: Vec::new(),
+        side: Vec::new(),
+        frame_next: 0,
+        previous_crc: 0,
+        number_next: 0,
+        instant_last: Instant::ZERO,
+        watermark: Instant::ZERO,
+        hole: None,
+        claim_other: 0,
+    };
+    take_frame(parsed, header.segment.get(), header.block.get(), &mut scan);
+    let mut touched = Touched::default();
+    for entry in &scan.entries {
+        touched.insert_range(entry.block.get(), entry.blocks());
+    }
+    // A damaged record is an error; whatever else it says is taken as it is.
+    let _ = fold(&scan.side, 0, "frame", &[]);
+}
