@@ -14,6 +14,7 @@ pub mod frontend;
 pub mod grpc;
 pub mod listen;
 pub mod metrics;
+pub mod mounts;
 pub mod revert;
 pub mod ring;
 pub mod shard;

@@ -5,6 +5,7 @@ mod clean;
 mod completion;
 mod disk;
 mod events;
+mod files;
 mod info;
 mod list;
 mod mark;
@@ -53,7 +54,9 @@ pub async fn run(cli: Cli) -> Result<Answer, Failure> {
         Command::Mark(args) => mark::mark(agent, args).await,
         Command::View(View::Open(args)) => view::open(agent, args).await,
         Command::View(View::List { volume }) => view::list(agent, volume).await,
-        Command::View(View::Close { id }) => view::close(agent, id).await,
+        Command::View(View::Close { id, force }) => view::close(agent, id, force).await,
+        Command::View(View::Ls(args)) => files::list(agent, args).await,
+        Command::View(View::Cp(args)) => files::copy(agent, args).await,
         Command::Revert(args) => revert::revert(agent, args).await,
         Command::Release(args) => revert::release(agent, args).await,
         Command::Clean(args) => clean::clean(agent, args).await,

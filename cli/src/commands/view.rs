@@ -1,7 +1,7 @@
 //! `view open`, `view list`, `view close`.
 
 use cdp_proto::{
-    parse::{When, size_text},
+    parse::{When, duration_text, size_text},
     v1,
 };
 use serde_json::json;
@@ -17,8 +17,20 @@ use crate::{
 
 pub async fn open(agent: &Agent, args: ViewOpen) -> Result<Answer, Failure> {
     let what = format!("view {} at {}", args.volume, args.at);
-    let mut question =
-        v1::ViewRequest { volume: args.volume, op: "on".into(), writable: args.writable, ..Default::default() };
+    let mount = match &args.mount {
+        Some(dir) => super::path_for(agent, "--mount", dir)?,
+        None => String::new(),
+    };
+    let mut question = v1::ViewRequest {
+        volume: args.volume,
+        op: "on".into(),
+        writable: args.writable,
+        ttl_s: args.ttl.unwrap_or(0),
+        owner: args.owner.unwrap_or_else(user),
+        mount,
+        partition: args.partition,
+        ..Default::default()
+    };
     match args.at {
         When::At(ns) => question.timestamp = ns,
         When::Ago(ns) => question.ago_ns = Some(ns),
@@ -42,6 +54,9 @@ pub async fn open(agent: &Agent, args: ViewOpen) -> Result<Answer, Failure> {
             },
         ),
         ("Read it at", view.nbd_uri.clone()),
+        ("As a file", view.path.clone()),
+        ("Mounted at", mounted(&view)),
+        ("Until", if view.expires == 0 { String::new() } else { instant(view.expires) }),
         ("Close with", format!("cdpctl view close {}", view.id)),
     ]);
     Ok(Answer::done(json, text))
@@ -56,9 +71,9 @@ pub async fn list(agent: &Agent, volume: Option<String>) -> Result<Answer, Failu
     Ok(Answer::done(json, table(&answer.views)))
 }
 
-pub async fn close(agent: &Agent, id: String) -> Result<Answer, Failure> {
+pub async fn close(agent: &Agent, id: String, force: bool) -> Result<Answer, Failure> {
     let what = format!("view close {id}");
-    let question = v1::CloseViewRequest { id };
+    let question = v1::CloseViewRequest { id, force };
     let answer = agent
         .call(what.clone(), question, |mut client, question| async move { client.close_view(question).await })
         .await?;
@@ -67,6 +82,35 @@ pub async fn close(agent: &Agent, id: String) -> Result<Answer, Failure> {
         shape::view(&view),
         format!("closed view {} of {} at {}\n", view.id, view.volume_name, instant(view.time)),
     ))
+}
+
+/// Where and what; empty: nowhere.
+fn mounted(view: &v1::ViewInfo) -> String {
+    match (view.mount.as_str(), view.partition) {
+        ("", _) => String::new(),
+        (dir, 0) => format!("{dir} ({})", view.fstype),
+        (dir, partition) => format!("{dir} ({}, partition {partition})", view.fstype),
+    }
+}
+
+/// How long it has been open, and how long it still will be.
+fn age(view: &v1::ViewInfo) -> String {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default().as_secs();
+    let open = duration_text(now.saturating_sub(view.opened / 1_000_000_000));
+    match view.expires {
+        0 => open,
+        end => format!("{open}, ends in {}", duration_text((end / 1_000_000_000).saturating_sub(now))),
+    }
+}
+
+/// Who asks, for `view list`.
+pub fn user() -> String {
+    let found = nix::unistd::User::from_uid(nix::unistd::geteuid());
+    let name = found.ok().flatten().map(|user| user.name).unwrap_or_default();
+    match std::env::var("SUDO_USER") {
+        Ok(real) if !real.is_empty() && name == "root" => format!("{real} (root)"),
+        _ => name,
+    }
 }
 
 /// Views for people.
@@ -83,9 +127,16 @@ pub fn table(views: &[v1::ViewInfo]) -> String {
             instant(view.time),
             if view.snapshot_name.is_empty() { "-".into() } else { view.snapshot_name.clone() },
             view.clients.to_string(),
+            if view.owner.is_empty() { "-".into() } else { view.owner.clone() },
+            age(view),
             mode,
+            mounted(view),
         ]
     };
     let rows: Vec<_> = views.iter().map(row).collect();
-    output::table(&["ID", "VOLUME", "TIME", "MARKER", ">CLIENTS", "STATE"], &rows, "no open views")
+    output::table(
+        &["ID", "VOLUME", "TIME", "MARKER", ">CLIENTS", "OWNER", "AGE", "STATE", "MOUNTED AT"],
+        &rows,
+        "no open views",
+    )
 }
