@@ -256,9 +256,17 @@ impl<S: 'static> Drop for ExportClaim<S> {
 #[allow(unsafe_code)]
 pub(crate) fn protect_from_writeback() {
     const PR_SET_IO_FLUSHER: libc::c_int = 57;
+    static TOLD: std::sync::Once = std::sync::Once::new();
     // SAFETY: this prctl takes plain numbers and only sets flags of the calling thread.
     if unsafe { libc::prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0) } != 0 {
-        tracing::debug!(error = %io::Error::last_os_error(), "the thread is not marked as an I/O flusher");
+        let error = io::Error::last_os_error();
+        TOLD.call_once(|| {
+            tracing::warn!(
+                %error,
+                "the data path is not marked as an I/O flusher (it wants CAP_SYS_RESOURCE): file systems that this host has \
+                 mounted on its own volumes can hang when the agent's memory cgroup is full"
+            );
+        });
     }
 }
 

@@ -5,9 +5,11 @@
 //! * [`nbd`]: an NBD client that knows nothing of the agent's code;
 //! * [`oracle`]: what may be read, now or at an instant, given what was sent and what was acked;
 //! * [`load`]: many verifying connections with many requests in flight, which reconnect;
+//! * [`local`]: mounts and loop devices on this host, and their end;
 //! * [`tools`]: other people's NBD clients and file system tools.
 
 pub mod load;
+pub mod local;
 pub mod nbd;
 pub mod oracle;
 pub mod process;

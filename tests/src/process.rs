@@ -191,6 +191,11 @@ impl Agent {
         (status, self.log_tail())
     }
 
+    /// The process's number.
+    pub fn pid(&self) -> u32 {
+        self.child.as_ref().expect("the agent runs").id()
+    }
+
     /// kill -9.
     pub fn kill(&mut self) {
         self.signal(Signal::SIGKILL);
@@ -382,6 +387,7 @@ impl Drop for Agent {
             let _ = child.kill();
             let _ = child.wait();
         }
+        crate::local::clean(&self.path);
         if std::thread::panicking()
             && let Some(dir) = self.dir.take()
         {
