@@ -24,9 +24,11 @@ use parking_lot::RwLock;
 use uuid::Uuid;
 
 use crate::config::Config;
+use crate::copying::{self, Copying};
 use crate::device::{Disk, DiskFile, OpenError};
 use crate::events::{EventHub, wall_ns};
 use crate::frontend::nbd::{ExportDirectory, ExportEntry, ExportInfo, ExportKind, ExportSource};
+use crate::groups::Group;
 use crate::shard::ShardHandle;
 use crate::state::{DiskRecord, Saved, ShardStore, StateDir, ViewRecord, VolumeRecord};
 
@@ -112,21 +114,24 @@ pub struct Control {
     clock: Arc<HostClock>,
     events: Arc<EventHub>,
     engine_config: EngineConfig,
-    registry: RwLock<Registry>,
-    changing: tokio::sync::Mutex<()>,
+    pub(crate) registry: RwLock<Registry>,
+    pub(crate) changing: tokio::sync::Mutex<()>,
+    /// How fast reverts are copied.
+    pub(crate) copying: Arc<Copying>,
     /// Where views are files, while they are.
     local: RwLock<Option<PathBuf>>,
-    mounting: tokio::sync::Mutex<()>,
+    pub(crate) mounting: tokio::sync::Mutex<()>,
     recording: tokio::sync::Mutex<()>,
     views_max: usize,
     views_scratch_bytes_max: u64,
 }
 
 #[derive(Default)]
-struct Registry {
+pub(crate) struct Registry {
     volumes: BTreeMap<Uuid, VolumeSlot>,
     disks: Vec<DiskSlot>,
     views: BTreeMap<Uuid, ViewSlot>,
+    pub(crate) groups: BTreeMap<String, Group>,
 }
 
 struct VolumeSlot {
@@ -204,12 +209,15 @@ impl Control {
             recording: tokio::sync::Mutex::new(()),
             views_max: config.views_max,
             views_scratch_bytes_max: config.views_scratch_bytes_max,
+            copying: Arc::default(),
         });
         let deadline = tokio::time::Instant::now() + PREDECESSOR_PATIENCE;
         control.open_disks(config, &saved.disks, deadline).await?;
         control.open_volumes(config, &saved, deadline).await?;
         control.settle_reverts().await;
         control.reopen_views(saved.views).await?;
+        control.take_groups(&config.groups, saved.groups);
+        tokio::spawn(copying::watch(Arc::downgrade(&control)));
         Ok(control)
     }
 
@@ -370,6 +378,9 @@ impl Control {
         if registry.volumes.values().any(|slot| slot.record.name == new.name) {
             return Err(Error::Exists { what: "volume", name: new.name.clone() });
         }
+        if registry.groups.contains_key(&new.name) {
+            return Err(Error::Exists { what: "group", name: new.name.clone() });
+        }
         match new.uuid {
             Some(uuid) if registry.volumes.contains_key(&uuid) => {
                 Err(Error::Exists { what: "volume", name: uuid.to_string() })
@@ -406,6 +417,11 @@ impl Control {
                 "volume {:?} is part of the configuration file: take it out there and restart the agent",
                 status.record.name
             )));
+        }
+        let group = self.group_with(volume).filter(|group| !force || group.configured);
+        if let Some(group) = group {
+            let text = format!("volume {:?} is in group {:?}: remove the group first", status.record.name, group.name);
+            return Err(Error::State(text));
         }
         if let Ok(info) = &status.info {
             let views = self.on_volume(volume, |volume| async move { Ok(volume.views()) }).await?;
@@ -444,6 +460,7 @@ impl Control {
             }));
             return Err(error);
         }
+        self.leave_groups(volume).await?;
         let message = format!("volume {:?} removed", status.record.name);
         self.events.publish_now(EventKind::VolumeRemoved, Some(volume), None, message);
         Ok(status)
@@ -469,12 +486,6 @@ impl Control {
     /// The admin's decision to go on with the primary as it is: opens the volume anew.
     pub async fn override_volume(&self, volume: Uuid, health: Health) -> Result<VolumeStatus> {
         let _changing = self.changing.lock().await;
-        let (record, shard) = {
-            let registry = self.registry.read();
-            let slot = registry.volumes.get(&volume);
-            let slot = slot.ok_or_else(|| Error::NotFound { what: "volume", name: volume.to_string() })?;
-            (slot.record.clone(), slot.shard)
-        };
         let info = self.info(volume).await?;
         if info.health != health {
             return Err(Error::State(format!(
@@ -484,6 +495,30 @@ impl Control {
                 health_word(health)
             )));
         }
+        self.open_anew(volume, false).await
+    }
+
+    /// The admin's decision to take over the history that a CDP disk has of this volume, though this host knows nothing of it.
+    pub async fn attach_volume(&self, volume: Uuid) -> Result<VolumeStatus> {
+        let _changing = self.changing.lock().await;
+        let fence = self.state.fence(volume).map_err(|error| Error::State(error.to_string()))?;
+        let info = self.info(volume).await?;
+        if fence.is_some() || info.health != Health::NeedsJournal {
+            let name = info.name;
+            return Err(Error::State(format!(
+                "volume {name:?} has no history to attach: that is for one in state needs_journal whose CDP disk came from elsewhere"
+            )));
+        }
+        self.open_anew(volume, true).await
+    }
+
+    async fn open_anew(&self, volume: Uuid, attach: bool) -> Result<VolumeStatus> {
+        let (record, shard) = {
+            let registry = self.registry.read();
+            let slot = registry.volumes.get(&volume);
+            let slot = slot.ok_or_else(|| Error::NotFound { what: "volume", name: volume.to_string() })?;
+            (slot.record.clone(), slot.shard)
+        };
         let fence = self.state.fence(volume).map_err(|error| Error::State(error.to_string()))?;
         let undecided_reverts = self.state.undecided_reverts();
         let reopened = self.shards[shard].call(move |local, _| async move {
@@ -497,7 +532,8 @@ impl Control {
                 size: record.size,
                 primary,
                 fence,
-                override_journal: true,
+                override_journal: !attach,
+                attach_journal: attach,
                 undecided_reverts,
             };
             local.engine.open_volume(spec).await.map(drop)
@@ -521,7 +557,7 @@ impl Control {
         self.recorded("volumes", self.state.put_volumes(&records).await)
     }
 
-    fn recorded(&self, what: &str, result: std::io::Result<()>) -> Result<()> {
+    pub(crate) fn recorded(&self, what: &str, result: std::io::Result<()>) -> Result<()> {
         let place = || self.state.path().join(what).display().to_string();
         result.map_err(|error| Error::device("write", place(), &error))
     }
@@ -542,6 +578,7 @@ impl Control {
                 primary: Rc::clone(&primary),
                 fence,
                 override_journal: false,
+                attach_journal: false,
                 undecided_reverts,
             };
             let volume = local.engine.open_volume(spec).await?;
@@ -758,7 +795,7 @@ impl Control {
 
     // ---- views ----
 
-    async fn close_view_locked(&self, id: Uuid) -> Result<ViewStatus> {
+    pub(crate) async fn close_view_locked(&self, id: Uuid) -> Result<ViewStatus> {
         let record = self.registry.read().views.get(&id).map(|slot| slot.record.clone());
         let record = record.ok_or_else(|| Error::NotFound { what: "view", name: id.to_string() })?;
         let volume = record.volume;
@@ -854,6 +891,17 @@ impl Control {
                 self.state.decide_revert(group).await;
             }
         }
+    }
+
+    /// Reverts that are being copied.
+    pub(crate) async fn pending_reverts(&self) -> Vec<(Uuid, cdp_journal::info::RevertProgress)> {
+        let asked = self.shards.iter().map(|shard| {
+            shard.call(|local, _| async move {
+                let volumes = local.engine.volumes();
+                volumes.iter().filter_map(|volume| Some((volume.id(), volume.revert_progress()?))).collect::<Vec<_>>()
+            })
+        });
+        join_all(asked).await.into_iter().flatten().flatten().collect()
     }
 
     // ---- metrics, health, end ----

@@ -7,14 +7,17 @@
 
 pub mod config;
 pub mod control;
+pub mod copying;
 pub mod daemon;
 pub mod device;
 pub mod events;
 pub mod frontend;
+pub mod groups;
 pub mod grpc;
 pub mod listen;
 pub mod metrics;
 pub mod mounts;
+pub mod quiesce;
 pub mod revert;
 pub mod ring;
 pub mod shard;

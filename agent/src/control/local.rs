@@ -98,6 +98,18 @@ impl Control {
         terms: Terms,
     ) -> Result<ViewStatus> {
         let _changing = self.changing.lock().await;
+        self.open_view_locked(volume, time, name, writable, terms).await
+    }
+
+    /// The caller holds `changing`.
+    pub(crate) async fn open_view_locked(
+        &self,
+        volume: Uuid,
+        time: Instant,
+        name: String,
+        writable: bool,
+        terms: Terms,
+    ) -> Result<ViewStatus> {
         let expires_ns =
             terms.ttl.map(|ttl| wall_ns().saturating_add(u64::try_from(ttl.as_nanos()).unwrap_or(u64::MAX)));
         let shared = |view: &ViewStatus| {

@@ -3,7 +3,8 @@
 use std::path::PathBuf;
 
 use cdp_journal::info::{
-    CdpState, DiskInfo, Health, Interval, LogInfo, Marker, MarkerKind, RevertProgress, Settings, VolumeInfo,
+    CdpState, Change, ChangeKind, DiskInfo, Health, Interval, LogInfo, Marker, MarkerKind, RevertPoint, RevertProgress,
+    Settings, VolumeInfo,
 };
 use cdp_proto::v1;
 
@@ -133,6 +134,21 @@ pub fn log(log: &LogInfo, markers: &[Marker], place: &Place) -> v1::CdpInfo {
     }
 }
 
+/// A revert of the past.
+pub fn revert_point(revert: &RevertPoint) -> v1::RevertPoint {
+    v1::RevertPoint { time: revert.instant.0, target: revert.target.map_or(0, |target| target.0) }
+}
+
+/// A step of the history.
+pub fn change(change: &Change) -> v1::Change {
+    let kind = match change.kind {
+        ChangeKind::Write => v1::ChangeKind::Write,
+        ChangeKind::Zero => v1::ChangeKind::Zero,
+        ChangeKind::Revert => v1::ChangeKind::Revert,
+    };
+    v1::Change { time: change.instant.0, kind: kind.into(), offset: change.offset, length: change.len }
+}
+
 /// An interval that can be viewed.
 pub fn interval(interval: &Interval) -> v1::Interval {
     v1::Interval {
@@ -177,6 +193,7 @@ pub fn info(info: &VolumeInfo, views: &[ViewStatus], all: bool, place: &Place) -
         window_forecast_s: info.window_forecast_s,
         now: info.now.0,
         views: views.iter().map(|status| view(status, &info.name, place)).collect(),
+        ..v1::InfoResponse::default()
     }
 }
 

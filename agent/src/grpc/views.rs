@@ -50,7 +50,7 @@ impl Service {
         peer: &Peer,
     ) -> std::result::Result<ViewStatus, Status> {
         let volume = self.resolve(&wire.volume)?;
-        let time = self.instant_of(volume.uuid, &asked.at).await.map_err(|error| status(&error))?;
+        let time = self.instant_of(&volume, &asked.at).await.map_err(|error| status(&error))?;
         let known: Vec<_> = self.control.views(Some(volume.uuid)).await.into_iter().map(|view| view.info.id).collect();
         let terms = Terms { owner: peer.owner(asked.owner), ttl: asked.ttl, temporary: false };
         let opened = self.control.open_view(volume.uuid, time, wire.snapshot_name, asked.writable, terms).await;
@@ -73,7 +73,7 @@ impl Service {
         let volume = self.resolve(&wire.volume)?;
         let views = self.control.views(Some(volume.uuid)).await;
         // A marker may have aged out since the view was opened: then the view is found by the marker's name.
-        let time = match self.instant_of(volume.uuid, &asked.at).await {
+        let time = match self.instant_of(&volume, &asked.at).await {
             Err(Error::NotFound { what: "marker", .. }) => None,
             found => Some(found.map_err(|error| status(&error))?),
         };
@@ -112,7 +112,7 @@ impl Service {
         let at = At::try_from(&wire).map_err(|error| status(&error))?;
         let owner = peer.owner(request::owner(&wire.owner).map_err(|error| status(&error))?);
         let volume = self.resolve(&wire.volume)?;
-        let time = self.instant_of(volume.uuid, &at).await.map_err(|error| status(&error))?;
+        let time = self.instant_of(&volume, &at).await.map_err(|error| status(&error))?;
         let (told, stream) = mpsc::channel(1);
         let mut this = self.clone();
         // A task of its own: whoever goes, and whenever, it closes what it opened.

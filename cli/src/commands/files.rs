@@ -16,12 +16,12 @@ use std::{
     time::Duration,
 };
 
-use cdp_proto::{parse::When, v1};
+use cdp_proto::v1;
 use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
 use serde_json::{Value, json};
 use tokio::signal::unix::{SignalKind, signal};
 
-use super::{missing, view::user};
+use super::{missing, view::user, when::Fields};
 use crate::{
     args::{ViewCp, ViewFiles, ViewLs},
     connect::Agent,
@@ -122,17 +122,16 @@ async fn with_files(
     if !agent.is_local() {
         return Err(Failure::Usage(format!("{what}: wants the agent of this host, over its unix socket (--agent)")));
     }
-    let mut question = v1::UseViewRequest {
+    let Fields { snapshot_name, timestamp, ago_ns, flush_before } = files.at.into();
+    let question = v1::UseViewRequest {
         volume: files.volume,
+        snapshot_name,
+        timestamp,
+        ago_ns,
+        flush_before,
         partition: files.partition,
         owner: format!("{}, cdpctl {}", user(), std::process::id()),
-        ..Default::default()
     };
-    match files.at {
-        When::At(ns) => question.timestamp = ns,
-        When::Ago(ns) => question.ago_ns = Some(ns),
-        When::Marker(name) => question.snapshot_name = name,
-    }
     let stopped = |kind| signal(kind).map_err(|source| Failure::io("watch for signals", source));
     let (mut interrupt, mut terminate) = (stopped(SignalKind::interrupt())?, stopped(SignalKind::terminate())?);
     let mut answers = agent

@@ -364,8 +364,9 @@ impl Walk<'_> {
                     let what = "footer names another last frame".to_owned();
                     self.doubt(state, proven_by, false, place(s, segment_blocks - 1), what);
                 }
-                for (at, what) in self.footer_content(s, &footer, &sum) {
-                    self.doubt(state, proven_by, false, place(s, at), what);
+                for (at, what, torn) in self.footer_content(s, &footer, &sum) {
+                    // No frame vouches for the pages that a footer names: they are written behind it, and a power cut may take some of them.
+                    self.doubt(state, if torn { u64::MAX } else { proven_by }, false, place(s, at), what);
                 }
             }
             Ok(Some(_)) => {}
@@ -522,8 +523,8 @@ impl Walk<'_> {
         Ok(Some(footer))
     }
 
-    /// What a valid footer names: the copy of descriptors, and the index.
-    fn footer_content(&mut self, s: &Owned, footer: &SegmentFooter, sum: &SegmentSum) -> Vec<(u32, String)> {
+    /// What a valid footer names: the copy of descriptors, and the index. Of each problem: whether a page that never reached the disk explains it.
+    fn footer_content(&mut self, s: &Owned, footer: &SegmentFooter, sum: &SegmentSum) -> Vec<(u32, String, bool)> {
         let mut problems = Vec::new();
         let mut copy = crc32fast::Hasher::new();
         let mut left = u64::from(footer.descriptor_bytes.get());
@@ -532,18 +533,22 @@ impl Walk<'_> {
             let n = left.min(BLOCK);
             match self.source.get(self.layout.geometry.at(s.segment, block), BLOCK as usize) {
                 Ok(bytes) => copy.update(&bytes[..n as usize]),
-                Err(error) => problems.push((block, format!("copied descriptors cannot be read: {error}"))),
+                Err(error) => problems.push((block, format!("copied descriptors cannot be read: {error}"), false)),
             }
             left -= n;
             block += 1;
         }
         if copy.finalize() != footer.descriptor_crc.get() {
-            problems.push((footer.descriptors_at.get(), "copied descriptors have a wrong checksum".into()));
+            problems.push((footer.descriptors_at.get(), "copied descriptors have a wrong checksum".into(), true));
         } else {
             self.tally.bytes += u64::from(footer.descriptor_bytes.get());
             let frames = (sum.side_bytes, sum.side.clone().finalize());
             if sum.whole && frames != (u64::from(footer.descriptor_bytes.get()), footer.descriptor_crc.get()) {
-                problems.push((footer.descriptors_at.get(), "copied descriptors are not those of the frames".into()));
+                problems.push((
+                    footer.descriptors_at.get(),
+                    "copied descriptors are not those of the frames".into(),
+                    false,
+                ));
             }
         }
         let Some(kind) = StreamKind::from_byte(s.kind) else { return problems };
@@ -558,13 +563,16 @@ impl Walk<'_> {
             data += 1;
             let found = sum.sums.get(usize::from(entry.page.get())).copied();
             let same = entry.segment.get() == s.segment && found == Some((entry.crc.get(), entry.kind_level & 15));
-            if same || !sum.whole { Ok(()) } else { Err("index entry names a payload that no frame has".into()) }
+            if same || !sum.whole { Ok(()) } else { Err(STRAY_PAYLOAD.into()) }
         });
         match walked {
-            Err(error) => problems.push((error.at.1, format!("index of the segment: {}", error.what))),
+            Err(error) => {
+                let torn = error.what != STRAY_PAYLOAD;
+                problems.push((error.at.1, format!("index of the segment: {}", error.what), torn));
+            }
             Ok(()) if sum.whole && data != sum.data_blocks => {
                 let what = format!("index of the segment has {data} data entries for {} blocks", sum.data_blocks);
-                problems.push((self.layout.segment_blocks() - 1, what));
+                problems.push((self.layout.segment_blocks() - 1, what, false));
             }
             Ok(()) => {}
         }
@@ -603,6 +611,8 @@ impl Walk<'_> {
     }
 }
 
+/// Said of an index entry.
+const STRAY_PAYLOAD: &str = "index entry names a payload that no frame has";
 /// Said of a block that holds no frame of the log.
 const NO_FRAME: &str = "is not there";
 
