@@ -4,13 +4,19 @@
 //! * [`process`]: an agent as a child process, and `cdpctl` calls on it;
 //! * [`nbd`]: an NBD client that knows nothing of the agent's code;
 //! * [`oracle`]: what may be read, now or at an instant, given what was sent and what was acked;
+//! * [`faultfs`]: disks that fail when told to, and remember what was done to them;
 //! * [`load`]: many verifying connections with many requests in flight, which reconnect;
+//! * [`mount`]: a file system of the kernel on a volume;
+//! * [`rig`]: an agent on such disks;
 //! * [`tools`]: other people's NBD clients and file system tools.
 
+pub mod faultfs;
 pub mod load;
+pub mod mount;
 pub mod nbd;
 pub mod oracle;
 pub mod process;
+pub mod rig;
 pub mod tools;
 
 use std::time::{SystemTime, UNIX_EPOCH};

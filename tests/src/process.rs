@@ -230,6 +230,15 @@ impl Agent {
         }
     }
 
+    /// Ends the process, if it runs, without a word.
+    pub fn end(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            // Either it still runs, or there is nothing left to end.
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+
     /// The process lives.
     pub fn assert_alive(&mut self) {
         let child = self.child.as_mut().expect("the agent was started");
@@ -289,6 +298,16 @@ impl Agent {
             return Ok(Value::Null);
         }
         Ok(serde_json::from_str(&text).unwrap_or_else(|e| panic!("cdpctl {}: no JSON ({e}): {text}", args.join(" "))))
+    }
+
+    /// `disk check` of a disk that no agent uses; its JSON, also when damage was found.
+    pub fn check_disk(&self, path: &str) -> Value {
+        let output = Command::new(binaries().join("cdpctl"))
+            .args(["--output", "json", "disk", "check", path])
+            .stdin(Stdio::null())
+            .output()
+            .expect("run cdpctl");
+        serde_json::from_slice(&output.stdout).unwrap_or_else(|e| panic!("disk check: no JSON ({e}): {output:?}"))
     }
 
     /// Connects to an export.
@@ -382,11 +401,7 @@ impl View {
 
 impl Drop for Agent {
     fn drop(&mut self) {
-        if let Some(mut child) = self.child.take() {
-            // Either it still runs, or there is nothing left to end.
-            let _ = child.kill();
-            let _ = child.wait();
-        }
+        self.end();
         if std::thread::panicking()
             && let Some(dir) = self.dir.take()
         {

@@ -24,7 +24,7 @@ use crate::format::{
     SegmentFooter, SegmentHeader, StreamKind, crc, log_flags,
 };
 use crate::frame::{self, Descriptor, ParsedFrame};
-use crate::index::{Key, Run, Touched};
+use crate::index::{Filter, Key, Run, Touched};
 use crate::info::{EventKind, Health, Marker, Priority, Settings, VolumeStats};
 use crate::log::{Log, PendingRevert, Stream};
 use crate::mutation::{Mutation, active};
@@ -182,6 +182,19 @@ impl Volume {
                         return self.drop_leftovers(engine).await;
                     }
                     return self.refuse(Health::PrimaryChanged, EventKind::PrimaryChanged, what);
+                }
+                if disk.clock_high_water().0 < fence.disk_clock_ns {
+                    let reason = format!(
+                        "CDP disk {} is an older copy of itself (its clock stands at {}, it was at {}): newer acked writes may be missing",
+                        disk.path,
+                        disk.clock_high_water(),
+                        Instant(fence.disk_clock_ns)
+                    );
+                    if override_journal {
+                        self.go_on_without(&reason).await?;
+                        return self.drop_leftovers(engine).await;
+                    }
+                    return self.refuse(Health::NeedsJournal, EventKind::NeedsJournal, reason);
                 }
                 match self.recover(engine, &disk, &fence, undecided).await {
                     Ok(()) => Ok(()),
@@ -353,10 +366,10 @@ impl Volume {
                 if state.thin {
                     dead.extend(segments(StreamKind::Writes));
                 } else {
-                    state.writes_index.push_run(run(row.writes_root, StreamKind::Writes));
+                    state.writes_index.push_run(run(row.writes_root, StreamKind::Writes), None);
                     state.writes.segments = segments(StreamKind::Writes);
                 }
-                state.before_index.push_run(run(row.before_root, StreamKind::Before));
+                state.before_index.push_run(run(row.before_root, StreamKind::Before), None);
                 state.before.segments = segments(StreamKind::Before);
             } else {
                 let writes = match base_scan.take_if(|_| seq == base_seq && id == base_id) {
@@ -378,12 +391,12 @@ impl Volume {
                 let mut touched = Touched::default();
                 let mut imaged = Touched::default();
                 let mut io = (Instant::MAX, Instant::ZERO);
-                for_each_entry(disk, id, StreamKind::Writes, &writes, |entry| {
+                let writes_filters = for_each_entry(disk, id, StreamKind::Writes, &writes, |entry| {
                     touched.insert_range(entry.block.get(), entry.blocks());
                     io = (io.0.min(Instant(entry.instant.get())), io.1.max(Instant(entry.instant.get())));
                 })
                 .await?;
-                for_each_entry(disk, id, StreamKind::Before, &before, |entry| {
+                let before_filters = for_each_entry(disk, id, StreamKind::Before, &before, |entry| {
                     imaged.insert_range(entry.block.get(), entry.blocks());
                 })
                 .await?;
@@ -402,7 +415,9 @@ impl Volume {
                 state.charged = touched.len() * 2 * BLOCK;
                 state.touched = touched;
                 state.imaged = Some(imaged);
-                for (scan, kind) in [(&writes, StreamKind::Writes), (&before, StreamKind::Before)] {
+                for (scan, filters, kind) in
+                    [(&writes, writes_filters, StreamKind::Writes), (&before, before_filters, StreamKind::Before)]
+                {
                     dead.extend(&scan.dead);
                     let stream =
                         Stream::resume(scan.segments.clone(), scan.number_next, scan.frame_next, scan.previous_crc);
@@ -412,12 +427,13 @@ impl Volume {
                         StreamKind::Before => (&mut state.before, &mut state.before_index),
                     };
                     *slot = stream;
-                    for run in &scan.runs {
-                        index.push_run(Run { root: *run, log_id: id, kind });
+                    for (run, filter) in scan.runs.iter().zip(filters) {
+                        index.push_run(Run { root: *run, log_id: id, kind }, Some(filter));
                     }
                     for entry in &scan.entries {
                         index.insert(*entry);
                     }
+                    index.close_recovered(scan.number_next.saturating_sub(1));
                 }
             }
             logs.push_back(log);
@@ -776,8 +792,9 @@ impl Volume {
         disk.reserve(self.id, reserve, true)?;
         // A way out that was cut off stays one: part of the backlog went to the primary without before-images.
         let fence = if detaching { FenceState::Detaching } else { FenceState::Dirty };
-        self.put_fence(fence, disk.id, "").await?;
+        // The instant first: it raises the disk's clock mark, which the fence then tells from older copies of this disk.
         let now = engine.tick().await?;
+        self.put_fence(fence, disk.id, "").await?;
         let instant = reverted_at.unwrap_or(now);
         let (ticket, empty) = {
             let mut state = self.state.borrow_mut();
@@ -982,30 +999,35 @@ struct Scan {
     claim_other: u64,
 }
 
-/// Calls `f` for every entry that a scan found.
+/// Calls `f` for every entry that a scan found. Answers a filter for each run.
 async fn for_each_entry(
     disk: &Rc<Disk>,
     log_id: u64,
     kind: StreamKind,
     scan: &Scan,
     mut f: impl FnMut(&IndexEntry),
-) -> Result<()> {
+) -> Result<Vec<Filter>> {
+    let mut filters = Vec::with_capacity(scan.runs.len());
     for root in &scan.runs {
+        let mut filter = Filter::new(root.entries.get());
         if root.entries.get() == 0 {
+            filters.push(filter);
             continue;
         }
         let mut cursor = Run { root: *root, log_id, kind }.cursor(Key { level: 0, block: 0, instant: 0 });
         let mut n = 0u32;
         while let Some(entry) = cursor.next(&**disk).await? {
             f(&entry);
+            filter.insert(&entry);
             n += 1;
             if n.is_multiple_of(4096) {
                 yield_now().await;
             }
         }
+        filters.push(filter);
     }
     scan.entries.iter().for_each(f);
-    Ok(())
+    Ok(filters)
 }
 
 /// Scans one stream of a log.
@@ -1313,4 +1335,31 @@ impl Window {
         let at = ((block - self.start) as u64 * BLOCK) as usize;
         Ok(&self.bytes[at..at + (u64::from(blocks) * BLOCK) as usize])
     }
+}
+
+/// What recovery does with the bytes of a frame, without a disk: for the fuzzers.
+#[cfg(feature = "fuzzing")]
+pub(crate) fn read_frame(bytes: &[u8], header: FrameHeader) {
+    let Some(parsed) = verified(bytes, header) else { return };
+    let mut scan = Scan {
+        segments: Vec::new(),
+        dead: Vec::new(),
+        runs: Vec::new(),
+        entries: Vec::new(),
+        side: Vec::new(),
+        frame_next: 0,
+        previous_crc: 0,
+        number_next: 0,
+        instant_last: Instant::ZERO,
+        watermark: Instant::ZERO,
+        hole: None,
+        claim_other: 0,
+    };
+    take_frame(parsed, header.segment.get(), header.block.get(), &mut scan);
+    let mut touched = Touched::default();
+    for entry in &scan.entries {
+        touched.insert_range(entry.block.get(), entry.blocks());
+    }
+    // A damaged record is an error; whatever else it says is taken as it is.
+    let _ = fold(&scan.side, 0, "frame", &[]);
 }
