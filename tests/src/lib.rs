@@ -6,12 +6,14 @@
 //! * [`oracle`]: what may be read, now or at an instant, given what was sent and what was acked;
 //! * [`faultfs`]: disks that fail when told to, and remember what was done to them;
 //! * [`load`]: many verifying connections with many requests in flight, which reconnect;
+//! * [`local`]: mounts and loop devices on this host, and their end;
 //! * [`mount`]: a file system of the kernel on a volume;
 //! * [`rig`]: an agent on such disks;
 //! * [`tools`]: other people's NBD clients and file system tools.
 
 pub mod faultfs;
 pub mod load;
+pub mod local;
 pub mod mount;
 pub mod nbd;
 pub mod oracle;

@@ -191,6 +191,11 @@ impl Agent {
         (status, self.log_tail())
     }
 
+    /// The process's number.
+    pub fn pid(&self) -> u32 {
+        self.child.as_ref().expect("the agent runs").id()
+    }
+
     /// kill -9.
     pub fn kill(&mut self) {
         self.signal(Signal::SIGKILL);
@@ -402,6 +407,7 @@ impl View {
 impl Drop for Agent {
     fn drop(&mut self) {
         self.end();
+        crate::local::clean(&self.path);
         if std::thread::panicking()
             && let Some(dir) = self.dir.take()
         {

@@ -360,7 +360,7 @@ async fn open_views(agent: &Agent, volume: &str) -> Result<Vec<v1::ViewInfo>, Fa
 
 /// Closes a view; that it cannot be closed is said, and ends nothing.
 async fn close(agent: &Agent, id: &str) {
-    let question = v1::CloseViewRequest { id: id.to_owned() };
+    let question = v1::CloseViewRequest { id: id.to_owned(), force: true };
     let closed =
         agent.call("view close", question, |mut client, question| async move { client.close_view(question).await });
     match closed.await {

@@ -79,9 +79,20 @@ impl Default for NbdConfig {
     }
 }
 
+/// What an export shows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ExportKind {
+    /// A volume as it is.
+    Volume,
+    /// A volume as it was.
+    View,
+}
+
 /// An export in a list.
 #[derive(Clone, Debug)]
 pub struct ExportEntry {
+    /// What it shows.
+    pub kind: ExportKind,
     /// The name to ask for it by.
     pub name: String,
     /// Words for people; may be empty.
@@ -90,6 +101,8 @@ pub struct ExportEntry {
 
 /// An export and where it is served.
 pub struct ExportInfo<S> {
+    /// What it shows.
+    pub kind: ExportKind,
     /// Canonical name.
     pub name: String,
     /// Words for people; may be empty.
