@@ -11,12 +11,9 @@ demo:             ## protect a volume, damage it, look back, take it back (a min
 test:             ## everything that must hold before a change lands
 	scripts/test.sh
 
-SOAK ?= 5
-soak:             ## the random tests, SOAK times as long, and all seeds of the acceptance script
-	scripts/setup.sh
-	cargo build --locked --release --workspace
-	target/release/cdp-sim --seed $$(date +%s) --seconds $$((60 * $(SOAK))) --threads 2
-	CDP_SOAK=$(SOAK) CDP_BIN=$(CURDIR)/target/release cargo test --locked --release -p cdp-tests --no-fail-fast -- --nocapture
+SOAK_S ?= 600
+soak:             ## the random tests with fresh seeds, SOAK_S seconds long
+	scripts/soak.sh $(SOAK_S)
 
 bench:            ## a first figure: protected random writes beside qemu-nbd on the same disk
 	scripts/bench-first.sh
