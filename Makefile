@@ -1,9 +1,13 @@
 # The commands of everyday: each does all that it needs, also on a fresh machine.
 
-.PHONY: demo test soak bench build
+.PHONY: demo test soak bench build man
 
 build:            ## release binaries in target/release
 	cargo build --locked --release
+
+man:              ## manual pages in target/man
+	cargo build --locked --release -p cdpctl
+	target/release/cdpctl man target/man
 
 demo:             ## protect a volume, damage it, look back, take it back (a minute after the build)
 	scripts/demo.sh

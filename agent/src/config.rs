@@ -41,6 +41,8 @@ pub struct Config {
     pub disks: Vec<PathBuf>,
     /// Volumes that are part of the configuration.
     pub volumes: Vec<VolumeConfig>,
+    /// Groups of volumes.
+    pub groups: Vec<GroupConfig>,
     /// Bounds and defaults of the engine.
     pub engine: EngineConfig,
     /// What is logged, in the form of `tracing`'s filters: `info`, `info,cdp_journal=debug`.
@@ -102,6 +104,15 @@ pub struct VolumeConfig {
     pub size: u64,
 }
 
+/// A group that is part of the configuration.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GroupConfig {
+    /// Its name.
+    pub name: String,
+    /// Names or uuids of its volumes; each may be one that is added later.
+    pub volumes: Vec<String>,
+}
+
 /// How log lines look.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LogFormat {
@@ -123,6 +134,7 @@ impl Default for Config {
             metrics: Some(SocketAddr::from(([127, 0, 0, 1], 9187))),
             disks: Vec::new(),
             volumes: Vec::new(),
+            groups: Vec::new(),
             engine: EngineConfig::default(),
             log_filter: "info".to_owned(),
             log_format: LogFormat::Text,
@@ -244,6 +256,10 @@ fn read_root(root: &mut Section<'_>, config: &mut Config) -> Result<(), ConfigEr
     }
     for mut section in root.sections("volume")? {
         config.volumes.push(read_volume(&mut section)?);
+        section.finish()?;
+    }
+    for mut section in root.sections("group")? {
+        config.groups.push(read_group(&mut section)?);
         section.finish()?;
     }
     Ok(())
@@ -373,6 +389,24 @@ fn read_volume(section: &mut Section<'_>) -> Result<VolumeConfig, ConfigError> {
     Ok(VolumeConfig { name: name.text, path, uuid, size })
 }
 
+fn read_group(section: &mut Section<'_>) -> Result<GroupConfig, ConfigError> {
+    let name = section.required_string("name")?;
+    parse::volume_name(&name.text).map_err(|error| section.refuse("name", &name, &error.bound))?;
+    let members = section.strings("volumes")?;
+    let mut volumes: Vec<String> = Vec::new();
+    for member in members {
+        let valid = parse::volume_name(&member.text).is_ok() || Uuid::parse_str(&member.text).is_ok();
+        if !valid || volumes.contains(&member.text) {
+            return Err(section.refuse("volumes", &member, "names or uuids of volumes, each once"));
+        }
+        volumes.push(member.text);
+    }
+    if volumes.is_empty() {
+        return Err(section.fault(&format!("{} is missing or empty", section.key("volumes"))));
+    }
+    Ok(GroupConfig { name: name.text, volumes })
+}
+
 /// What only shows when the parts are looked at together.
 fn check_paths(source: &Source<'_>, root: &DeTable<'_>, config: &Config) -> Result<(), ConfigError> {
     let fault = |kind: &str, index: usize, message: String| {
@@ -383,6 +417,15 @@ fn check_paths(source: &Source<'_>, root: &DeTable<'_>, config: &Config) -> Resu
     for (index, path) in config.disks.iter().enumerate() {
         if config.disks[..index].contains(path) {
             return fault("disk", index, format!("disk[{index}].path: {path:?} is given twice"));
+        }
+    }
+    for (index, group) in config.groups.iter().enumerate() {
+        if config.groups[..index].iter().any(|other| other.name == group.name) {
+            return fault("group", index, format!("group[{index}].name: {:?} is given twice", group.name));
+        }
+        if config.volumes.iter().any(|volume| volume.name == group.name) {
+            let message = format!("group[{index}].name: {:?} is the name of a volume", group.name);
+            return fault("group", index, message);
         }
     }
     for (index, volume) in config.volumes.iter().enumerate() {
@@ -503,6 +546,19 @@ impl<'a> Section<'a> {
             }
             _ => Err(self.wrong_type(key, value, "a text in quotes")),
         }
+    }
+
+    /// A list of texts; an empty one where the key is missing.
+    fn strings(&mut self, key: &'static str) -> Result<Vec<Value>, ConfigError> {
+        let Some(value) = self.get(key) else { return Ok(Vec::new()) };
+        let DeValue::Array(items) = value.get_ref() else {
+            return Err(self.wrong_type(key, value, "a list of texts in quotes"));
+        };
+        let text = |item: &Spanned<DeValue<'_>>| match item.get_ref() {
+            DeValue::String(text) => Ok(Value { text: text.to_string(), line: self.source.line(item.span().start) }),
+            _ => Err(self.wrong_type(key, item, "a list of texts in quotes")),
+        };
+        items.iter().map(text).collect()
     }
 
     /// Sizes and durations: `"64MiB"`, or a plain number of bytes or seconds.
@@ -780,6 +836,15 @@ mod tests {
             ("[[volume]]\nname = \"a\"\npath = \"/a\"\nsize = 1000", 2, &["multiple of 512"]),
             ("[[volume]]\nname=\"a\"\npath=\"/a\"\n[[volume]]\nname=\"a\"\npath=\"/b\"", 4, &["\"a\" is given twice"]),
             ("[[volume]]\nname=\"a\"\npath=\"/a\"\n[[volume]]\nname=\"b\"\npath=\"/a\"", 4, &["\"/a\" is given twice"]),
+            ("[[group]]\nname = \"a\"", 2, &["volumes is missing"]),
+            ("[[group]]\nname = \"a b\"\nvolumes = [\"x\"]", 2, &["group[0].name", "a b"]),
+            ("[[group]]\nname = \"a\"\nvolumes = [\"x\", \"x\"]", 3, &["group[0].volumes", "each once"]),
+            ("[[group]]\nname = \"a\"\nvolumes = \"x\"", 3, &["group[0].volumes", "a list"]),
+            (
+                "[[group]]\nname=\"a\"\nvolumes=[\"a\"]\n[[volume]]\nname=\"a\"\npath=\"/a\"",
+                2,
+                &["the name of a volume"],
+            ),
             ("[[disk]]\npath=\"/a\"\n[[volume]]\nname=\"b\"\npath=\"/a\"", 3, &["its own journal"]),
         ];
         for (text, line, parts) in table {

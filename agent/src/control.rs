@@ -26,9 +26,11 @@ use parking_lot::RwLock;
 use uuid::Uuid;
 
 use crate::config::Config;
+use crate::copying::{self, Copying};
 use crate::device::{Disk, DiskFile, OpenError};
 use crate::events::{EventHub, wall_ns};
 use crate::frontend::nbd::{ExportDirectory, ExportEntry, ExportInfo, ExportSource};
+use crate::groups::Group;
 use crate::shard::ShardHandle;
 use crate::state::{DiskRecord, Saved, ShardStore, StateDir, ViewRecord, VolumeRecord};
 
@@ -111,15 +113,18 @@ pub struct Control {
     clock: Arc<HostClock>,
     events: Arc<EventHub>,
     engine_config: EngineConfig,
-    registry: RwLock<Registry>,
-    changing: tokio::sync::Mutex<()>,
+    pub(crate) registry: RwLock<Registry>,
+    pub(crate) changing: tokio::sync::Mutex<()>,
+    /// How fast reverts are copied.
+    pub(crate) copying: Arc<Copying>,
 }
 
 #[derive(Default)]
-struct Registry {
+pub(crate) struct Registry {
     volumes: BTreeMap<Uuid, VolumeSlot>,
     disks: Vec<DiskSlot>,
     views: BTreeMap<Uuid, ViewSlot>,
+    pub(crate) groups: BTreeMap<String, Group>,
 }
 
 struct VolumeSlot {
@@ -192,12 +197,15 @@ impl Control {
             engine_config: config.engine.clone(),
             registry: RwLock::default(),
             changing: tokio::sync::Mutex::new(()),
+            copying: Arc::default(),
         });
         let deadline = tokio::time::Instant::now() + PREDECESSOR_PATIENCE;
         control.open_disks(config, &saved.disks, deadline).await?;
         control.open_volumes(config, &saved, deadline).await?;
         control.settle_reverts().await;
         control.reopen_views(saved.views).await?;
+        control.take_groups(&config.groups, saved.groups);
+        tokio::spawn(copying::watch(Arc::downgrade(&control)));
         Ok(control)
     }
 
@@ -358,6 +366,9 @@ impl Control {
         if registry.volumes.values().any(|slot| slot.record.name == new.name) {
             return Err(Error::Exists { what: "volume", name: new.name.clone() });
         }
+        if registry.groups.contains_key(&new.name) {
+            return Err(Error::Exists { what: "group", name: new.name.clone() });
+        }
         match new.uuid {
             Some(uuid) if registry.volumes.contains_key(&uuid) => {
                 Err(Error::Exists { what: "volume", name: uuid.to_string() })
@@ -393,6 +404,11 @@ impl Control {
                 "volume {:?} is part of the configuration file: take it out there and restart the agent",
                 status.record.name
             )));
+        }
+        let group = self.group_with(volume).filter(|group| !force || group.configured);
+        if let Some(group) = group {
+            let text = format!("volume {:?} is in group {:?}: remove the group first", status.record.name, group.name);
+            return Err(Error::State(text));
         }
         if let Ok(info) = &status.info {
             let views = self.on_volume(volume, |volume| async move { Ok(volume.views()) }).await?;
@@ -430,6 +446,7 @@ impl Control {
             }));
             return Err(error);
         }
+        self.leave_groups(volume).await?;
         let message = format!("volume {:?} removed", status.record.name);
         self.events.publish_now(EventKind::VolumeRemoved, Some(volume), None, message);
         Ok(status)
@@ -455,12 +472,6 @@ impl Control {
     /// The admin's decision to go on with the primary as it is: opens the volume anew.
     pub async fn override_volume(&self, volume: Uuid, health: Health) -> Result<VolumeStatus> {
         let _changing = self.changing.lock().await;
-        let (record, shard) = {
-            let registry = self.registry.read();
-            let slot = registry.volumes.get(&volume);
-            let slot = slot.ok_or_else(|| Error::NotFound { what: "volume", name: volume.to_string() })?;
-            (slot.record.clone(), slot.shard)
-        };
         let info = self.info(volume).await?;
         if info.health != health {
             return Err(Error::State(format!(
@@ -470,6 +481,30 @@ impl Control {
                 health_word(health)
             )));
         }
+        self.open_anew(volume, false).await
+    }
+
+    /// The admin's decision to take over the history that a CDP disk has of this volume, though this host knows nothing of it.
+    pub async fn attach_volume(&self, volume: Uuid) -> Result<VolumeStatus> {
+        let _changing = self.changing.lock().await;
+        let fence = self.state.fence(volume).map_err(|error| Error::State(error.to_string()))?;
+        let info = self.info(volume).await?;
+        if fence.is_some() || info.health != Health::NeedsJournal {
+            let name = info.name;
+            return Err(Error::State(format!(
+                "volume {name:?} has no history to attach: that is for one in state needs_journal whose CDP disk came from elsewhere"
+            )));
+        }
+        self.open_anew(volume, true).await
+    }
+
+    async fn open_anew(&self, volume: Uuid, attach: bool) -> Result<VolumeStatus> {
+        let (record, shard) = {
+            let registry = self.registry.read();
+            let slot = registry.volumes.get(&volume);
+            let slot = slot.ok_or_else(|| Error::NotFound { what: "volume", name: volume.to_string() })?;
+            (slot.record.clone(), slot.shard)
+        };
         let fence = self.state.fence(volume).map_err(|error| Error::State(error.to_string()))?;
         let undecided_reverts = self.state.undecided_reverts();
         let reopened = self.shards[shard].call(move |local, _| async move {
@@ -483,7 +518,8 @@ impl Control {
                 size: record.size,
                 primary,
                 fence,
-                override_journal: true,
+                override_journal: !attach,
+                attach_journal: attach,
                 undecided_reverts,
             };
             local.engine.open_volume(spec).await.map(drop)
@@ -507,7 +543,7 @@ impl Control {
         self.recorded("volumes", self.state.put_volumes(&records).await)
     }
 
-    fn recorded(&self, what: &str, result: std::io::Result<()>) -> Result<()> {
+    pub(crate) fn recorded(&self, what: &str, result: std::io::Result<()>) -> Result<()> {
         let place = || self.state.path().join(what).display().to_string();
         result.map_err(|error| Error::device("write", place(), &error))
     }
@@ -528,6 +564,7 @@ impl Control {
                 primary: Rc::clone(&primary),
                 fence,
                 override_journal: false,
+                attach_journal: false,
                 undecided_reverts,
             };
             let volume = local.engine.open_volume(spec).await?;
@@ -753,6 +790,16 @@ impl Control {
         writable: bool,
     ) -> Result<(ViewInfo, u64)> {
         let _changing = self.changing.lock().await;
+        self.open_view_locked(volume, time, name, writable).await
+    }
+
+    pub(crate) async fn open_view_locked(
+        &self,
+        volume: Uuid,
+        time: Instant,
+        name: String,
+        writable: bool,
+    ) -> Result<(ViewInfo, u64)> {
         if writable {
             // The engine answers an open read-only view again by itself; this is the same for writable ones.
             let open = |(view, _): &(ViewInfo, u64)| view.writable && view.time == time && view.lost.is_none();
@@ -786,7 +833,7 @@ impl Control {
         self.close_view_locked(id).await
     }
 
-    async fn close_view_locked(&self, id: Uuid) -> Result<(ViewInfo, u64)> {
+    pub(crate) async fn close_view_locked(&self, id: Uuid) -> Result<(ViewInfo, u64)> {
         let volume = self.registry.read().views.get(&id).map(|slot| slot.record.volume);
         let volume = volume.ok_or_else(|| Error::NotFound { what: "view", name: id.to_string() })?;
         let shard = self.shard_of(volume)?;
@@ -876,6 +923,17 @@ impl Control {
                 self.state.decide_revert(group).await;
             }
         }
+    }
+
+    /// Reverts that are being copied.
+    pub(crate) async fn pending_reverts(&self) -> Vec<(Uuid, cdp_journal::info::RevertProgress)> {
+        let asked = self.shards.iter().map(|shard| {
+            shard.call(|local, _| async move {
+                let volumes = local.engine.volumes();
+                volumes.iter().filter_map(|volume| Some((volume.id(), volume.revert_progress()?))).collect::<Vec<_>>()
+            })
+        });
+        join_all(asked).await.into_iter().flatten().flatten().collect()
     }
 
     // ---- metrics, health, end ----

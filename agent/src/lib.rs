@@ -7,6 +7,7 @@
 
 pub mod config;
 pub mod control;
+pub mod copying;
 pub mod daemon;
 pub mod device;
 pub mod events;
@@ -14,9 +15,11 @@ pub mod frontend;
 #[cfg(feature = "fuzzing")]
 #[doc(hidden)]
 pub mod fuzzing;
+pub mod groups;
 pub mod grpc;
 pub mod listen;
 pub mod metrics;
+pub mod quiesce;
 pub mod revert;
 pub mod ring;
 pub mod shard;

@@ -5,7 +5,7 @@
 //! | `lock` | nothing; locked while an agent runs, so that a second one is refused |
 //! | `host` | the uuid of this host; written last at the first start, so it says that the others must be there |
 //! | `clock` | the clock's high-water mark |
-//! | `volumes`, `disks`, `views` | what was added and opened, to be served again after a restart |
+//! | `volumes`, `disks`, `views`, `groups` | what was added and opened, to be served again after a restart |
 //! | `fences/<uuid>` | the fence of a volume |
 //! | `reverts/<uuid>` | the volumes of a group whose revert is not decided |
 //!
@@ -110,6 +110,16 @@ pub struct ViewRecord {
     pub writable: bool,
 }
 
+/// A group of volumes that was added.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GroupRecord {
+    /// Its name.
+    pub name: String,
+    /// Uuids of its volumes.
+    pub volumes: Vec<Uuid>,
+}
+
 /// What the directory held at start.
 #[derive(Clone, Debug)]
 pub struct Saved {
@@ -121,6 +131,8 @@ pub struct Saved {
     pub disks: Vec<DiskRecord>,
     /// Views open when the agent ended.
     pub views: Vec<ViewRecord>,
+    /// Groups added.
+    pub groups: Vec<GroupRecord>,
     /// Fences by volume.
     pub fences: BTreeMap<Uuid, Fence>,
 }
@@ -165,6 +177,8 @@ impl StateDir {
             volumes: required(&dir.join("volumes"), "volumes")?,
             disks: required(&dir.join("disks"), "disks")?,
             views: required(&dir.join("views"), "views")?,
+            // There only once a group was added.
+            groups: read_file(&dir.join("groups"), "groups")?.unwrap_or_default(),
             fences,
         };
         let writer = Writer::start(saved.high_water).map_err(io_error("start the writer of", dir))?;
@@ -179,6 +193,7 @@ impl StateDir {
         read_file::<Vec<VolumeRecord>>(&dir.join("volumes"), "volumes")?;
         read_file::<Vec<DiskRecord>>(&dir.join("disks"), "disks")?;
         read_file::<Vec<ViewRecord>>(&dir.join("views"), "views")?;
+        read_file::<Vec<GroupRecord>>(&dir.join("groups"), "groups")?;
         if dir.join("fences").exists() {
             read_fences(&dir.join("fences"))?;
         }
@@ -216,6 +231,11 @@ impl StateDir {
     /// Replaces the list of views.
     pub async fn put_views(&self, views: &[ViewRecord]) -> io::Result<()> {
         self.writer.put(self.dir.join("views"), encode("views", &views)).await
+    }
+
+    /// Replaces the list of groups.
+    pub async fn put_groups(&self, groups: &[GroupRecord]) -> io::Result<()> {
+        self.writer.put(self.dir.join("groups"), encode("groups", &groups)).await
     }
 
     /// Groups whose revert is not decided: their records do not count at recovery.

@@ -279,7 +279,11 @@ async fn two_shards_share_disks_and_volumes_and_find_them_again() {
             let refusal = client.add_volume(twice).await.expect_err("the same file under another path");
             assert_eq!(refusal.code(), tonic::Code::AlreadyExists, "{refusal}");
         }
-        let mark = MarkRequest { volumes: vec!["v0".into(), "v1".into()], name: format!("round{round}"), kind: 0 };
+        let mark = MarkRequest {
+            volumes: vec!["v0".into(), "v1".into()],
+            name: format!("round{round}"),
+            ..MarkRequest::default()
+        };
         let marked = client.mark(mark).await.expect("answers").into_inner();
         assert_eq!((marked.success, marked.fail), (2, 0), "{marked:?}");
         let times: Vec<u64> =

@@ -21,6 +21,7 @@ pub struct Cli {
 }
 
 const ROOT_HELP: &str = "WHEN is nanoseconds since the epoch, RFC 3339 (2026-11-21T04:38:00Z), a marker's name, 'now', or relative ('5m ago').\n\
+    flush-before:WHEN is the newest instant at or before it at which the guest had flushed and nothing was being written.\n\
     Sizes are bytes or 30GiB, durations seconds or 24h. Every command has examples: cdpctl COMMAND --help. Exit codes: cdpctl --help.";
 
 /// Options that every command takes, before or after its name.
@@ -82,14 +83,20 @@ pub enum Command {
     List(List),
     /// Show a volume's logs, markers and the intervals that can be viewed
     #[command(
-        after_help = "Examples:\n  cdpctl info vm1-root\n  cdpctl info vm1-root --all\n  cdpctl --output json info vm1-root"
+        after_help = "Examples:\n  cdpctl info vm1-root\n  cdpctl info vm1-root --all\n  cdpctl info vm1-root --at '5m ago'\n  cdpctl --output json info vm1-root"
     )]
     Info(Info),
     /// Name the present instant, the same one for all volumes given
     #[command(
-        after_help = "Examples:\n  cdpctl mark vm1-root --name before-upgrade\n  cdpctl mark db-data db-log --name nightly --kind application"
+        after_help = "Examples:\n  cdpctl mark vm1-root --name before-upgrade\n  cdpctl mark db-data db-log --name nightly --kind application\n  \
+        cdpctl mark vm1 --name nightly --quiesce qga:/var/lib/libvirt/qemu/channel/target/vm1.qga\n\n\
+        With --quiesce the guest's file systems are frozen by its QEMU guest agent for as long as it takes to look at the clock, and thawed \
+        in any case. When that fails nothing is marked."
     )]
     Mark(Mark),
+    /// Groups: several volumes under one name
+    #[command(subcommand, arg_required_else_help = true)]
+    Group(Group),
     /// Views: volumes as they were at an instant
     #[command(subcommand, arg_required_else_help = true)]
     View(View),
@@ -97,7 +104,8 @@ pub enum Command {
     #[command(after_help = "Examples:\n  \
         cdpctl revert vm1-root --at '5m ago' --dry-run\n  \
         cdpctl revert vm1-root --at before-upgrade --wait\n  \
-        cdpctl revert db-data db-log --at 2026-11-21T04:38:00Z --force\n\n\
+        cdpctl revert db-data db-log --at 2026-11-21T04:38:00Z --force\n  \
+        cdpctl revert vm1-root --undo\n\n\
         Reads give the old state as soon as this returns; the copying goes on behind. A revert is history too: the answer has the \
         instant that undoes it. Several volumes go back together or not at all. After --force the export refuses clients until \
         `cdpctl release` (or --release), so that a guest with stale caches cannot write over the reverted state.")]
@@ -114,15 +122,38 @@ pub enum Command {
         With --follow, JSON is one document per line."
     )]
     Events(Events),
-    /// Draw a volume's history: writes, coverage, logs, markers, reverts
+    /// Draw a volume's history: writes, flushes, coverage, logs, markers, reverts
     #[command(after_help = "Examples:\n  cdpctl timeline vm1-root\n  cdpctl timeline vm1-root --from '1h ago'\n  \
-        cdpctl timeline vm1-root --from before-upgrade --to now --buckets 60")]
+        cdpctl timeline vm1-root --from before-upgrade --to now --buckets 60\n  \
+        cdpctl timeline vm1-root --around before-upgrade --span 2m --svg upgrade.svg")]
     Timeline(Timeline),
+    /// Find the write that broke it, with a command that tells good from bad
+    #[command(after_help = "Examples:\n  \
+        cdpctl bisect vm1-root --from '1h ago' --to now -- ./check.sh\n  \
+        cdpctl bisect vm1-root --from good --to bad -- qemu-io -r -f raw -c 'read -P 0 0 512' nbd+unix:///x\n\n\
+        The command is run on views between the two instants, at most log2 of the writes + 2 times. It ends with 0 where the volume is good, \
+        with 1 to 124 where it is bad, with 125 or more where it cannot tell, which stops the search; the same command line goes on from there. \
+        It finds the view by CDP_VIEW_NBD_URI, CDP_VIEW_ID, CDP_VIEW_TIME and CDP_VIEW_VOLUME in its environment.")]
+    Bisect(Bisect),
+    /// Copy an instant to a file, or only what changed up to it
+    #[command(after_help = "Examples:\n  \
+        cdpctl export vm1-root --at '1h ago' vm1.img\n  \
+        cdpctl export vm1-root --at nightly-2 --since nightly-1 --format qcow2 --backing vm1.img vm1-2.qcow2\n\n\
+        A raw file with --since is as long as the volume and has only what changed; FILE.blocks lists which bytes of it count. An export that \
+        was interrupted goes on when it is asked for once more with the same words.")]
+    Export(Export),
     /// Show the agent's version, clock, endpoints and totals
     #[command(
         after_help = "Examples:\n  cdpctl status\n  cdpctl --agent https://host7:7070 --tls-ca ca.pem --tls-cert me.pem --tls-key me.key status"
     )]
     Status,
+    /// Write the manual pages
+    #[command(hide = true, after_help = "Examples:\n  cdpctl man /usr/local/share/man/man1")]
+    Man {
+        /// Directory, made where there is none
+        #[arg(value_hint = ValueHint::DirPath)]
+        directory: PathBuf,
+    },
     /// Print the completion script of a shell
     #[command(
         after_help = "Examples:\n  cdpctl completion bash > /etc/bash_completion.d/cdpctl\n  cdpctl completion zsh > ~/.zfunc/_cdpctl"
@@ -196,6 +227,13 @@ pub enum Volume {
         after_help = "Examples:\n  cdpctl volume xml vm1-root\n  cdpctl volume xml vm1-root --target vdb > disk.xml\n  cdpctl volume xml vm1-root --only libvirt > disk.xml"
     )]
     Xml(VolumeXml),
+    /// Take over the history that a CDP disk brought from another host
+    #[command(
+        after_help = "Examples:\n  cdpctl volume add vm1-root --path /dev/vg0/vm1-root --uuid 0d9a…\n  cdpctl volume attach vm1-root\n\n\
+        For a volume that was added with the uuid that it had, after its CDP disk was moved here or the agent's state\n\
+        directory was lost. You vouch that the primary is the one that the history belongs to, and that the other host is out of the way."
+    )]
+    Attach(VolumeAttach),
     /// Go on with the primary as it is, where the agent refuses to decide
     #[command(after_help = "Examples:\n  cdpctl volume override vm1-root --accept needs_journal\n\n\
         The state must be named, and be the one that the volume is in:\n  \
@@ -268,6 +306,12 @@ pub enum XmlForm {
 }
 
 #[derive(Debug, Args)]
+pub struct VolumeAttach {
+    /// Volume, by uuid or name
+    pub volume: String,
+}
+
+#[derive(Debug, Args)]
 pub struct VolumeOverride {
     /// Volume, by uuid or name
     pub volume: String,
@@ -329,6 +373,9 @@ pub struct Info {
     /// Thin logs and those of disabled spans too, and all markers
     #[arg(long)]
     pub all: bool,
+    /// Tell what lies next to this instant: markers, and flush-clean instants on each side
+    #[arg(long, value_name = "WHEN", value_parser = when)]
+    pub at: Option<When>,
 }
 
 #[derive(Debug, Args)]
@@ -340,8 +387,14 @@ pub struct Mark {
     #[arg(long, value_parser = marker_name)]
     pub name: Option<String>,
     /// What you know of the guest's state
-    #[arg(long, value_enum, default_value_t = Kind::Crash)]
+    #[arg(long, value_enum, default_value_t = Kind::Crash, conflicts_with = "quiesce")]
     pub kind: Kind,
+    /// Freeze this guest's file systems meanwhile; may be given several times
+    #[arg(long, value_name = "qga:SOCKET", value_parser = guest)]
+    pub quiesce: Vec<String>,
+    /// Longest time that they stay frozen, 100ms to 60s
+    #[arg(long, value_name = "DURATION", default_value = "2s", value_parser = frozen_ms, requires = "quiesce")]
+    pub quiesce_max: u32,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -350,6 +403,30 @@ pub enum Kind {
     Crash,
     /// The guest is quiesced
     Application,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Group {
+    /// Name several volumes as one
+    #[command(after_help = "Examples:\n  cdpctl group add vm1 vm1-root vm1-data\n\n\
+        mark, view open, revert and every other command on several volumes take the group's name then.")]
+    Add {
+        /// Name of the group
+        #[arg(value_parser = volume_name)]
+        name: String,
+        /// Volumes, by uuid or name
+        #[arg(required = true, value_name = "VOLUME")]
+        volumes: Vec<String>,
+    },
+    /// List the groups
+    #[command(after_help = "Examples:\n  cdpctl group list")]
+    List,
+    /// Forget a group; its volumes stay as they are
+    #[command(after_help = "Examples:\n  cdpctl group remove vm1")]
+    Remove {
+        /// Name of the group
+        name: String,
+    },
 }
 
 #[derive(Debug, Subcommand)]
@@ -377,8 +454,9 @@ pub enum View {
 
 #[derive(Debug, Args)]
 pub struct ViewOpen {
-    /// Volume, by uuid or name
-    pub volume: String,
+    /// Volumes or groups, by uuid or name; several are opened at one instant, all or none
+    #[arg(required = true, value_name = "VOLUME")]
+    pub volumes: Vec<String>,
     /// The instant
     #[arg(long, value_name = "WHEN", value_parser = when)]
     pub at: When,
@@ -389,12 +467,15 @@ pub struct ViewOpen {
 
 #[derive(Debug, Args)]
 pub struct Revert {
-    /// Volumes, by uuid or name
+    /// Volumes or groups, by uuid or name
     #[arg(required = true, value_name = "VOLUME")]
     pub volumes: Vec<String>,
     /// The instant
-    #[arg(long, value_name = "WHEN", value_parser = when)]
-    pub at: When,
+    #[arg(long, value_name = "WHEN", value_parser = when, required_unless_present = "undo")]
+    pub at: Option<When>,
+    /// Undo the newest revert: back to just before it
+    #[arg(long, conflicts_with = "at")]
+    pub undo: bool,
     /// Change nothing; say how many blocks and bytes would change
     #[arg(long, conflicts_with = "wait")]
     pub dry_run: bool,
@@ -435,6 +516,15 @@ pub struct Events {
 pub struct Timeline {
     /// Volume, by uuid or name
     pub volume: String,
+    /// An instant to look at: the picture is centred on it, and what lies next to it is told
+    #[arg(long, value_name = "WHEN", value_parser = when, conflicts_with_all = ["from", "to"])]
+    pub around: Option<When>,
+    /// How much to show around it
+    #[arg(long, value_name = "DURATION", default_value = "10m", value_parser = parse::duration_ns, requires = "around")]
+    pub span: u64,
+    /// Write the picture to this file too, as SVG
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub svg: Option<PathBuf>,
     /// First instant [default: start of the history]
     #[arg(long, value_name = "WHEN", value_parser = when)]
     pub from: Option<When>,
@@ -444,6 +534,94 @@ pub struct Timeline {
     /// Pieces to cut the span into [default: as wide as the terminal; JSON: 100]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=10000))]
     pub buckets: Option<u32>,
+}
+
+#[derive(Debug, Args)]
+pub struct Bisect {
+    /// Volume, by uuid or name
+    pub volume: String,
+    /// An instant at which it was good
+    #[arg(long, value_name = "WHEN", value_parser = when)]
+    pub from: When,
+    /// A later instant at which it was bad
+    #[arg(long, value_name = "WHEN", value_parser = when, default_value = "now")]
+    pub to: When,
+    /// Where the search is remembered [default: cdpctl/bisect-UUID.json in $XDG_STATE_HOME or ~/.local/state]
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub state: Option<PathBuf>,
+    /// Where runs and the command's output are logged [default: beside the state, .log]
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub log: Option<PathBuf>,
+    /// Forget a search that was interrupted
+    #[arg(long)]
+    pub restart: bool,
+    /// The command, with its arguments
+    #[arg(last = true, required = true, value_name = "COMMAND")]
+    pub command: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub struct Export {
+    /// Volume, by uuid or name
+    pub volume: String,
+    /// The instant
+    #[arg(long, value_name = "WHEN", value_parser = when)]
+    pub at: When,
+    /// The file to write
+    #[arg(value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub target: PathBuf,
+    /// Only what changed since this instant
+    #[arg(long, value_name = "WHEN", value_parser = when)]
+    pub since: Option<When>,
+    /// What the file is to be
+    #[arg(long, value_enum, default_value_t = ExportFormat::Raw)]
+    pub format: ExportFormat,
+    /// qcow2: a raw file with the state at --since, as the new file is to name it
+    #[arg(long, value_name = "FILE", requires = "since", value_parser = backing)]
+    pub backing: Option<String>,
+    /// Forget an export to this file that was interrupted, and what it has written
+    #[arg(long)]
+    pub restart: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ExportFormat {
+    /// The bytes of the volume, with holes
+    Raw,
+    /// Of QEMU, version 3
+    Qcow2,
+}
+
+impl ExportFormat {
+    /// As it is given.
+    pub fn word(self) -> &'static str {
+        match self {
+            ExportFormat::Raw => "raw",
+            ExportFormat::Qcow2 => "qcow2",
+        }
+    }
+}
+
+fn backing(text: &str) -> Result<String, String> {
+    if text.is_empty() || text.len() > crate::qcow2::BACKING_MAX {
+        return Err(format!("backing file {text:?} is not valid: 1 to {} bytes", crate::qcow2::BACKING_MAX));
+    }
+    Ok(text.to_owned())
+}
+
+fn guest(text: &str) -> Result<String, String> {
+    match text.strip_prefix("qga:") {
+        Some(path) if path.starts_with('/') => Ok(text.to_owned()),
+        _ => Err(format!("guest {text:?} is not valid: must be qga: and the absolute path of its agent's socket")),
+    }
+}
+
+fn frozen_ms(text: &str) -> Result<u32, String> {
+    let ns = parse::duration_ns(text).map_err(|error| error.to_string())?;
+    u32::try_from(ns / 1_000_000)
+        .ok()
+        .filter(|ms| (100..=60_000).contains(ms))
+        .ok_or_else(|| format!("{text:?} is not valid: must be from 100ms to 60s"))
 }
 
 fn endpoint(text: &str) -> Result<Endpoint, InputError> {
@@ -461,6 +639,7 @@ fn marker_name(text: &str) -> Result<String, InputError> {
 /// The interface says "none given" with 0, so the epoch itself cannot be asked for.
 fn when(text: &str) -> Result<When, String> {
     match text.parse::<When>() {
+        Ok(When::FlushBefore(other)) if *other == When::At(0) => Err("instant 0 is not valid".into()),
         Ok(When::At(0)) => Err("instant 0 is not valid: must be at least 1 nanosecond after the epoch".into()),
         Ok(when) => Ok(when),
         Err(error) => Err(error.to_string()),

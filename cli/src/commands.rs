@@ -1,12 +1,16 @@
 //! One file per group of commands. Each makes its call and turns the answer into text and JSON.
 
 mod batch;
+mod bisect;
 mod clean;
 mod completion;
 mod disk;
 mod events;
+mod export;
+mod group;
 mod info;
 mod list;
+mod man;
 mod mark;
 mod revert;
 mod settings;
@@ -14,11 +18,12 @@ mod status;
 mod timeline;
 mod view;
 mod volume;
+mod when;
 
 use std::path::Path;
 
 use crate::{
-    args::{Cli, Command, Disk, View, Volume},
+    args::{Cli, Command, Disk, Group, View, Volume},
     connect::Agent,
     failure::Failure,
     output::Answer,
@@ -29,6 +34,9 @@ pub async fn run(cli: Cli) -> Result<Answer, Failure> {
     let format = cli.global.output;
     if let Command::Completion { shell } = cli.command {
         return completion::print(shell);
+    }
+    if let Command::Man { directory } = &cli.command {
+        return man::write(directory);
     }
     if let Command::Disk(Disk::Check { path }) = cli.command {
         return disk::check(&path);
@@ -44,6 +52,7 @@ pub async fn run(cli: Cli) -> Result<Answer, Failure> {
         Command::Volume(Volume::Remove(args)) => volume::remove(agent, args).await,
         Command::Volume(Volume::Resize(args)) => volume::resize(agent, args).await,
         Command::Volume(Volume::Xml(args)) => volume::xml(agent, args).await,
+        Command::Volume(Volume::Attach(args)) => volume::attach(agent, args).await,
         Command::Volume(Volume::Override(args)) => volume::override_health(agent, args).await,
         Command::Edit(args) => settings::edit(agent, args).await,
         Command::Enable(args) => settings::enable(agent, args).await,
@@ -59,7 +68,13 @@ pub async fn run(cli: Cli) -> Result<Answer, Failure> {
         Command::Clean(args) => clean::clean(agent, args).await,
         Command::Events(args) => events::show(agent, args, format).await,
         Command::Timeline(args) => timeline::show(agent, args, format).await,
+        Command::Bisect(args) => bisect::bisect(agent, args).await,
+        Command::Export(args) => export::export(agent, args).await,
+        Command::Group(Group::Add { name, volumes }) => group::add(agent, name, volumes).await,
+        Command::Group(Group::List) => group::list(agent).await,
+        Command::Group(Group::Remove { name }) => group::remove(agent, name).await,
         Command::Status => status::show(agent).await,
+        Command::Man { directory } => man::write(&directory),
         Command::Completion { shell } => completion::print(shell),
     }
 }

@@ -33,6 +33,7 @@ pub fn timeline(volume: &str, timeline: &v1::TimelineResponse) -> String {
         span(axis.length / columns as u64)
     );
     text += &density(&timeline.buckets);
+    text += &row("flushes", &flushes(&timeline.buckets));
     text += &row("coverage", &coverage(&axis, &timeline.coverage));
     text += &row("logs", &logs(&axis, &timeline.cdp_info));
     text +=
@@ -104,6 +105,50 @@ fn density(buckets: &[v1::TimelineBucket]) -> String {
         .collect()
 }
 
+/// A flush with no write in flight is a dot; a column that has only others has a small one.
+fn flushes(buckets: &[v1::TimelineBucket]) -> Vec<char> {
+    let sign = |bucket: &v1::TimelineBucket| match (bucket.flushes, bucket.flushes_clean) {
+        (0, _) => ' ',
+        (_, 0) => '.',
+        _ => '•',
+    };
+    buckets.iter().map(sign).collect()
+}
+
+/// What lies next to an instant.
+pub fn around(located: &v1::LocateResponse) -> String {
+    let mut text = format!("\nAround {} ({})\n", instant(located.time), located.time);
+    for one in &located.results {
+        let name = one.result.as_ref().map_or("?", |result| &result.volume_name);
+        if let Some(result) = one.result.as_ref().filter(|result| result.code != 0) {
+            text += &format!("{}: {}\n", result.volume, result.message);
+            continue;
+        }
+        let distance = |time: u64| match time.cmp(&located.time) {
+            std::cmp::Ordering::Equal => "at it".to_owned(),
+            std::cmp::Ordering::Less => format!("{} before", span(located.time - time)),
+            std::cmp::Ordering::Greater => format!("{} after", span(time - located.time)),
+        };
+        let flush = |time: u64| match time {
+            0 => "none".to_owned(),
+            time => format!("{} ({time}), {}", instant(time), distance(time)),
+        };
+        let snap = |snap: &Option<v1::Snap>| {
+            let found = snap.as_ref();
+            found.map_or_else(|| "none".to_owned(), |snap| format!("{}, {}", snap.name, distance(snap.time)))
+        };
+        text += &crate::output::fields(&[
+            ("Volume", name.to_owned()),
+            ("Can be viewed", if one.viewable { "yes" } else { "no" }.to_owned()),
+            ("Flush-clean before", flush(one.flush_before)),
+            ("Flush-clean after", flush(one.flush_after)),
+            ("Marker before", snap(&one.snap_before)),
+            ("Marker after", snap(&one.snap_after)),
+        ]);
+    }
+    text
+}
+
 fn coverage(axis: &Axis, intervals: &[v1::Interval]) -> Vec<char> {
     let mut row = vec![' '; axis.columns];
     for interval in intervals {
@@ -159,9 +204,10 @@ fn legend(timeline: &v1::TimelineResponse) -> String {
     let writes = total(|bucket| bucket.writes);
     let bytes = total(|bucket| bucket.bytes);
     let flushes = total(|bucket| bucket.flushes);
+    let clean = total(|bucket| bucket.flushes_clean);
     let peak = timeline.buckets.iter().map(|bucket| bucket.writes).max().unwrap_or(0);
     let mut text = format!(
-        "\n{} ({}), {flushes} flush points; at most {} in a column\n",
+        "\n{} ({}), {flushes} flush points, {clean} of them clean; at most {} in a column\n",
         count(writes, "write"),
         size_text(bytes),
         count(peak, "write")
@@ -200,7 +246,13 @@ mod tests {
     const S: u64 = 1_000_000_000;
 
     fn sample() -> v1::TimelineResponse {
-        let bucket = |at: u64, writes| v1::TimelineBucket { start: at * S, writes, bytes: writes * 4096, flushes: 0 };
+        let bucket = |at: u64, writes| v1::TimelineBucket {
+            start: at * S,
+            writes,
+            bytes: writes * 4096,
+            flushes: writes % 3,
+            flushes_clean: writes % 2,
+        };
         let snap = |time, auto| v1::Snap { name: format!("m{time}"), time: time * S, kind: 1, auto };
         let log = |seq, start, end| v1::CdpInfo {
             seq,
@@ -226,11 +278,12 @@ mod tests {
         let lines: Vec<&str> = picture.lines().collect();
         assert_eq!(lines[0], "demo: - to 1970-01-01T00:00:09.999999999Z (9.999s, a column is 999.999ms)");
         assert_eq!(
-            &lines[2..9],
+            &lines[2..10],
             [
                 "                   █",
                 "                   █",
                 "writes     ▁▁▁▁▁▁▁▁█",
+                "flushes    •. •• .•",
                 "coverage      ┿━━━━━",
                 "logs      |7   |8",
                 "markers    · ▼",

@@ -3,7 +3,8 @@
 //! * [`args`]: what the command line may say
 //! * [`connect`]: the way to the agent, deadlines; [`progress`]: what a terminal shows meanwhile
 //! * [`commands`]: one file per group of commands: call, and turn the answer into text and JSON
-//! * [`shape`]: the JSON of each message; [`output`]: tables and printing; [`draw`]: the timeline's picture; [`nbd`]: export addresses
+//! * [`shape`]: the JSON of each message; [`output`]: tables and printing; [`draw`], [`svg`]: the timeline's pictures
+//! * [`nbd`]: export addresses; [`nbd_client`], [`qcow2`]: what `export` reads from and writes to
 //! * [`failure`], [`exit`]: what went wrong, and the exit codes
 
 mod args;
@@ -14,9 +15,12 @@ mod draw;
 mod exit;
 mod failure;
 mod nbd;
+mod nbd_client;
 mod output;
 mod progress;
+mod qcow2;
 mod shape;
+mod svg;
 
 use std::process::ExitCode;
 

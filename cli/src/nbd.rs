@@ -5,12 +5,12 @@ use std::str::FromStr;
 /// An NBD URI taken apart: `nbd+unix:///NAME?socket=PATH`, `nbd://HOST:PORT/NAME`, `nbds://HOST:PORT/NAME`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Export {
-    name: String,
-    server: Server,
+    pub name: String,
+    pub server: Server,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
-enum Server {
+pub enum Server {
     Unix { socket: String },
     Tcp { host: String, port: u16, tls: bool },
 }

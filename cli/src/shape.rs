@@ -91,6 +91,8 @@ pub fn progress(progress: &v1::RevertProgress) -> Value {
         "target": instant_or_null(progress.target),
         "blocks_total": progress.blocks_total,
         "blocks_done": progress.blocks_done,
+        "blocks_per_s": progress.blocks_per_s,
+        "eta_s": if progress.eta_s == 0 { Value::Null } else { progress.eta_s.into() },
         "done": progress.done,
     })
 }
@@ -126,9 +128,44 @@ pub fn info(info: &v1::InfoResponse) -> Value {
         "window_forecast_s": info.window_forecast_s,
         "now": info.now,
         "views": info.views.iter().map(view).collect::<Vec<_>>(),
+        "reverts": info.reverts.iter().map(revert_point).collect::<Vec<_>>(),
+        "flush_clean": instant_or_null(info.flush_clean),
     });
     let volume = info.volume.as_ref().map_or_else(crate::output::object, volume);
     merge(merge(named, volume), more)
+}
+
+/// A revert of the past.
+pub fn revert_point(revert: &v1::RevertPoint) -> Value {
+    json!({
+        "time": revert.time,
+        "target": instant_or_null(revert.target),
+        "undo_time": revert.time.saturating_sub(1),
+    })
+}
+
+pub fn group(group: &v1::Group) -> Value {
+    json!({
+        "name": group.name,
+        "volumes": group.volumes,
+        "volume_uuids": group.volume_uuids,
+        "configured": group.configured,
+    })
+}
+
+/// What lies around an instant.
+pub fn located(located: &v1::LocateResponse) -> Value {
+    let one = |one: &v1::Located| {
+        let around = json!({
+            "viewable": one.viewable,
+            "flush_before": instant_or_null(one.flush_before),
+            "flush_after": instant_or_null(one.flush_after),
+            "snap_before": one.snap_before.as_ref().map(snap),
+            "snap_after": one.snap_after.as_ref().map(snap),
+        });
+        merge(result(one.result.as_ref()), around)
+    };
+    json!({ "time": located.time, "results": located.results.iter().map(one).collect::<Vec<_>>() })
 }
 
 pub fn revert(result: &v1::RevertResult) -> Value {
@@ -172,13 +209,13 @@ pub fn event(event: &v1::Event) -> Value {
 }
 
 pub fn timeline(timeline: &v1::TimelineResponse) -> Value {
-    let bucket = |bucket: &v1::TimelineBucket| json!({ "start": bucket.start, "writes": bucket.writes, "bytes": bucket.bytes, "flushes": bucket.flushes });
+    let bucket = |bucket: &v1::TimelineBucket| json!({ "start": bucket.start, "writes": bucket.writes, "bytes": bucket.bytes, "flushes": bucket.flushes, "flushes_clean": bucket.flushes_clean });
     json!({
         "from": timeline.from,
         "to": timeline.to,
         "buckets": timeline.buckets.iter().map(bucket).collect::<Vec<_>>(),
         "snaps": timeline.snaps.iter().map(snap).collect::<Vec<_>>(),
-        "reverts": timeline.reverts.iter().map(|revert| json!({ "time": revert.time, "target": revert.target })).collect::<Vec<_>>(),
+        "reverts": timeline.reverts.iter().map(revert_point).collect::<Vec<_>>(),
         "cdp_info": timeline.cdp_info.iter().map(log).collect::<Vec<_>>(),
         "coverage": timeline.coverage.iter().map(interval).collect::<Vec<_>>(),
     })

@@ -70,7 +70,8 @@ fn an_instant_reaches_the_agent_in_every_form() {
         ),
         ("halfway", "snapshot_name: \"halfway\", timestamp: 0, writable: false, ago_ns: None"),
         ("5m ago", "snapshot_name: \"\", timestamp: 0, writable: false, ago_ns: Some(300000000000)"),
-        ("now", "snapshot_name: \"\", timestamp: 0, writable: false, ago_ns: Some(0)"),
+        ("now", "snapshot_name: \"\", timestamp: 0, writable: false, ago_ns: Some(0), flush_before: false"),
+        ("flush-before:now", "snapshot_name: \"\", timestamp: 0, writable: false, ago_ns: Some(0), flush_before: true"),
     ];
     for (when, expected) in table {
         let opened = fake.json(&["view", "open", "demo", "--at", when]);
@@ -324,7 +325,7 @@ fn revert_says_what_would_change_and_how_to_undo_it() {
         "{text}"
     );
     let done = fake.run(&["revert", "demo", "--at", "halfway", "--force"]);
-    assert!(done.out.contains(&format!("undo with: cdpctl revert demo --at {}", NOW - 1)), "{done:?}");
+    assert!(done.out.contains("undo with: cdpctl revert demo --undo"), "{done:?}");
     assert!(done.out.contains("cdpctl release demo"), "{done:?}");
 }
 
@@ -395,10 +396,13 @@ fn timeline_resolves_its_ends_by_the_agents_clock() {
     let timeline = fake.json(&["timeline", "demo", "--from", "5s ago", "--to", "halfway"]).value();
     let expected = format!("from: {}, to: {}, buckets: 100", NOW - 5_000_000_000, NOW - 3);
     assert!(fake.question().contains(&expected), "{}", fake.question());
-    assert_eq!(timeline["buckets"][9], json!({ "start": NOW - 1, "writes": 9, "bytes": 4608, "flushes": 1 }));
+    assert_eq!(
+        timeline["buckets"][9],
+        json!({ "start": NOW - 1, "writes": 9, "bytes": 4608, "flushes": 1, "flushes_clean": 1 })
+    );
     assert_eq!(timeline["reverts"][0]["target"], NOW - 8);
     let ran = fake.run(&["timeline", "demo", "--to", "nowhere"]);
-    assert_eq!((ran.code, ran.err.as_str()), (4, "cdpctl: timeline demo: --to: marker \"nowhere\" not found\n"));
+    assert_eq!((ran.code, ran.err.as_str()), (4, "cdpctl: demo at nowhere: marker \"nowhere\" not found\n"));
     let picture = fake.run(&["timeline", "demo"]).out;
     assert!(picture.contains("coverage  ━━━━━━━━━━") && picture.contains("revert to ○"), "{picture}");
     assert!(fake.question().contains("from: 0, to: 0, buckets: 69"), "{}", fake.question());

@@ -3,15 +3,81 @@
 //! * [`IoBuf`] is owned and mutable: it is filled by a read or by a socket.
 //! * [`Slice`] is a shared, immutable window onto an `IoBuf`: the same bytes go into a journal frame, stay in the overlay
 //!   and are written to the primary, and are copied nowhere.
+//!
+//! Buffers of the usual sizes are kept by the thread that drops them and given out again, up to [`POOL_BYTES_MAX`]: aligned
+//! memory is slow to get from the allocator, and slower to fault in. What is given out again is initialised, if with old bytes.
 #![allow(unsafe_code)]
 
-use std::alloc::{Layout, alloc, alloc_zeroed, dealloc, handle_alloc_error};
+use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
+use std::cell::RefCell;
 use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
 use std::rc::Rc;
 
 /// Alignment of every buffer, bytes: the largest physical block that disks in use report.
 pub const BUF_ALIGN: usize = 4096;
+
+/// Bytes of buffers that a thread keeps for their next use.
+pub const POOL_BYTES_MAX: usize = 32 << 20;
+
+/// Sizes that are kept: powers of two from one block to 1 MiB.
+const CLASSES: usize = 9;
+
+/// A thread's buffers between two uses, by size.
+struct Pool {
+    free: [Vec<NonNull<u8>>; CLASSES],
+    bytes: usize,
+}
+
+thread_local! {
+    static POOL: RefCell<Pool> = const { RefCell::new(Pool { free: [const { Vec::new() }; CLASSES], bytes: 0 }) };
+}
+
+/// The size class of a length, if buffers of that length are kept.
+fn class_of(len: usize) -> Option<usize> {
+    let class = (len.trailing_zeros() as usize).wrapping_sub(BUF_ALIGN.trailing_zeros() as usize);
+    (len.is_power_of_two() && class < CLASSES).then_some(class)
+}
+
+impl Pool {
+    /// Memory of a buffer that was dropped on this thread.
+    fn take(len: usize) -> Option<NonNull<u8>> {
+        let class = class_of(len)?;
+        let kept = POOL.try_with(|pool| {
+            let mut pool = pool.borrow_mut();
+            let memory = pool.free[class].pop()?;
+            pool.bytes -= len;
+            Some(memory)
+        });
+        kept.ok().flatten()
+    }
+
+    /// Keeps a buffer's memory, unless there is enough already. `false`: it is still the caller's.
+    fn keep(memory: NonNull<u8>, len: usize) -> bool {
+        let Some(class) = class_of(len) else { return false };
+        let kept = POOL.try_with(|pool| {
+            let mut pool = pool.borrow_mut();
+            if pool.bytes + len > POOL_BYTES_MAX {
+                return false;
+            }
+            pool.bytes += len;
+            pool.free[class].push(memory);
+            true
+        });
+        kept.unwrap_or(false) // the thread is ending
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        for (class, list) in self.free.iter_mut().enumerate() {
+            for memory in list.drain(..) {
+                // SAFETY: an `IoBuf` of this class allocated it with this layout and gave it up in `keep`.
+                unsafe { dealloc(memory.as_ptr(), IoBuf::layout(BUF_ALIGN << class)) }
+            }
+        }
+    }
+}
 
 /// An owned, 4 KiB-aligned buffer of a fixed length.
 pub struct IoBuf {
@@ -31,6 +97,15 @@ impl IoBuf {
 
     /// A buffer of `len` zero bytes.
     pub fn zeroed(len: usize) -> Self {
+        if let Some(memory) = Pool::take(len) {
+            let mut buf = Self { memory, len };
+            buf.fill(0);
+            return buf;
+        }
+        Self::fresh(len)
+    }
+
+    fn fresh(len: usize) -> Self {
         let layout = Self::layout(len);
         // SAFETY: the layout has a size of at least 1.
         let memory = unsafe { alloc_zeroed(layout) };
@@ -38,19 +113,15 @@ impl IoBuf {
         Self { memory, len }
     }
 
-    /// A buffer of `len` bytes whose content is unspecified (not secret-free: the caller overwrites all of it).
+    /// A buffer of `len` bytes whose content is unspecified: the caller overwrites all of it, or lets nobody see the rest.
     pub fn for_overwrite(len: usize) -> Self {
-        // Small buffers: zeroing costs less than reasoning about it. Large ones: the allocator hands out mapped zero pages.
-        let layout = Self::layout(len);
-        if len > 65536 {
-            return Self::zeroed(len);
-        }
-        // SAFETY: the layout has a size of at least 1; the bytes are initialised just below.
-        let memory = unsafe { alloc(layout) };
-        let Some(memory) = NonNull::new(memory) else { handle_alloc_error(layout) };
-        // SAFETY: `memory` is valid for `len` bytes.
-        unsafe { memory.as_ptr().write_bytes(0, len) };
-        Self { memory, len }
+        let Some(memory) = Pool::take(len) else { return Self::fresh(len) };
+        #[allow(unused_mut, reason = "only a build with debug assertions changes it")]
+        let mut buf = Self { memory, len };
+        // Old bytes that somebody looks at are to be seen in the tests, and the same in each run.
+        #[cfg(debug_assertions)]
+        buf.fill(0xA5);
+        buf
     }
 
     /// A buffer that holds a copy of `bytes`.
@@ -99,8 +170,10 @@ impl DerefMut for IoBuf {
 
 impl Drop for IoBuf {
     fn drop(&mut self) {
-        // SAFETY: allocated with the same layout.
-        unsafe { dealloc(self.memory.as_ptr(), Self::layout(self.len)) }
+        if !Pool::keep(self.memory, self.len) {
+            // SAFETY: allocated with the same layout.
+            unsafe { dealloc(self.memory.as_ptr(), Self::layout(self.len)) }
+        }
     }
 }
 

@@ -10,7 +10,8 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt;
-use std::io;
+use std::fs::File;
+use std::io::{self, Read, Seek};
 use std::path::{Path, PathBuf};
 
 use uuid::Uuid;
@@ -268,8 +269,23 @@ impl fmt::Display for Report {
 
 /// Checks the CDP disk at `path` (a file or a block device). `progress` is told bytes done and bytes in all, now and then.
 pub fn check(path: &Path, progress: &mut dyn FnMut(u64, u64)) -> Result<Report, CheckError> {
+    let open = |source| CheckError::Io { op: "open", path: path.to_owned(), source };
+    check_medium(Box::new(File::open(path).map_err(open)?), path, progress)
+}
+
+/// What a disk's bytes are read from.
+pub trait Medium: Read + Seek {}
+
+impl<T: Read + Seek> Medium for T {}
+
+/// The same for bytes that are anywhere; `path` is what the report calls them.
+pub fn check_medium(
+    medium: Box<dyn Medium>,
+    path: &Path,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<Report, CheckError> {
     let mut source =
-        Source::open(path).map_err(|source| CheckError::Io { op: "open", path: path.to_owned(), source })?;
+        Source::new(medium).map_err(|source| CheckError::Io { op: "open", path: path.to_owned(), source })?;
     let mut findings = Findings::default();
     let mut tally = Tally::default();
     let superblock = superblock(&mut source, path, &mut findings)?;

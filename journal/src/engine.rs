@@ -14,7 +14,7 @@ use crate::disk::Disk;
 use crate::error::{Error, Result};
 use crate::fence::{Fence, FenceState};
 use crate::host::{Device, Host, LocalFuture, StateStore};
-use crate::index::PageCache;
+use crate::index::{PageCache, Touched};
 use crate::info::*;
 use crate::mutation::{Mutation, active};
 use crate::signal::Signal;
@@ -27,6 +27,8 @@ use crate::volume::{self, Mode, Volume};
 pub struct EngineConfig {
     /// Most bytes acked and not destaged, per volume.
     pub backlog_bytes_max: u64,
+    /// Most blocks of data that the destager takes at once; two such batches are under way at a time.
+    pub destage_blocks_max: u64,
     /// Longest time that a guest request waits for any CDP-disk operation, nanoseconds.
     pub stall_max_ns: u64,
     /// Time between automatic markers, seconds.
@@ -51,6 +53,8 @@ impl Default for EngineConfig {
     fn default() -> Self {
         Self {
             backlog_bytes_max: 64 << 20,
+            // 8 MiB: enough to sort well, little enough to hold in memory twice.
+            destage_blocks_max: 2048,
             stall_max_ns: 5_000_000_000,
             marker_interval_s: 60,
             default_settings: Settings {
@@ -94,6 +98,9 @@ pub struct VolumeSpec {
     /// The admin's named override of `needs_journal`, `primary_changed` or `revert_incomplete`: go on with the primary as it is; the journal
     /// of the fence's generation is never redone.
     pub override_journal: bool,
+    /// The admin's named decision to take over the journal that a CDP disk has of this volume, though this host has no fence for it: the disk was moved
+    /// here, or the state directory was lost. Without such a journal it changes nothing.
+    pub attach_journal: bool,
     /// Groups whose revert was begun and never decided ([`crate::group`]): theirs do not count.
     pub undecided_reverts: Vec<Uuid>,
 }
@@ -134,6 +141,17 @@ pub struct Engine {
     /// Wall and boot clock when the engine began: age runs on the boot clock from there.
     began: (u64, u64),
     step_told: Cell<bool>,
+}
+
+impl Drop for Engine {
+    /// An engine that is dropped without a stop (a simulated crash) leaves nothing behind: views hold their volume, and it holds them.
+    fn drop(&mut self) {
+        for volume in self.volumes.borrow().values() {
+            let views = std::mem::take(&mut volume.state.borrow_mut().views);
+            let clients = std::mem::take(&mut volume.state.borrow_mut().clients);
+            drop((views, clients));
+        }
+    }
 }
 
 impl Engine {
@@ -493,6 +511,11 @@ pub trait Export {
     fn flush(&self) -> LocalFuture<'static, Result<()>>;
     /// Allocation of a range, in order; the answer may be shorter than the question.
     fn status(&self, offset: u64, len: u64) -> LocalFuture<'static, Result<Vec<BlockStatus>>>;
+    /// The blocks (of 4 KiB) whose content may differ from what the export was at an instant. Only a read-only view can tell.
+    fn changed_since(&self, since: Instant) -> LocalFuture<'static, Result<Rc<Touched>>> {
+        let error = Error::State(format!("what changed since {since} is told by a read-only view, and this is none"));
+        Box::pin(async move { Err(error) })
+    }
     /// A client opens the export. Refused with [`crate::Error::State`] while the export is held (after a forced revert) or not served.
     /// `on_disconnect` is called (once, on the shard's thread) when the engine wants the client gone: forced revert, view closed or lost, volume removed.
     fn connect(&self, writable: bool, on_disconnect: Box<dyn FnOnce()>) -> Result<ClientGuard>;
@@ -523,5 +546,10 @@ impl Drop for ClientGuard {
 /// A buffer for a write of `len` bytes at `offset`: whole 4 KiB blocks; the payload belongs at byte `offset % 4096`.
 pub fn payload_buf(offset: u64, len: u32) -> IoBuf {
     let head = (offset % 4096) as usize;
-    IoBuf::for_overwrite((head + len as usize).next_multiple_of(4096))
+    let end = head + len as usize;
+    let mut buf = IoBuf::for_overwrite(end.next_multiple_of(4096));
+    // What lies around the payload goes to the journal with it.
+    buf[..head].fill(0);
+    buf[end..].fill(0);
+    buf
 }

@@ -290,7 +290,7 @@ pub enum DescriptorKind {
     FlushPoint = 7,
     /// A marker; `extra` = name.
     Marker = 8,
-    /// A revert; `extra` = member uuids of its group.
+    /// A revert; `extra` = its group's id and the uuids of its members.
     Revert = 9,
     /// A control record; `sub` says which; `extra` = its body.
     Control = 10,

@@ -85,6 +85,6 @@ pub async fn revert<M: Member>(members: &[M], decider: &impl Decider, group: Uui
 
 /// The members that failed say why; the others, that they were left as they were.
 fn blame(results: Vec<Result<()>>) -> Vec<Result<RevertReport>> {
-    let other = || Error::Gone("not done: another volume of the group failed or was refused".into());
+    let other = || Error::State("not done: another volume of the group failed or was refused".into());
     results.into_iter().map(|result| Err(result.err().unwrap_or_else(other))).collect()
 }

@@ -132,6 +132,57 @@ pub struct RevertProgress {
     pub blocks_done: u64,
 }
 
+/// A revert that is part of the history. The instant just before it undoes it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RevertPoint {
+    /// When it was made.
+    pub instant: Instant,
+    /// What it went back to; `None`: the log that tells was thinned out.
+    pub target: Option<Instant>,
+}
+
+/// The flush-clean instants next to an instant.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct FlushNear {
+    /// The newest one at or before it.
+    pub before: Option<Instant>,
+    /// The oldest one after it.
+    pub after: Option<Instant>,
+}
+
+/// Kinds of [`Change`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ChangeKind {
+    /// The guest wrote.
+    Write,
+    /// The guest zeroed.
+    Zero,
+    /// A revert.
+    Revert,
+}
+
+/// One step of a volume's history.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Change {
+    /// When.
+    pub instant: Instant,
+    /// What.
+    pub kind: ChangeKind,
+    /// First byte; 0 for a revert.
+    pub offset: u64,
+    /// Bytes; 0 for a revert.
+    pub len: u64,
+}
+
+/// What `changes` answers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ChangeList {
+    /// Changes in the span.
+    pub total: u64,
+    /// Those that were asked for, by instant.
+    pub changes: Vec<Change>,
+}
+
 /// What `revert --dry-run` and `revert` answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RevertReport {
@@ -230,6 +281,8 @@ pub struct TimelineBucket {
     pub bytes: u64,
     /// Flush points in it.
     pub flushes: u64,
+    /// Those of them with no write in flight.
+    pub flushes_clean: u64,
 }
 
 /// A CDP disk.

@@ -35,4 +35,4 @@ pub use fence::{Fence, FenceState};
 pub use host::{Allocation, Device, Host, Identity, LocalFuture, StateStore};
 pub use types::{BLOCK, Instant, SECTOR, SECTORS_PER_BLOCK};
 pub use view::View;
-pub use volume::Volume;
+pub use volume::{Volume, auto_names};

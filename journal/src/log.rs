@@ -5,19 +5,20 @@
 //! (which is the destager) for the writes stream of a log that is closed.
 
 use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
 use std::rc::Rc;
 
 use uuid::Uuid;
 
 use crate::buf::{IoBuf, Slice};
 use crate::disk::{Disk, Owner, SegmentRef};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::format::{
     self, ControlLog, EntryKind, IndexEntry, RunRoot, SegmentFooter, SegmentHeader, StreamKind, log_flags,
 };
 use crate::frame::{FrameBuilder, FramePoint};
 use crate::host::{Host, LocalFuture};
-use crate::index::{self, MemIndex, PageSink, Run, RunBuilder, Source, Touched, layout_footer, pages_for};
+use crate::index::{self, Filter, MemIndex, PageSink, Run, RunBuilder, Source, Touched, layout_footer, pages_for};
 use crate::mutation::{Mutation, active};
 use crate::overlay::{ExtentMap, Overlay};
 use crate::signal::{Signal, yield_now};
@@ -40,8 +41,8 @@ pub fn usable_bytes(segment_size: u64) -> u64 {
 enum Part {
     /// Of a full segment whose footer is being written.
     Frozen(u32, Rc<MemIndex>),
-    /// On disk.
-    Run(Run),
+    /// On disk, with what it may hold where that is in memory: of a log that is not sealed.
+    Run(Run, Option<Rc<Filter>>),
 }
 
 /// The index of a stream: what is in memory (the open segment), and runs, oldest first.
@@ -63,16 +64,23 @@ impl LogIndex {
     }
 
     /// Adds a run that was found at recovery.
-    pub fn push_run(&mut self, run: Run) {
+    pub fn push_run(&mut self, run: Run, filter: Option<Filter>) {
         if run.root.entries.get() > 0 {
-            self.parts.push(Part::Run(run));
+            self.parts.push(Part::Run(run, filter.map(Rc::new)));
+        }
+    }
+
+    /// What recovery read from frames of segments up to `number` stays apart: the footer of the next segment holds its own entries only.
+    pub fn close_recovered(&mut self, number: u32) {
+        if !self.mem.is_empty() {
+            self.freeze(number);
         }
     }
 
     /// Replaces everything by one run.
     pub fn replace(&mut self, run: Option<Run>) {
         self.mem = MemIndex::default();
-        self.parts = run.into_iter().map(Part::Run).collect();
+        self.parts = run.into_iter().map(|run| Part::Run(run, None)).collect();
     }
 
     /// Closes what is in memory as the index of segment `number` and answers it.
@@ -84,9 +92,13 @@ impl LogIndex {
 
     /// The frozen index of segment `number` is on disk now.
     fn thaw(&mut self, number: u32, run: Run) {
-        let part = self.parts.iter_mut().find(|p| matches!(p, Part::Frozen(n, _) if *n == number));
-        if let Some(part) = part {
-            *part = Part::Run(run);
+        for part in &mut self.parts {
+            if let Part::Frozen(n, mem) = part
+                && *n == number
+            {
+                *part = Part::Run(run, Some(Rc::new(Filter::of(mem.iter()))));
+                return;
+            }
         }
     }
 
@@ -97,7 +109,7 @@ impl LogIndex {
             .iter()
             .map(|part| match part {
                 Part::Frozen(_, mem) => Source::Mem(Rc::clone(mem)),
-                Part::Run(run) => Source::Run(*run),
+                Part::Run(run, _) => Source::Run(*run),
             })
             .collect();
         if !self.mem.is_empty() {
@@ -111,7 +123,7 @@ impl LogIndex {
         self.parts
             .iter()
             .filter_map(|part| match part {
-                Part::Run(run) => Some(*run),
+                Part::Run(run, _) => Some(*run),
                 Part::Frozen(..) => None,
             })
             .collect()
@@ -124,7 +136,7 @@ impl LogIndex {
             .iter()
             .filter_map(|part| match part {
                 Part::Frozen(_, mem) => Some(Rc::clone(mem)),
-                Part::Run(_) => None,
+                Part::Run(..) => None,
             })
             .collect();
         if !self.mem.is_empty() {
@@ -233,6 +245,8 @@ pub struct LogState {
     pub hints: ExtentMap,
     /// The revert that closed it.
     pub revert: Option<PendingRevert>,
+    /// Target of the revert that closed it, once it was asked for.
+    pub reverted_to: Option<Instant>,
     /// Bytes charged to it.
     pub charged: u64,
     /// Bytes admitted for the writes stream and not framed yet.
@@ -243,6 +257,17 @@ pub struct LogState {
     pub writes_root: RunRoot,
     /// See `writes_root`.
     pub before_root: RunRoot,
+}
+
+/// How many writes a segment holds.
+#[derive(Clone, Copy, Debug)]
+pub struct SegmentCount {
+    /// Number of writes.
+    pub writes: u64,
+    /// First of them.
+    pub first: Instant,
+    /// Last of them.
+    pub last: Instant,
 }
 
 /// See the module's text.
@@ -263,6 +288,8 @@ pub struct Log {
     readers: Cell<u32>,
     /// Bytes appended, by kind of stream.
     pub appended: [Cell<u64>; 2],
+    /// Counts of full segments of writes that were asked for, by number.
+    pub counts: RefCell<BTreeMap<u32, SegmentCount>>,
     changed: Signal,
 }
 
@@ -326,6 +353,7 @@ impl Log {
                 overlay: Overlay::default(),
                 hints: ExtentMap::default(),
                 revert: None,
+                reverted_to: None,
                 charged: 0,
                 unframed: 0,
                 frames_pending: 0,
@@ -334,6 +362,7 @@ impl Log {
             }),
             readers: Cell::new(0),
             appended: [Cell::new(0), Cell::new(0)],
+            counts: RefCell::default(),
             changed: Signal::default(),
         })
     }
@@ -404,6 +433,11 @@ impl Log {
                     + (stream.side.len() + frame.side_bytes()).div_ceil(BLOCK as usize) as u32
                     + 1;
                 let position = stream.position.max(1);
+                if 1 + frame.blocks() + footer > segment_blocks {
+                    // It would fit no segment, however many were taken for it.
+                    let needed = u64::from(1 + frame.blocks() + footer) * BLOCK;
+                    return Err(Error::NoSpace { what: "frame", needed, free: self.disk.geometry.segment_size });
+                }
                 if stream.segments.is_empty() || stream.finished {
                     None
                 } else if position + frame.blocks() + footer <= segment_blocks {
@@ -629,6 +663,7 @@ impl Log {
                 match part {
                     // In-memory parts newer than every run are searched at once, others in their turn.
                     Part::Frozen(_, mem) if older.is_empty() => mem.lookup(block, upto, missing, out),
+                    Part::Run(_, Some(filter)) if !filter.may_hold(block, upto) => {}
                     other => older.push(other.clone()),
                 }
             }
@@ -640,7 +675,7 @@ impl Log {
             }
             match part {
                 Part::Frozen(_, mem) => mem.lookup(block, upto, missing, out),
-                Part::Run(run) => run.lookup(&*self.disk, block, upto, missing, out).await?,
+                Part::Run(run, _) => run.lookup(&*self.disk, block, upto, missing, out).await?,
             }
         }
         Ok(())

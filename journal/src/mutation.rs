@@ -31,6 +31,8 @@ pub enum Mutation {
     RevertNotDurable,
     /// I5: blocks of a pending revert are read from the primary.
     RevertNotRedirected,
+    /// I5: recovery counts the revert of a group that was not decided.
+    UndecidedCounts,
     /// I6: a view does not look again for a before-image after it has read the primary.
     NoRecheck,
     /// I7: the checksum of a payload is not compared.

@@ -66,8 +66,8 @@ pub struct Batch {
 pub struct Overlay {
     entries: BTreeMap<u64, Entry>,
     queue: VecDeque<Dirty>,
-    /// Oldest instant of the batch under way.
-    batch_oldest: Option<Instant>,
+    /// Oldest instants of the batches under way, in the order in which they were taken.
+    taken: VecDeque<Option<Instant>>,
     data_blocks: u64,
 }
 
@@ -79,7 +79,7 @@ impl Overlay {
 
     /// Nothing in it and nothing being destaged.
     pub fn is_empty(&self) -> bool {
-        self.entries.is_empty() && self.batch_oldest.is_none()
+        self.entries.is_empty() && self.taken.is_empty()
     }
 
     /// Whether something waits for the destager.
@@ -89,10 +89,8 @@ impl Overlay {
 
     /// The oldest write that is not on the primary yet.
     pub fn oldest(&self) -> Option<Instant> {
-        match (self.batch_oldest, self.queue.front().map(|d| d.instant)) {
-            (Some(a), Some(b)) => Some(a.min(b)),
-            (a, b) => a.or(b),
-        }
+        let queued = self.queue.front().map(|dirty| dirty.instant);
+        self.taken.iter().copied().flatten().chain(queued).min()
     }
 
     /// A write of `sectors` sectors from `sector`; `data` holds the blocks it touches, whole.
@@ -195,8 +193,8 @@ impl Overlay {
     }
 
     /// Takes the oldest work: up to about `blocks_max` blocks of data, and zero ranges of up to `zero_blocks_max` blocks in all.
+    /// Batches are completed in the order in which they were taken: of a block that is in two, the later holds the newer version.
     pub fn take(&mut self, blocks_max: u64, zero_blocks_max: u64) -> Batch {
-        debug_assert!(self.batch_oldest.is_none(), "one batch at a time");
         let mut batch = Batch { oldest: self.queue.front().map(|d| d.instant), ..Batch::default() };
         let (mut data_blocks, mut zero_blocks) = (0, 0);
         while data_blocks < blocks_max && zero_blocks < zero_blocks_max {
@@ -237,7 +235,7 @@ impl Overlay {
         if batch.items.is_empty() {
             batch.oldest = None;
         }
-        self.batch_oldest = batch.oldest;
+        self.taken.push_back(batch.oldest);
         batch
     }
 
@@ -245,7 +243,7 @@ impl Overlay {
         self.find(at).or_else(|| self.entries.range(at..end).next().map(|(start, entry)| (*start, entry)))
     }
 
-    /// The batch is durable on the primary: versions that are still the newest leave.
+    /// The batch that was taken first is durable on the primary: versions that are still the newest leave.
     pub fn complete(&mut self, batch: &Batch) {
         for item in &batch.items {
             let mut at = item.block;
@@ -260,11 +258,14 @@ impl Overlay {
                 at = start + count;
             }
         }
-        self.batch_oldest = None;
+        self.taken.pop_front();
     }
 
-    /// The batch could not be brought to the primary: what it took waits again, ahead of everything else.
+    /// The batch that was taken last could not be brought to the primary: what it took waits again, ahead of everything else.
     pub fn put_back(&mut self, batch: &Batch) {
+        self.taken.pop_back();
+        // A version of this batch may stand for an older one in a batch that is still under way, and may come back with this one.
+        let oldest = self.taken.iter().copied().flatten().chain(batch.oldest).min();
         let mut again = Vec::new();
         for item in &batch.items {
             let (mut at, end) = (item.block, item.block + item.count);
@@ -272,11 +273,7 @@ impl Overlay {
                 let Some((start, entry)) = self.first_from(at, end) else { break };
                 let next = start + entry.count;
                 if !entry.queued {
-                    again.push(Dirty {
-                        block: start,
-                        count: entry.count,
-                        instant: batch.oldest.unwrap_or(item.instant),
-                    });
+                    again.push(Dirty { block: start, count: entry.count, instant: oldest.unwrap_or(item.instant) });
                     self.entries.get_mut(&start).expect("just found").queued = true;
                 }
                 at = next;
@@ -285,7 +282,6 @@ impl Overlay {
         for dirty in again.into_iter().rev() {
             self.queue.push_front(dirty);
         }
-        self.batch_oldest = None;
     }
 
     /// Every version, for the way out when the CDP disk is lost: sorted by block.

@@ -12,11 +12,12 @@ use crate::buf::{IoBuf, Slice};
 use crate::engine::{BlockStatus, ClientGuard, Export};
 use crate::error::{Error, Result};
 use crate::host::LocalFuture;
+use crate::index::Touched;
 use crate::info::{EventKind, ViewInfo};
 use crate::log::Log;
 use crate::overlay::{Content, Overlay, copy_sectors};
 use crate::types::{BLOCK, Instant, SECTOR};
-use crate::volume::{Volume, blocks_of, check_range, read::Point};
+use crate::volume::{Mode, Volume, blocks_of, check_range, read::Point};
 
 /// See the module's text.
 pub struct View {
@@ -73,16 +74,13 @@ impl Volume {
         self.viewable(time, now)?;
         let config = engine.config().clone();
         // Every write at or before the instant is in the journal before the view answers.
-        self.kick.notify();
-        self.changed
-            .until(|| {
-                let state = self.state.borrow();
-                let pending = state.open.iter().any(|f| f.urgent) || state.inflight.is_some();
-                (!pending || state.completed >= time || state.attach.is_none()).then_some(())
-            })
-            .await;
+        self.completed_up_to(time).await;
         let log = self.viewable(time, now)?;
         let mut state = self.state.borrow_mut();
+        // While the journal is left the primary moves on without before-images; views that were open have been lost.
+        if state.mode != Mode::Journal || state.attach.as_ref().is_none_or(|a| a.disk.failure().is_some()) {
+            return Err(Error::State(format!("volume {:?} is leaving its journal: its history ends", state.name)));
+        }
         if state.views.len() >= config.views_max {
             return Err(Error::NoSpace { what: "views of a volume", needed: 1, free: 0 });
         }
@@ -291,6 +289,30 @@ impl Export for ViewExport {
                 return Ok(vec![BlockStatus { len, hole: false, zero: false }]);
             }
             view.volume.status_at(&view.point(), offset, len).await
+        })
+    }
+    fn changed_since(&self, since: Instant) -> LocalFuture<'static, Result<Rc<Touched>>> {
+        let view = Rc::clone(&self.0);
+        Box::pin(async move {
+            view.check(0, SECTOR)?;
+            if view.writable {
+                return Err(Error::State(format!(
+                    "view {} is writable: what changed is told by a read-only one",
+                    view.id
+                )));
+            }
+            if since > view.time {
+                let bound = format!("not after the view's own instant, which is {}", view.time);
+                return Err(Error::invalid("since", since, bound));
+            }
+            let mut changed = view.volume.changed_between(since, view.time).await?;
+            // What was not there then is new.
+            let size = view.volume.size_at(since);
+            if size < view.size {
+                let first = size / BLOCK;
+                changed.insert_range(first, view.size.div_ceil(BLOCK) - first);
+            }
+            Ok(Rc::new(changed))
         })
     }
     fn connect(&self, writable: bool, on_disconnect: Box<dyn FnOnce()>) -> Result<ClientGuard> {

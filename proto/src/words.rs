@@ -1,6 +1,6 @@
 //! Enumerations of the interface in the lower-case words that people and JSON see.
 
-use crate::v1::{EventKind, Health, MarkerKind};
+use crate::v1::{ChangeKind, EventKind, Health, MarkerKind};
 
 macro_rules! words {
     ($type:ty, $prefix:literal) => {
@@ -20,6 +20,7 @@ macro_rules! words {
 words!(Health, "HEALTH_");
 words!(MarkerKind, "MARKER_KIND_");
 words!(EventKind, "EVENT_KIND_");
+words!(ChangeKind, "CHANGE_KIND_");
 
 #[cfg(test)]
 mod tests {

@@ -8,6 +8,7 @@ use cdp_journal::{Error, Instant, RevertRequest};
 
 use crate::boot;
 use crate::disk::{Fault, FaultKind, FaultOn};
+use crate::group;
 use crate::guest::{barrier, read_view, sleep, submit, verify, watch, write_view};
 use crate::model::Kind;
 use crate::stamp;
@@ -87,6 +88,7 @@ async fn other(world: &Rc<World>, action: &Action) {
         Action::Revert { vol, at, force, release } => {
             revert(world, &world.volumes[vol], at, None, force, release).await
         }
+        Action::RevertGroup { at } => group::revert(world, at).await,
         Action::UndoRevert { vol } => {
             let vol = &world.volumes[vol];
             if vol.last_revert.get() > 0 {
@@ -249,6 +251,7 @@ pub async fn stop(world: &Rc<World>) {
         }
         Err(error) if world.any_fault() => {
             world.say(|| format!("stop: {error}"));
+            world.volumes.iter().for_each(|vol| vol.oracle.borrow_mut().sync_failed());
             world.unclean.set(true);
         }
         Err(error) => return world.fail(format!("stop: {error}")),
@@ -400,6 +403,7 @@ async fn revert(world: &Rc<World>, vol: &Rc<Vol>, at: u64, exact: Option<u64>, f
     let result = handle.revert(request).await;
     vol.held.set(Some(handle.info().held));
     let after = Vol::covers(&handle.info(), target);
+    let done = result.is_ok();
     match result {
         Ok(report) => {
             world.say(|| format!("volume {}: reverted to {target}: {report:?}", vol.index));
@@ -444,7 +448,8 @@ async fn revert(world: &Rc<World>, vol: &Rc<Vol>, at: u64, exact: Option<u64>, f
     if vol.disconnected.get() {
         vol.guard.take();
         let held = handle.info().held;
-        if held == release && !world.any_fault() {
+        // One that was refused leaves the clients free to come back.
+        if done && held == release && !world.any_fault() {
             return world.fail(format!("held: {held} after a forced revert with release: {release}"));
         }
         if held {
@@ -534,6 +539,7 @@ pub async fn enable(world: &Rc<World>, vol: &Rc<Vol>) {
             vol.expect_on.set(was);
             // After an error the protection may come on by itself later.
             vol.gap_open.set(gap.filter(|_| !world.any_fault()));
+            vol.oracle.borrow_mut().sync_failed();
             if !world.any_fault() {
                 world.fail(format!("enable of volume {}: {error}", vol.index));
             }
@@ -665,6 +671,7 @@ async fn reopen(world: &Rc<World>, vol: &Rc<Vol>) {
             boot::open(world, vol).await;
         }
         Err(_) if world.any_fault() => {
+            vol.oracle.borrow_mut().sync_failed();
             world.unclean.set(true);
             leave(world);
         }

@@ -10,6 +10,7 @@ use uuid::Uuid;
 
 use crate::admin;
 use crate::executor::{Executor, SimHost};
+use crate::group;
 use crate::guest::{barrier, read_view, sleep, verify, watch};
 use crate::model::When;
 use crate::world::{Running, SEGMENT, Vol, World};
@@ -45,6 +46,8 @@ fn config(world: &World) -> EngineConfig {
     let setup = &world.history.setup;
     EngineConfig {
         backlog_bytes_max: setup.backlog_bytes,
+        // Small batches, so that two of them are under way also on small volumes.
+        destage_blocks_max: [1, 4, 2048][(world.history.seed % 3) as usize],
         marker_interval_s: setup.marker_interval_s,
         default_settings: Settings {
             reserve_capacity: setup.reserve_segments * SEGMENT,
@@ -107,6 +110,9 @@ async fn start(world: &Rc<World>, executor: &Rc<Executor>) -> bool {
             return false;
         }
     }
+    if !group::settle(world).await {
+        return false;
+    }
     world.override_journal.set(false);
     let first = !world.initialised.replace(true);
     if first && world.history.setup.enabled {
@@ -146,7 +152,8 @@ pub async fn open(world: &Rc<World>, vol: &Rc<Vol>) -> bool {
         primary: vol.primary.attach(&running.executor),
         fence: world.folder.fence(vol.id),
         override_journal: world.override_journal.get(),
-        undecided_reverts: Vec::new(),
+        attach_journal: false,
+        undecided_reverts: world.folder.undecided(),
     };
     let handle = match running.engine.open_volume(spec).await {
         Ok(handle) => handle,
@@ -247,11 +254,20 @@ async fn tampered(world: &World, vol: &Vol, health: Health) -> bool {
 /// A volume that is not served for want of its journal: the disks come back, or the admin goes on without.
 fn unserved(world: &World, vol: &Vol) -> bool {
     let health = vol.handle.borrow().as_ref().map(|handle| handle.info().health);
+    if world.primary_faulty.get() && world.shared.rng.one_in(2) {
+        world.say(|| "all primaries work again".to_owned());
+        world.volumes.iter().for_each(|vol| vol.primary.heal());
+    }
     let all_there = !world.disk_missing.get() && world.cdp.iter().all(|disk| !disk.is_faulty());
-    if health == Some(Health::RevertIncomplete) || (health.is_some() && !all_there && world.shared.rng.one_in(5)) {
+    // A failed sync dropped what reads still showed, and a power cut came: the journal has a hole, as it says.
+    let dropped = all_there && health.is_some() && world.cdp.iter().any(|disk| disk.has_dropped());
+    if dropped
+        || health == Some(Health::RevertIncomplete)
+        || (health.is_some() && !all_there && world.shared.rng.one_in(5))
+    {
         world.say(|| "not served: the admin goes on without the journal".to_owned());
         world.override_journal.set(true);
-        world.give_up.set(health == Some(Health::RevertIncomplete));
+        world.give_up.set(dropped || health == Some(Health::RevertIncomplete));
     } else if all_there && world.damaged.get() {
         // The journal is damaged below its durable point: a person decides. Nothing was served.
         world.say(|| "the journal is damaged; the history ends here".to_owned());

@@ -151,6 +151,7 @@ struct State {
     syncs: (u64, u64),
     misuse: Option<String>,
     calls: u64,
+    has_dropped: bool,
 }
 
 /// The disk itself; it outlives the processes that use it.
@@ -200,6 +201,7 @@ impl SimDisk {
                 syncs: (0, 0),
                 misuse: None,
                 calls: 0,
+                has_dropped: false,
             }),
         })
     }
@@ -227,6 +229,12 @@ impl SimDisk {
         let mut out = vec![0; len as usize];
         self.state.borrow().current.read(offset, &mut out);
         out
+    }
+
+    /// All bytes as they are now, for one who reads them like a file.
+    pub fn snapshot(&self) -> Snapshot {
+        let state = self.state.borrow();
+        Snapshot { pages: Pages(state.current.0.clone()), size: state.size, at: 0 }
     }
 
     /// Flips one bit at rest.
@@ -281,6 +289,11 @@ impl SimDisk {
         state.gone || !state.faults.is_empty()
     }
 
+    /// Whether a failed sync has dropped writes that reads still showed.
+    pub fn has_dropped(&self) -> bool {
+        self.state.borrow().has_dropped
+    }
+
     /// Removes all faults; hung calls go on.
     pub fn heal(&self) {
         let hung = {
@@ -317,7 +330,7 @@ impl SimDisk {
                     piece.mask &= match policy {
                         0 => 0,
                         1 => 0xff,
-                        _ => rng.bits() as u8,
+                        _ => self.part_of(piece.mask, rng),
                     };
                 }
             }
@@ -326,8 +339,8 @@ impl SimDisk {
         state.unsynced.iter_mut().for_each(|write| write.completed = true);
     }
 
-    /// The power went: what no sync had covered survives in any subset and order.
-    pub fn power_cut(&self, rng: &Rng) {
+    /// The power went: what no sync had covered survives in any subset and order. Answers the pages that came out as garbage.
+    pub fn power_cut(&self, rng: &Rng) -> Vec<u64> {
         let mut state = self.state.borrow_mut();
         state.hung.clear();
         let policy = *rng.pick(&[
@@ -344,6 +357,7 @@ impl SimDisk {
         }
         let torn_at = rng.below(writes.len() as u64 + 1) as usize;
         let damage = rng.one_in(2);
+        let mut garbage = Vec::new();
         for (place, write) in writes.iter().enumerate().filter(|(_, write)| !write.dropped) {
             let whole = rng.one_in(2);
             for piece in &write.pieces {
@@ -360,7 +374,7 @@ impl SimDisk {
                 state.stable.apply_masked(piece, piece.mask & keep);
             }
             if damage {
-                self.damage(&mut state.stable, write, rng);
+                self.damage(&mut state.stable, write, rng, &mut garbage);
             }
         }
         state.current = Pages(state.stable.0.clone());
@@ -368,10 +382,17 @@ impl SimDisk {
             state.mtime_ns = state.mtime_stable_ns;
         }
         state.mtime_stable_ns = state.mtime_ns;
+        garbage
+    }
+
+    /// Which sectors of a page a write leaves that is cut off while the power stays on: a physical sector is written whole or not at all.
+    fn part_of(&self, mask: u8, rng: &Rng) -> u8 {
+        let bits = rng.bits() as u8;
+        if mask == 0xff && u64::from(self.physical) >= PAGE { 0xff * (bits & 1) } else { bits }
     }
 
     /// Garbage in physical sectors that the unsynced write covered only in part.
-    fn damage(&self, stable: &mut Pages, write: &Unsynced, rng: &Rng) {
+    fn damage(&self, stable: &mut Pages, write: &Unsynced, rng: &Rng, damaged: &mut Vec<u64>) {
         if self.physical <= SECTOR as u32 {
             return;
         }
@@ -390,8 +411,37 @@ impl SimDisk {
                     chunk.copy_from_slice(&rng.bits().to_le_bytes());
                 }
                 stable.0.insert(page, Rc::new(garbage));
+                damaged.push(page);
             }
         }
+    }
+}
+
+/// See [`SimDisk::snapshot`].
+pub struct Snapshot {
+    pages: Pages,
+    size: u64,
+    at: u64,
+}
+
+impl io::Read for Snapshot {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        let len = (buf.len() as u64).min(self.size.saturating_sub(self.at)) as usize;
+        self.pages.read(self.at, &mut buf[..len]);
+        self.at += len as u64;
+        Ok(len)
+    }
+}
+
+impl io::Seek for Snapshot {
+    fn seek(&mut self, to: io::SeekFrom) -> io::Result<u64> {
+        let to = match to {
+            io::SeekFrom::Start(at) => Some(at),
+            io::SeekFrom::End(by) => self.size.checked_add_signed(by),
+            io::SeekFrom::Current(by) => self.at.checked_add_signed(by),
+        };
+        self.at = to.ok_or(io::ErrorKind::InvalidInput)?;
+        Ok(self.at)
     }
 }
 
@@ -555,7 +605,7 @@ impl Handle {
             pieces.clear();
         } else if verdict.error.is_some() {
             for piece in &mut pieces {
-                piece.mask &= self.rng().bits() as u8;
+                piece.mask &= self.disk.part_of(piece.mask, self.rng());
             }
         }
         let id = {
@@ -702,10 +752,11 @@ impl Device for Handle {
             move || {
                 {
                     let mut state = disk.state.borrow_mut();
-                    let State { stable, unsynced, .. } = &mut *state;
+                    let State { stable, unsynced, has_dropped, .. } = &mut *state;
                     for write in unsynced.iter_mut().filter(|write| covered.contains(&write.id)) {
                         if error.is_some() {
                             write.dropped |= forgets;
+                            *has_dropped |= forgets;
                         } else if !write.dropped {
                             write.pieces.iter().for_each(|piece| stable.apply(piece));
                         }

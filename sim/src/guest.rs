@@ -107,6 +107,8 @@ async fn request(world: &Rc<World>, vol: &Rc<Vol>, action: &Action) {
                 let now = world.now(vol);
                 vol.oracle.borrow_mut().flushed(began, now);
                 world.say(|| format!("vol {}: flushed", vol.index));
+            } else {
+                vol.oracle.borrow_mut().sync_failed();
             }
             (None, result, false)
         }

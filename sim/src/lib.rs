@@ -7,6 +7,7 @@ pub mod boot;
 pub mod disk;
 pub mod executor;
 pub mod exhaust;
+pub mod group;
 pub mod guest;
 pub mod model;
 pub mod rng;

@@ -83,6 +83,8 @@ struct Op {
     durable: Option<u64>,
     /// Perhaps not journaled: its sectors are lost one by one.
     weak: bool,
+    /// Written straight to a disk whose sync failed since: no later flush makes it durable.
+    forgotten: bool,
     block: u64,
     blocks: u64,
 }
@@ -92,6 +94,8 @@ struct Revert {
     lo: Time,
     hi: Time,
     target: u64,
+    /// Number of the group's revert that it is part of; 0: alone.
+    group: u64,
 }
 
 #[derive(Clone, Debug)]
@@ -128,6 +132,8 @@ pub struct Model {
     ops: Vec<Op>,
     reverts: Vec<Revert>,
     crashes: Vec<Crash>,
+    /// Blocks of which nothing is known any more.
+    ruined: BTreeSet<u64>,
     event: u64,
 }
 
@@ -135,7 +141,8 @@ impl Model {
     /// A volume of `sectors`; `initial` says of each block whether it holds stamps of operation 0 (else zeroes).
     pub fn new(volume: u32, sectors: u64, initial: Vec<bool>) -> Self {
         let blocks = sectors.div_ceil(8) as usize;
-        let first = Op { submitted: 0, acked: Some(0), durable: Some(0), weak: false, block: 0, blocks: 0 };
+        let first =
+            Op { submitted: 0, acked: Some(0), durable: Some(0), weak: false, forgotten: false, block: 0, blocks: 0 };
         Self {
             volume,
             initial,
@@ -144,6 +151,7 @@ impl Model {
             ops: vec![first],
             reverts: Vec::new(),
             crashes: Vec::new(),
+            ruined: BTreeSet::new(),
             event: 1,
         }
     }
@@ -165,7 +173,15 @@ impl Model {
             let hi = Time(u64::MAX, u64::MAX);
             self.blocks[b as usize].push(Version { op, mask, kind, lo: now, hi, seen: 0, lost: 0, survived: 0 });
         }
-        self.ops.push(Op { submitted: now.1, acked: None, durable: None, weak, block, blocks: end - block });
+        self.ops.push(Op {
+            submitted: now.1,
+            acked: None,
+            durable: None,
+            weak,
+            forgotten: false,
+            block,
+            blocks: end - block,
+        });
         op
     }
 
@@ -179,7 +195,7 @@ impl Model {
     /// A flush that began when the model's counter stood at `began` was acknowledged.
     pub fn flushed(&mut self, began: Time, now: Time) {
         for op in &mut self.ops {
-            if op.durable.is_none() && op.acked.is_some_and(|acked| acked <= began.1) {
+            if op.durable.is_none() && !op.forgotten && op.acked.is_some_and(|acked| acked <= began.1) {
                 op.durable = Some(now.1);
             }
         }
@@ -190,9 +206,31 @@ impl Model {
         self.ops[op as usize].durable.get_or_insert(now.1);
     }
 
+    /// A sync of the plain disk failed, and somebody was told: what it should have covered may never become durable.
+    pub fn sync_failed(&mut self) {
+        self.ops.iter_mut().filter(|op| op.weak && op.durable.is_none()).for_each(|op| op.forgotten = true);
+    }
+
+    /// The disk itself lost a block: it could not be read, a part of it was overwritten, and the power went.
+    pub fn ruin(&mut self, block: u64) {
+        self.ruined.insert(block);
+    }
+
+    /// What was not flushed went to the disk out of the journal's order: it is lost sector by sector from now on.
+    pub fn unordered(&mut self) {
+        self.ops.iter_mut().filter(|op| op.durable.is_none()).for_each(|op| op.weak = true);
+    }
+
     /// A revert is asked for.
     pub fn revert_begin(&mut self, target: u64, now: Time) {
-        self.reverts.push(Revert { lo: now, hi: Time(u64::MAX, u64::MAX), target });
+        self.reverts.push(Revert { lo: now, hi: Time(u64::MAX, u64::MAX), target, group: 0 });
+    }
+
+    /// The revert just begun is part of a group's.
+    pub fn revert_in_group(&mut self, group: u64) {
+        if let Some(revert) = self.reverts.last_mut() {
+            revert.group = group;
+        }
     }
 
     /// The revert took place at `instant`.
@@ -288,6 +326,9 @@ impl Model {
     pub fn check(&mut self, sector: u64, bytes: &[u8], when: When) -> Result<(), String> {
         for (i, chunk) in bytes.chunks_exact(SECTOR).enumerate() {
             let at = sector + i as u64;
+            if self.ruined.contains(&(at / 8)) {
+                continue;
+            }
             let value = decode(self.volume, at, chunk);
             self.check_sector(at, &value, when).map_err(|text| {
                 let within = format!("sector {at} (block {}, sector {} of it)", at / 8, at % 8);
@@ -663,9 +704,35 @@ impl Oracle {
     pub fn durable(&mut self, op: u32, now: Time) {
         self.all(|world| world.durable(op, now));
     }
+    /// See [`Model::sync_failed`].
+    pub fn sync_failed(&mut self) {
+        self.all(Model::sync_failed);
+    }
+    /// See [`Model::ruin`].
+    pub fn ruin(&mut self, block: u64) {
+        self.all(|world| world.ruin(block));
+    }
+    /// See [`Model::unordered`].
+    pub fn unordered(&mut self) {
+        self.all(Model::unordered);
+    }
     /// See [`Model::revert_begin`].
     pub fn revert_begin(&mut self, target: u64, now: Time) {
         self.all(|world| world.revert_begin(target, now));
+    }
+    /// See [`Model::revert_in_group`].
+    pub fn revert_in_group(&mut self, group: u64) {
+        self.all(|world| world.revert_in_group(group));
+    }
+    /// Whether a group's revert happened here; `None`: both are still possible.
+    pub fn reverted_in_group(&self, group: u64) -> Option<bool> {
+        let happened = |world: &Model| world.reverts.iter().any(|revert| revert.group == group);
+        let first = happened(&self.worlds[0]);
+        self.worlds.iter().all(|world| happened(world) == first).then_some(first)
+    }
+    /// It happened, or did not, as another member of the group has shown.
+    pub fn settle_group(&mut self, group: u64, happened: bool) {
+        self.worlds.retain(|world| world.reverts.iter().any(|revert| revert.group == group) == happened);
     }
     /// See [`Model::revert_done`].
     pub fn revert_done(&mut self, instant: u64) -> Result<(), String> {

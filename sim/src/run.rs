@@ -1,7 +1,11 @@
 //! One history from its first start to its last check: incarnations of the agent, and what a crash leaves between two.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
 use std::rc::Rc;
+
+use cdp_journal::FenceState;
+use cdp_journal::check::{Severity, check_medium};
 
 use crate::boot;
 use crate::executor::{Executor, Outcome};
@@ -59,6 +63,9 @@ fn report(world: &World, panic: Option<String>) -> Report {
 
 fn incarnations(world: &Rc<World>) {
     for _ in 0..INCARNATIONS_MAX {
+        if world.failed() {
+            return;
+        }
         let executor = Executor::new(Rc::clone(&world.shared));
         if let Some(crash @ Crash { again: Some(steps), .. }) = world.armed.get() {
             executor.arm_crash(Some(steps));
@@ -68,6 +75,9 @@ fn incarnations(world: &Rc<World>) {
         let outcome = executor.run(Box::pin(async move { boot::live(w, e).await }));
         world.clock_ends();
         let stopped = bury(world, &executor);
+        if matches!(outcome, Outcome::Crash) || (stopped && !world.unclean.get()) {
+            audit(world);
+        }
         if world.failed() {
             return;
         }
@@ -75,6 +85,7 @@ fn incarnations(world: &Rc<World>) {
             Outcome::Crash => {
                 if let Some(armed) = world.armed.get() {
                     crash(world, armed);
+                    audit(world);
                 }
             }
             Outcome::Done | Outcome::Halted if world.completed.get() => return,
@@ -114,15 +125,43 @@ fn bury(world: &World, executor: &Rc<Executor>) -> bool {
     clean
 }
 
+/// The offline check reads what the agent left with code of its own: whatever the stop was, nothing that counts may be damaged.
+fn audit(world: &World) {
+    if world.any_fault() || !world.initialised.get() {
+        return;
+    }
+    for disk in &world.cdp {
+        match check_medium(Box::new(disk.snapshot()), Path::new(&disk.name), &mut |_, _| {}) {
+            Ok(report) if report.is_clean() => {}
+            Ok(report) => {
+                let damage = report.findings.iter().find(|finding| finding.severity == Severity::Damage);
+                world.fail(format!("the offline check of {}: {damage:?}", disk.name));
+            }
+            Err(error) => world.fail(format!("the offline check of {}: {error}", disk.name)),
+        }
+    }
+}
+
 /// What the disks, the state folder and the oracles make of the agent's death.
 fn crash(world: &World, crash: Crash) {
     world.say(|| format!("==== {} ====", if crash.power { "power cut" } else { "kill" }));
     let rng = &world.shared.rng;
-    for disk in world.cdp.iter().chain(world.volumes.iter().map(|vol| &vol.primary)) {
+    for disk in &world.cdp {
         if crash.power {
             disk.power_cut(rng);
         } else {
             disk.kill(rng);
+        }
+    }
+    for vol in &world.volumes {
+        if crash.power {
+            let garbage = vol.primary.power_cut(rng);
+            // Where the old content could not be read, a part of a physical sector had to be written.
+            if world.primary_faulty.get() {
+                garbage.iter().for_each(|page| vol.oracle.borrow_mut().ruin(*page));
+            }
+        } else {
+            vol.primary.kill(rng);
         }
     }
     world.folder.crash(rng);
@@ -130,6 +169,11 @@ fn crash(world: &World, crash: Crash) {
     for vol in &world.volumes {
         let now = world.now(vol);
         let physical = u64::from(vol.primary.physical);
+        // A failed CDP disk was being left: the backlog was on its way from memory to the primary, and the journal may have lost it.
+        let leaving = world.folder.fence(vol.id).is_some_and(|fence| fence.state == FenceState::Detaching);
+        if crash.power && leaving {
+            vol.oracle.borrow_mut().unordered();
+        }
         vol.oracle.borrow_mut().crash(kind, physical, now);
         vol.protected.set(false);
     }

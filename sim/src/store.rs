@@ -1,7 +1,7 @@
 //! The state directory in memory: each `put` is atomic, and one in flight at a crash happened or did not.
 
 use std::cell::{Cell, RefCell};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::rc::Rc;
 
@@ -15,6 +15,8 @@ use crate::rng::Rng;
 enum Put {
     Fence(Uuid, Option<Fence>),
     Clock(Instant),
+    BeginRevert(Uuid),
+    DecideRevert(Uuid),
 }
 
 /// What the folder holds; it outlives the processes.
@@ -22,6 +24,7 @@ enum Put {
 pub struct Folder {
     fences: RefCell<BTreeMap<Uuid, Fence>>,
     clock: Cell<u64>,
+    undecided: RefCell<BTreeSet<Uuid>>,
     in_flight: RefCell<BTreeMap<u64, Put>>,
     next: Cell<u64>,
     failing: Cell<bool>,
@@ -35,6 +38,22 @@ impl Folder {
     /// The clock's high-water mark.
     pub fn clock(&self) -> Instant {
         Instant(self.clock.get())
+    }
+    /// Groups whose revert is not decided.
+    pub fn undecided(&self) -> Vec<Uuid> {
+        self.undecided.borrow().iter().copied().collect()
+    }
+    /// The revert of a group is begun, and not decided.
+    pub fn begin_revert(self: &Rc<Self>, executor: &Rc<Executor>, group: Uuid) -> LocalFuture<'static, io::Result<()>> {
+        Store { folder: Rc::clone(self), executor: Rc::clone(executor) }.put(Put::BeginRevert(group))
+    }
+    /// The revert of a group is decided.
+    pub fn decide_revert(
+        self: &Rc<Self>,
+        executor: &Rc<Executor>,
+        group: Uuid,
+    ) -> LocalFuture<'static, io::Result<()>> {
+        Store { folder: Rc::clone(self), executor: Rc::clone(executor) }.put(Put::DecideRevert(group))
     }
     /// From now on every `put` fails (or works again).
     pub fn set_failing(&self, failing: bool) {
@@ -56,6 +75,8 @@ impl Folder {
         match put {
             Put::Fence(volume, Some(fence)) => drop(self.fences.borrow_mut().insert(volume, fence)),
             Put::Fence(volume, None) => drop(self.fences.borrow_mut().remove(&volume)),
+            Put::BeginRevert(group) => drop(self.undecided.borrow_mut().insert(group)),
+            Put::DecideRevert(group) => drop(self.undecided.borrow_mut().remove(&group)),
             Put::Clock(mark) => self.clock.set(self.clock.get().max(mark.0)),
         }
     }

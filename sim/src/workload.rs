@@ -107,6 +107,10 @@ pub enum Action {
         force: bool,
         release: bool,
     },
+    /// All volumes at one instant, or none.
+    RevertGroup {
+        at: u64,
+    },
     /// Only asks what a revert would need.
     DryRun {
         vol: usize,
@@ -250,6 +254,7 @@ struct Profile {
     big: bool,
     huge: bool,
     many: bool,
+    group: bool,
 }
 
 const BASE: Profile = Profile {
@@ -271,9 +276,10 @@ const BASE: Profile = Profile {
     big: false,
     huge: false,
     many: false,
+    group: false,
 };
 
-const PROFILES: [Profile; 13] = [
+const PROFILES: [Profile; 14] = [
     BASE,
     Profile {
         name: "writes",
@@ -298,6 +304,7 @@ const PROFILES: [Profile; 13] = [
     Profile { name: "cdp-fault", fault: 6, many: true, ..BASE },
     Profile { name: "primary-fault", primary_fault: 6, ..BASE },
     Profile { name: "damage", flip: 5, ..BASE },
+    Profile { name: "group", revert: 10, crash: 8, group: true, many: true, switch: 0, clean: 0, ..BASE },
 ];
 
 /// Names of all profiles; `all` takes each in turn by the seed.
@@ -389,6 +396,7 @@ fn op(profile: &Profile, setup: &Setup, rng: &Rng) -> Op {
             Action::Read { vol, sector, count }
         }
         4 => view(profile, vol, sectors, rng),
+        5 if profile.group && !rng.one_in(3) => Action::RevertGroup { at: rng.bits() },
         5 if rng.one_in(4) => Action::UndoRevert { vol },
         5 if rng.one_in(6) => Action::DryRun { vol, at: rng.bits() },
         5 => Action::Revert { vol, at: rng.bits(), force: !rng.one_in(4), release: rng.one_in(2) },

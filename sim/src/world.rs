@@ -156,6 +156,10 @@ pub struct OpenView {
 pub struct World {
     /// What is to happen.
     pub history: History,
+    /// The revert of a group that a crash may have cut off: its number; 0: none.
+    pub group_in_doubt: Cell<u64>,
+    /// Reverts of groups so far.
+    pub groups: Cell<u64>,
     /// Time and chance.
     pub shared: Rc<Shared>,
     /// The state directory.
@@ -270,6 +274,8 @@ impl World {
             cdp: cdp.collect(),
             volumes: volumes.collect(),
             history,
+            group_in_doubt: Cell::new(0),
+            groups: Cell::new(0),
             shared,
             folder: Rc::default(),
             instants: RefCell::default(),

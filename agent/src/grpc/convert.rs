@@ -1,7 +1,8 @@
 //! What the engine tells, as messages.
 
 use cdp_journal::info::{
-    CdpState, DiskInfo, Health, Interval, LogInfo, Marker, MarkerKind, RevertProgress, Settings, ViewInfo, VolumeInfo,
+    CdpState, Change, ChangeKind, DiskInfo, Health, Interval, LogInfo, Marker, MarkerKind, RevertPoint, RevertProgress,
+    Settings, ViewInfo, VolumeInfo,
 };
 use cdp_proto::v1;
 
@@ -127,6 +128,21 @@ pub fn log(log: &LogInfo, markers: &[Marker], place: &Place) -> v1::CdpInfo {
     }
 }
 
+/// A revert of the past.
+pub fn revert_point(revert: &RevertPoint) -> v1::RevertPoint {
+    v1::RevertPoint { time: revert.instant.0, target: revert.target.map_or(0, |target| target.0) }
+}
+
+/// A step of the history.
+pub fn change(change: &Change) -> v1::Change {
+    let kind = match change.kind {
+        ChangeKind::Write => v1::ChangeKind::Write,
+        ChangeKind::Zero => v1::ChangeKind::Zero,
+        ChangeKind::Revert => v1::ChangeKind::Revert,
+    };
+    v1::Change { time: change.instant.0, kind: kind.into(), offset: change.offset, length: change.len }
+}
+
 /// An interval that can be viewed.
 pub fn interval(interval: &Interval) -> v1::Interval {
     v1::Interval {
@@ -171,6 +187,7 @@ pub fn info(info: &VolumeInfo, views: &[(ViewInfo, u64)], all: bool, place: &Pla
         window_forecast_s: info.window_forecast_s,
         now: info.now.0,
         views: views.iter().map(|(info_of_view, size)| view(info_of_view, *size, &info.name, place)).collect(),
+        ..v1::InfoResponse::default()
     }
 }
 

@@ -7,6 +7,7 @@
 pub mod convert;
 pub mod request;
 pub mod status;
+mod when;
 
 use std::collections::HashSet;
 use std::future::Future;
@@ -15,7 +16,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use cdp_journal::info::{ViewInfo, VolumeInfo};
+use cdp_journal::info::{Marker, ViewInfo, VolumeInfo};
 use cdp_journal::{Error, InitOptions, Instant, Result, Volume};
 use cdp_proto::v1::cdp_agent_server::{CdpAgent, CdpAgentServer};
 use cdp_proto::{FILE_DESCRIPTOR_SET, v1};
@@ -30,11 +31,13 @@ use tonic::{Code, Request, Response, Status};
 use uuid::Uuid;
 
 use crate::control::{Control, NewVolume, Resolved};
+use crate::groups::Group;
 use crate::listen::Connection;
+use crate::quiesce;
 use crate::revert::Rewind;
 
 use convert::Place;
-use request::{At, Edit, Mark, NewDisk};
+use request::{At, Back, Edit, Mark, NewDisk};
 use status::{code, status};
 
 /// A per-volume answer that there is, or the error in its place.
@@ -126,12 +129,14 @@ impl Service {
         self.control.resolve(volume).map_err(|error| status(&error))
     }
 
-    /// Volumes of a batch; two names for one volume are refused, an unknown one is answered in its place.
+    /// Volumes of a batch, groups taken apart; two names for one volume are refused, an unknown one is answered in its place.
     fn resolve_all(&self, names: &[String]) -> std::result::Result<Vec<(String, Result<Resolved>)>, Status> {
         let names = request::volumes(names).map_err(|error| status(&error))?;
         let mut seen = HashSet::new();
         let mut volumes = Vec::new();
-        for name in names {
+        let members = |name: &String| self.control.group_members(name).unwrap_or_else(|| vec![name.clone()]);
+        let names: Vec<String> = names.iter().flat_map(members).collect();
+        for name in &names {
             let resolved = self.control.resolve(name);
             if let Ok(volume) = &resolved
                 && !seen.insert(volume.uuid)
@@ -139,7 +144,7 @@ impl Service {
                 let twice = Error::invalid(
                     "volumes",
                     format!("{name:?}, which is given under its other name too"),
-                    "each volume once",
+                    "each volume once (groups taken apart)",
                 );
                 return Err(status(&twice));
             }
@@ -165,50 +170,6 @@ impl Service {
             }
         }))
         .await
-    }
-
-    /// The instant that a request means, for one volume.
-    async fn instant_of(&self, volume: Uuid, at: &At) -> Result<Instant> {
-        let name = match at {
-            At::Time(time) => return Ok(Instant(*time)),
-            At::Ago(ago) => {
-                let now = self.control.instant().await?;
-                let bound = "not more than the time since the epoch";
-                return now.0.checked_sub(*ago).map(Instant).ok_or_else(|| Error::invalid("ago_ns", ago, bound));
-            }
-            At::Marker(name) | At::NotBefore(name, _) => name.clone(),
-        };
-        let marker = {
-            let name = name.clone();
-            self.control.on_volume(volume, |volume| async move { Ok(volume.marker(&name)) }).await?
-        };
-        let marker = marker.ok_or(Error::NotFound { what: "marker", name: name.clone() })?;
-        match at {
-            At::NotBefore(_, time) if *time < marker.time.0 => {
-                let bound = format!("not before its marker {name:?}, which is at {}", marker.time);
-                Err(Error::invalid("timestamp", time, bound))
-            }
-            At::NotBefore(_, time) => Ok(Instant(*time)),
-            _ => Ok(marker.time),
-        }
-    }
-
-    /// One instant for all volumes of a group: by a marker, it must be the same in each.
-    async fn group_instant(&self, volumes: &[Resolved], at: &At) -> Result<Instant> {
-        let mut found: Option<(Instant, &Resolved)> = None;
-        for volume in volumes {
-            let instant = self.instant_of(volume.uuid, at).await?;
-            match found {
-                // "Ago" is counted once, so that it is one instant.
-                None if !matches!(at, At::Marker(_) | At::NotBefore(..)) => return Ok(instant),
-                Some((first, other)) if first != instant => {
-                    let value = format!("{instant} in {:?}, {first} in {:?}", volume.name, other.name);
-                    return Err(Error::invalid("snapshot_name", value, "the same instant in each volume"));
-                }
-                _ => found = Some((instant, volume)),
-            }
-        }
-        found.map(|(instant, _)| instant).ok_or_else(|| Error::invalid("volumes", 0, "at least one"))
     }
 
     async fn views_of(&self, volume: Uuid) -> Vec<(ViewInfo, u64)> {
@@ -392,7 +353,23 @@ impl CdpAgent for Service {
             let volume = this.resolve(&wire.volume)?;
             let state = this.control.volume(volume.uuid).await.map_err(|error| status(&error))?;
             match &state.info {
-                Ok(info) => Ok(convert::info(info, &this.views_of(volume.uuid).await, wire.all, &this.about.place)),
+                Ok(info) => {
+                    let views = this.views_of(volume.uuid).await;
+                    let mut message = convert::info(info, &views, wire.all, &this.about.place);
+                    if let (Some(told), Some(revert)) = (&mut message.revert, &info.revert) {
+                        (told.blocks_per_s, told.eta_s) = this.control.copying.forecast(volume.uuid, revert);
+                    }
+                    // What cannot be read now is left out: the rest of the answer is wanted all the same.
+                    let now = info.now;
+                    let asked = this.control.on_volume(volume.uuid, move |volume| async move {
+                        Ok((volume.reverts().await, volume.flush_near(now).await))
+                    });
+                    if let Ok((reverts, near)) = asked.await {
+                        message.reverts = reverts.iter().flatten().map(convert::revert_point).collect();
+                        message.flush_clean = near.ok().and_then(|near| near.before).map_or(0, |instant| instant.0);
+                    }
+                    Ok(message)
+                }
                 Err(_) => Ok(v1::InfoResponse {
                     host_uuid: this.about.place.host_uuid.clone(),
                     volume: Some(convert::volume(&state, &this.about.place)),
@@ -409,14 +386,14 @@ impl CdpAgent for Service {
         self.run(&metadata, async move {
             let mark = Mark::try_from(&wire).map_err(|error| status(&error))?;
             let volumes = this.resolve_all(&wire.volumes)?;
-            let instant = this.control.instant().await.map_err(|error| status(&error))?;
-            let done = this
-                .batch(volumes, |volume| {
-                    let Mark { name, kind } = mark.clone();
-                    this.control
-                        .on_volume(volume.uuid, move |volume| async move { volume.mark(&name, kind, instant).await })
-                })
-                .await;
+            let ticked = this.control.instant();
+            let (instant, frozen) = match mark.quiesce.is_empty() {
+                true => (ticked.await.map_err(|error| status(&error))?, Duration::ZERO),
+                false => quiesce::while_frozen(&mark.quiesce, mark.frozen_max, this.control.events(), ticked)
+                    .await
+                    .map_err(|error| status(&error))?,
+            };
+            let done = this.mark_all(volumes, &mark, instant).await;
             let (success, fail) = tally(done.iter().map(|(result, _)| result));
             let first = done.iter().find_map(|(_, marker)| marker.clone());
             let results = done.into_iter().map(|(result, marker)| v1::MarkResult {
@@ -429,6 +406,7 @@ impl CdpAgent for Service {
                 results: results.collect(),
                 name: first.as_ref().map(|marker| marker.name.clone()).unwrap_or_default(),
                 time: first.map_or(0, |marker| marker.time.0),
+                frozen_ns: u64::try_from(frozen.as_nanos()).unwrap_or(u64::MAX),
             })
         })
         .await
@@ -442,14 +420,14 @@ impl CdpAgent for Service {
             let volume = this.resolve(&wire.volume)?;
             let view = match asked.off {
                 false => {
-                    let time = this.instant_of(volume.uuid, &asked.at).await.map_err(|error| status(&error))?;
+                    let time = this.instant_of(&volume, &asked.at).await.map_err(|error| status(&error))?;
                     let opened = this.control.open_view(volume.uuid, time, wire.snapshot_name, asked.writable).await;
                     Some(opened.map_err(|error| status(&error))?)
                 }
                 true => {
                     let views = this.views_of(volume.uuid).await;
                     // A marker may have aged out since the view was opened: then the view is found by the marker's name.
-                    let time = match this.instant_of(volume.uuid, &asked.at).await {
+                    let time = match this.instant_of(&volume, &asked.at).await {
                         Err(Error::NotFound { what: "marker", .. }) => None,
                         found => Some(found.map_err(|error| status(&error))?),
                     };
@@ -503,10 +481,10 @@ impl CdpAgent for Service {
         let (metadata, _, wire) = call.into_parts();
         let this = self.clone();
         self.run(&metadata, async move {
-            let at = At::try_from(&wire).map_err(|error| status(&error))?;
+            let back = Back::try_from(&wire).map_err(|error| status(&error))?;
             let volumes = this.resolve_all(&wire.volumes)?;
             let how = Rewind { force: wire.force, release: wire.release, dry_run: wire.dry_run };
-            let results = this.revert_all(volumes, &at, how).await;
+            let results = this.revert_all(volumes, &back, how).await;
             let (success, fail) = tally(results.iter().filter_map(|result| result.result.as_ref()));
             Ok(v1::RevertResponse { success, fail, results, dry_run: wire.dry_run })
         })
@@ -617,6 +595,17 @@ impl CdpAgent for Service {
         .await
     }
 
+    async fn attach_volume(&self, call: Request<v1::AttachVolumeRequest>) -> Answer<v1::AttachVolumeResponse> {
+        let (metadata, _, wire) = call.into_parts();
+        let this = self.clone();
+        self.run(&metadata, async move {
+            let volume = this.resolve(&wire.volume)?;
+            let after = this.control.attach_volume(volume.uuid).await.map_err(|error| status(&error))?;
+            Ok(v1::AttachVolumeResponse { volume: Some(convert::volume(&after, &this.about.place)) })
+        })
+        .await
+    }
+
     async fn init_disk(&self, call: Request<v1::InitDiskRequest>) -> Answer<v1::InitDiskResponse> {
         let (metadata, _, wire) = call.into_parts();
         let this = self.clone();
@@ -645,6 +634,84 @@ impl CdpAgent for Service {
             let buckets = request::buckets(wire.buckets).map_err(|error| status(&error))?;
             let volume = this.resolve(&wire.volume)?;
             this.timeline_of(&volume, wire.from, wire.to, buckets).await.map_err(|error| status(&error))
+        })
+        .await
+    }
+
+    async fn view_group(&self, call: Request<v1::ViewGroupRequest>) -> Answer<v1::ViewGroupResponse> {
+        let (metadata, _, wire) = call.into_parts();
+        let this = self.clone();
+        self.run(&metadata, async move {
+            let asked = request::View::try_from(&wire).map_err(|error| status(&error))?;
+            let volumes = this.resolve_all(&wire.volumes)?;
+            let volumes = volumes.into_iter().map(|(_, volume)| volume).collect::<Result<Vec<_>>>();
+            let volumes = volumes.map_err(|error| status(&error))?;
+            this.view_all(&volumes, &asked, &wire.snapshot_name).await.map_err(|error| status(&error))
+        })
+        .await
+    }
+
+    async fn locate(&self, call: Request<v1::LocateRequest>) -> Answer<v1::LocateResponse> {
+        let (metadata, _, wire) = call.into_parts();
+        let this = self.clone();
+        self.run(&metadata, async move {
+            let at = At::try_from(&wire).map_err(|error| status(&error))?;
+            let volumes = this.resolve_all(&wire.volumes)?;
+            this.locate_all(volumes, &at).await.map_err(|error| status(&error))
+        })
+        .await
+    }
+
+    async fn changes(&self, call: Request<v1::ChangesRequest>) -> Answer<v1::ChangesResponse> {
+        let (metadata, _, wire) = call.into_parts();
+        let this = self.clone();
+        self.run(&metadata, async move {
+            let asked = request::Changes::try_from(&wire).map_err(|error| status(&error))?;
+            let volume = this.resolve(&wire.volume)?;
+            let to = match asked.to {
+                0 => this.control.instant().await.map_err(|error| status(&error))?,
+                to => Instant(to),
+            };
+            let listed = this.control.on_volume(volume.uuid, move |volume| async move {
+                volume.changes(Instant(asked.from), to, asked.skip, asked.limit).await
+            });
+            let list = listed.await.map_err(|error| status(&error))?;
+            let changes = list.changes.iter().map(convert::change).collect();
+            Ok(v1::ChangesResponse { total: list.total, changes, to: to.0 })
+        })
+        .await
+    }
+
+    async fn add_group(&self, call: Request<v1::AddGroupRequest>) -> Answer<v1::AddGroupResponse> {
+        let (metadata, _, wire) = call.into_parts();
+        let this = self.clone();
+        self.run(&metadata, async move {
+            let name = request::group_name(&wire.name).map_err(|error| status(&error))?;
+            let volumes = this.resolve_all(&wire.volumes)?;
+            let volumes = volumes.into_iter().map(|(_, volume)| volume).collect::<Result<Vec<_>>>();
+            let volumes = volumes.map_err(|error| status(&error))?;
+            let group = this.control.add_group(name, &volumes).await.map_err(|error| status(&error))?;
+            Ok(v1::AddGroupResponse { group: Some(this.group_message(&group)) })
+        })
+        .await
+    }
+
+    async fn list_groups(&self, call: Request<v1::ListGroupsRequest>) -> Answer<v1::ListGroupsResponse> {
+        let (metadata, _, _) = call.into_parts();
+        let this = self.clone();
+        self.run(&metadata, async move {
+            let groups = this.control.groups();
+            Ok(v1::ListGroupsResponse { groups: groups.iter().map(|group| this.group_message(group)).collect() })
+        })
+        .await
+    }
+
+    async fn remove_group(&self, call: Request<v1::RemoveGroupRequest>) -> Answer<v1::RemoveGroupResponse> {
+        let (metadata, _, wire) = call.into_parts();
+        let this = self.clone();
+        self.run(&metadata, async move {
+            let group = this.control.remove_group(&wire.name).await.map_err(|error| status(&error))?;
+            Ok(v1::RemoveGroupResponse { group: Some(this.group_message(&group)) })
         })
         .await
     }
@@ -707,10 +774,99 @@ impl CdpAgent for Service {
 }
 
 impl Service {
+    /// Adds one marker to each volume; one without a name is called alike in all of them.
+    async fn mark_all(
+        &self,
+        volumes: Vec<(String, Result<Resolved>)>,
+        mark: &Mark,
+        instant: Instant,
+    ) -> Vec<PerVolume<Marker>> {
+        let (names, auto) = match mark.name.as_str() {
+            "" => (cdp_journal::auto_names(instant).to_vec(), true),
+            name => (vec![name.to_owned()], false),
+        };
+        let mut done = Vec::new();
+        for name in names {
+            done = self
+                .batch(volumes.clone(), |volume| {
+                    let (name, kind) = (name.clone(), mark.kind);
+                    self.control.on_volume(volume.uuid, move |volume| async move {
+                        volume.mark_as(&name, kind, instant, auto).await
+                    })
+                })
+                .await;
+            // Taken in one of them: they all get the next name.
+            if !done.iter().any(|(result, _)| result.code == Code::AlreadyExists as i32) {
+                break;
+            }
+        }
+        done
+    }
+
+    async fn view_all(
+        &self,
+        volumes: &[Resolved],
+        asked: &request::View,
+        snapshot_name: &str,
+    ) -> Result<v1::ViewGroupResponse> {
+        let time = self.group_instant(volumes, &asked.at).await?;
+        let mut views = Vec::new();
+        if asked.off {
+            for volume in volumes {
+                let open = self.views_of(volume.uuid).await;
+                let meant = open.iter().find(|(view, _)| view.writable == asked.writable && view.time == time);
+                match meant {
+                    Some((view, _)) => match self.control.close_view(view.id).await {
+                        Err(Error::NotFound { .. }) => {} // somebody else closed it just now
+                        closed => views.push(closed?),
+                    },
+                    None => continue,
+                }
+            }
+        } else {
+            views = self.control.open_views(volumes, time, snapshot_name, asked.writable).await?;
+        }
+        Ok(v1::ViewGroupResponse { time: time.0, views: views.iter().map(|view| self.view_message(view)).collect() })
+    }
+
+    fn group_message(&self, group: &Group) -> v1::Group {
+        let members: Vec<_> = group.members.iter().map(|member| (member, self.control.resolve(member).ok())).collect();
+        // A member of the configuration that is not there (yet) is told as it was written.
+        let name = |(member, volume): &(&String, Option<Resolved>)| {
+            volume.as_ref().map_or_else(|| (*member).clone(), |volume| volume.name.clone())
+        };
+        let uuid = |(_, volume): &(&String, Option<Resolved>)| {
+            volume.as_ref().map(|volume| volume.uuid.to_string()).unwrap_or_default()
+        };
+        v1::Group {
+            name: group.name.clone(),
+            volumes: members.iter().map(name).collect(),
+            volume_uuids: members.iter().map(uuid).collect(),
+            configured: group.configured,
+        }
+    }
+
+    /// Where each volume of a revert goes.
+    async fn targets(&self, volumes: &[Resolved], back: &Back) -> Result<Vec<(Uuid, Instant)>> {
+        match back {
+            Back::To(at) => {
+                let target = self.group_instant(volumes, at).await?;
+                Ok(volumes.iter().map(|volume| (volume.uuid, target)).collect())
+            }
+            Back::Undo => {
+                let mut targets = Vec::new();
+                for volume in volumes {
+                    targets.push((volume.uuid, self.before_last_revert(volume).await?));
+                }
+                Ok(targets)
+            }
+        }
+    }
+
     async fn revert_all(
         &self,
         volumes: Vec<(String, Result<Resolved>)>,
-        at: &At,
+        back: &Back,
         how: Rewind,
     ) -> Vec<v1::RevertResult> {
         // Together or not at all: one unknown volume stops the others.
@@ -719,16 +875,13 @@ impl Service {
             false => Some(Error::Gone("not done: another volume of the call was not found".to_owned())),
             true => None,
         };
-        let target = match refused {
+        let targets = match refused {
             Some(error) => Err(error),
-            None => self.group_instant(&known, at).await,
+            None => self.targets(&known, back).await,
         };
-        let reports = match target {
+        let reports = match targets {
             Err(error) => known.iter().map(|_| Err(error.clone())).collect(),
-            Ok(target) => {
-                let targets = known.iter().map(|volume| (volume.uuid, target)).collect();
-                self.control.revert(targets, how).await
-            }
+            Ok(targets) => self.control.revert(targets, how).await,
         };
         let mut reports = known.iter().zip(reports);
         let mut results = Vec::new();
@@ -774,7 +927,13 @@ impl Service {
             let mut pending = Vec::new();
             for volume in waiting {
                 let message = match self.control.info(volume.uuid).await {
-                    Ok(info) => Ok(convert::progress(volume.uuid, &volume.name, info.revert.as_ref())),
+                    Ok(info) => {
+                        let mut told = convert::progress(volume.uuid, &volume.name, info.revert.as_ref());
+                        if let Some(revert) = &info.revert {
+                            (told.blocks_per_s, told.eta_s) = self.control.copying.forecast(volume.uuid, revert);
+                        }
+                        Ok(told)
+                    }
                     Err(error) => Err(status(&error)),
                 };
                 let (done, failed) = (message.as_ref().is_ok_and(|message| message.done), message.is_err());
@@ -810,11 +969,13 @@ impl Service {
         if from >= to {
             return Err(Error::invalid("from", from, format!("before to, which is {to}")));
         }
-        let pieces = match info.logs.is_empty() {
-            true => Vec::new(),
+        let (pieces, reverts) = match info.logs.is_empty() {
+            true => (Vec::new(), Vec::new()),
             false => {
                 self.control
-                    .on_volume(volume.uuid, move |volume| async move { volume.timeline(from, to, buckets).await })
+                    .on_volume(volume.uuid, move |volume| async move {
+                        Ok((volume.timeline(from, to, buckets).await?, volume.reverts().await?))
+                    })
                     .await?
             }
         };
@@ -830,16 +991,11 @@ impl Service {
                     writes: piece.writes,
                     bytes: piece.bytes,
                     flushes: piece.flushes,
+                    flushes_clean: piece.flushes_clean,
                 })
                 .collect(),
             snaps: info.markers.iter().filter(|marker| inside(marker.time)).map(convert::snap).collect(),
-            // Of past reverts the engine tells none yet; the pending one it does.
-            reverts: info
-                .revert
-                .iter()
-                .filter(|revert| inside(revert.instant))
-                .map(|revert| v1::RevertPoint { time: revert.instant.0, target: revert.target.0 })
-                .collect(),
+            reverts: reverts.iter().filter(|revert| inside(revert.instant)).map(convert::revert_point).collect(),
             cdp_info: info
                 .logs
                 .iter()

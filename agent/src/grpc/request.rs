@@ -1,6 +1,7 @@
 //! Requests, checked once at the door: what is past here is valid in itself.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use cdp_journal::info::{Health, MarkerKind, Priority, Settings};
 use cdp_journal::{Error, Result};
@@ -12,8 +13,14 @@ use crate::config::{check_settings, priority};
 use crate::control::NewVolume;
 use crate::events::EVENTS_MAX;
 
+/// Most guests that are frozen for one mark.
+const QUIESCE_MAX: usize = 64;
+/// Longest time that a guest stays frozen, where none is given.
+const QUIESCE_MS_DEFAULT: u32 = 2000;
 /// Most volumes of one call.
 const VOLUMES_MAX: usize = 1024;
+/// Most changes of one answer.
+const CHANGES_MAX: u32 = 10_000;
 const WAIT_INTERVAL_MS_DEFAULT: u32 = 200;
 
 /// What `Edit` changes; the rest stays.
@@ -63,6 +70,10 @@ pub struct Mark {
     pub name: String,
     /// What it says of the guest's state.
     pub kind: MarkerKind,
+    /// Guests to quiesce.
+    pub quiesce: Vec<PathBuf>,
+    /// Longest time that they stay frozen.
+    pub frozen_max: Duration,
 }
 
 impl TryFrom<&v1::MarkRequest> for Mark {
@@ -80,8 +91,32 @@ impl TryFrom<&v1::MarkRequest> for Mark {
             }
             Err(_) => return Err(Error::invalid("kind", wire.kind, "CRASH or APPLICATION")),
         };
-        Ok(Self { name: wire.name.clone(), kind })
+        let quiesce = wire.quiesce.iter().map(|text| quiesce_path(text)).collect::<Result<Vec<_>>>()?;
+        if quiesce.len() > QUIESCE_MAX {
+            return Err(Error::invalid(
+                "quiesce",
+                format!("{} guests", quiesce.len()),
+                format!("at most {QUIESCE_MAX}"),
+            ));
+        }
+        if (1..quiesce.len()).any(|at| quiesce[..at].contains(&quiesce[at])) {
+            return Err(Error::invalid("quiesce", format!("{:?}", wire.quiesce), "each guest once"));
+        }
+        let frozen_max = match wire.quiesce_ms {
+            0 => QUIESCE_MS_DEFAULT,
+            100..=60_000 => wire.quiesce_ms,
+            other => return Err(Error::invalid("quiesce_ms", other, "0, or 100 to 60000")),
+        };
+        let kind = if quiesce.is_empty() { kind } else { MarkerKind::Application };
+        Ok(Self { name: wire.name.clone(), kind, quiesce, frozen_max: Duration::from_millis(frozen_max.into()) })
     }
+}
+
+fn quiesce_path(text: &str) -> Result<PathBuf> {
+    let path = text.strip_prefix("qga:").filter(|path| path.starts_with('/') && !path.contains('\0'));
+    let path = path.filter(|path| path.len() <= 107);
+    let bound = "qga: and the absolute path of a socket, at most 107 bytes";
+    path.map(PathBuf::from).ok_or_else(|| Error::invalid("quiesce", format!("{text:?}"), bound))
 }
 
 /// An instant as a request gives it.
@@ -95,6 +130,8 @@ pub enum At {
     NotBefore(String, u64),
     /// So many nanoseconds ago.
     Ago(u64),
+    /// The newest flush-clean instant at or before another.
+    FlushBefore(Box<At>),
 }
 
 impl At {
@@ -107,6 +144,11 @@ impl At {
             (name, 0, None) => Ok(Self::Marker(name.to_owned())),
             (name, time, None) => Ok(Self::NotBefore(name.to_owned(), time)),
         }
+    }
+
+    /// The same, or the flush-clean instant before it.
+    fn with(self, flush_before: bool) -> Self {
+        if flush_before { Self::FlushBefore(Box::new(self)) } else { self }
     }
 }
 
@@ -138,16 +180,92 @@ impl TryFrom<&v1::ViewRequest> for View {
                 "not with op \"off\": name the view by timestamp or snapshot_name",
             ));
         }
-        Ok(Self { off, at, writable: wire.writable })
+        if off && wire.flush_before {
+            return Err(Error::invalid("flush_before", true, "not with op \"off\": name the view by its own instant"));
+        }
+        Ok(Self { off, at: at.with(wire.flush_before), writable: wire.writable })
     }
 }
 
-impl TryFrom<&v1::RevertRequest> for At {
+impl TryFrom<&v1::ViewGroupRequest> for View {
+    type Error = Error;
+
+    fn try_from(wire: &v1::ViewGroupRequest) -> Result<Self> {
+        Self::try_from(&v1::ViewRequest {
+            volume: String::new(),
+            op: wire.op.clone(),
+            snapshot_name: wire.snapshot_name.clone(),
+            timestamp: wire.timestamp,
+            writable: wire.writable,
+            ago_ns: wire.ago_ns,
+            flush_before: wire.flush_before,
+        })
+    }
+}
+
+/// Where a revert goes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Back {
+    /// To an instant.
+    To(At),
+    /// To just before each volume's newest revert.
+    Undo,
+}
+
+impl TryFrom<&v1::RevertRequest> for Back {
     type Error = Error;
 
     fn try_from(wire: &v1::RevertRequest) -> Result<Self> {
-        Self::new(&wire.snapshot_name, wire.timestamp, wire.ago_ns)
+        let given = !wire.snapshot_name.is_empty() || wire.timestamp != 0 || wire.ago_ns.is_some() || wire.flush_before;
+        match wire.undo {
+            true if given => Err(Error::invalid("undo", true, "not together with an instant")),
+            true => Ok(Self::Undo),
+            false => Ok(Self::To(At::new(&wire.snapshot_name, wire.timestamp, wire.ago_ns)?.with(wire.flush_before))),
+        }
     }
+}
+
+impl TryFrom<&v1::LocateRequest> for At {
+    type Error = Error;
+
+    fn try_from(wire: &v1::LocateRequest) -> Result<Self> {
+        Ok(Self::new(&wire.snapshot_name, wire.timestamp, wire.ago_ns)?.with(wire.flush_before))
+    }
+}
+
+/// What `Changes` asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Changes {
+    /// Behind this instant.
+    pub from: u64,
+    /// Up to this one; 0: now.
+    pub to: u64,
+    /// Number of the first to tell.
+    pub skip: u64,
+    /// How many to tell.
+    pub limit: u32,
+}
+
+impl TryFrom<&v1::ChangesRequest> for Changes {
+    type Error = Error;
+
+    fn try_from(wire: &v1::ChangesRequest) -> Result<Self> {
+        if wire.from == 0 {
+            return Err(Error::invalid("from", 0, "an instant of the volume's history"));
+        }
+        if wire.to != 0 && wire.to < wire.from {
+            return Err(Error::invalid("to", wire.to, format!("0, or not before from, which is {}", wire.from)));
+        }
+        if wire.limit > CHANGES_MAX {
+            return Err(Error::invalid("limit", wire.limit, format!("at most {CHANGES_MAX}")));
+        }
+        Ok(Self { from: wire.from, to: wire.to, skip: wire.skip, limit: wire.limit })
+    }
+}
+
+/// The name of a group.
+pub fn group_name(text: &str) -> Result<&str> {
+    parse::volume_name(text).map_err(|error| invalid("name", error))
 }
 
 impl TryFrom<v1::AddVolumeRequest> for NewVolume {
@@ -229,13 +347,13 @@ pub fn view_id(text: &str) -> Result<Uuid> {
 }
 
 /// Milliseconds between two messages of `WaitRevert`.
-pub fn wait_interval(wire: u32) -> Result<std::time::Duration> {
+pub fn wait_interval(wire: u32) -> Result<Duration> {
     let ms = match wire {
         0 => WAIT_INTERVAL_MS_DEFAULT,
         50..=60_000 => wire,
         _ => return Err(Error::invalid("interval_ms", wire, "0, or 50 to 60000")),
     };
-    Ok(std::time::Duration::from_millis(ms.into()))
+    Ok(Duration::from_millis(ms.into()))
 }
 
 /// Events to begin with.

@@ -384,6 +384,9 @@ impl Ring {
         let op = self.inner.start(Some(Rc::clone(file)), Memory::Vectored(data), false, |memory, fd| {
             let Memory::Vectored(data) = memory else { unreachable!("put in just above") };
             let rest = &data.iovecs[data.next..];
+            if let [one] = rest {
+                return opcode::Write::new(fd, one.iov_base.cast(), length(one.iov_len)).offset(offset).build();
+            }
             opcode::Writev::new(fd, rest.as_ptr(), rest.len().min(IOVECS_MAX) as u32).offset(offset).build()
         });
         let (result, memory) = op.await;

@@ -5,10 +5,11 @@ use cdp_proto::{
     v1,
 };
 
-use super::list::health;
+use super::{list::health, when};
 use crate::{
     args::Info,
     connect::Agent,
+    draw,
     failure::Failure,
     output::{self, Answer, instant},
     shape,
@@ -19,7 +20,13 @@ const AUTO_SNAPS_SHOWN: usize = 10;
 
 pub async fn show(agent: &Agent, args: Info) -> Result<Answer, Failure> {
     let info = fetch(agent, &args.volume, args.all).await?;
-    Ok(Answer::done(shape::info(&info), text(&info, args.all)))
+    let (mut json, mut text) = (shape::info(&info), text(&info, args.all));
+    if let Some(at) = &args.at {
+        let located = when::locate(agent, std::slice::from_ref(&args.volume), at).await?;
+        json = output::merge(json, serde_json::json!({ "around": shape::located(&located) }));
+        text += &draw::around(&located);
+    }
+    Ok(Answer::done(json, text))
 }
 
 /// One volume's info.
@@ -37,6 +44,14 @@ fn text(info: &v1::InfoResponse, all: bool) -> String {
     text += &logs(&info.cdp_info);
     text += "\nMarkers\n";
     text += &snaps(&info.snaps, all);
+    if !info.reverts.is_empty() {
+        text += "\nReverts\n";
+        let row = |revert: &v1::RevertPoint| {
+            vec![instant(revert.time), instant(revert.target), revert.time.saturating_sub(1).to_string()]
+        };
+        let rows: Vec<_> = info.reverts.iter().map(row).collect();
+        text += &output::table(&["MADE", "WENT BACK TO", "UNDONE BY --AT"], &rows, "none");
+    }
     if !info.views.is_empty() {
         text += "\nViews\n";
         text += &super::view::table(&info.views);
@@ -72,8 +87,12 @@ fn head(info: &v1::InfoResponse, volume: &v1::VolumeEntry) -> String {
     let revert = info.revert.as_ref().filter(|revert| !revert.done).map_or_else(String::new, |revert| {
         let percent = revert.blocks_done.saturating_mul(100).checked_div(revert.blocks_total).unwrap_or(0);
         let (done, total) = (revert.blocks_done, revert.blocks_total);
+        let left = match revert.eta_s {
+            0 => String::new(),
+            eta => format!(", about {} left", duration_text(eta)),
+        };
         format!(
-            "to {}, made {}: {done} of {total} blocks copied ({percent}%)",
+            "to {}, made {}: {done} of {total} blocks copied ({percent}%){left}",
             instant(revert.target),
             instant(revert.time)
         )
@@ -105,6 +124,10 @@ fn head(info: &v1::InfoResponse, volume: &v1::VolumeEntry) -> String {
             },
         ),
         ("Revert", revert),
+        (
+            "Flush-clean",
+            if info.flush_clean == 0 { String::new() } else { format!("last at {}", instant(info.flush_clean)) },
+        ),
         ("Now", instant(info.now)),
     ])
 }

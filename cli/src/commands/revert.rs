@@ -1,12 +1,10 @@
 //! `revert` and `release`.
 
-use cdp_proto::{
-    parse::{When, size_text},
-    v1,
-};
+use cdp_proto::{parse::size_text, v1};
 use serde_json::json;
 
 use super::batch::{self, Part};
+use super::when::Fields;
 use crate::{
     args::{Revert, Volumes},
     connect::Agent,
@@ -17,19 +15,19 @@ use crate::{
 };
 
 pub async fn revert(agent: &Agent, args: Revert) -> Result<Answer, Failure> {
-    let what = format!("revert to {}", args.at);
-    let mut question = v1::RevertRequest {
+    let what = args.at.as_ref().map_or_else(|| "revert --undo".to_owned(), |at| format!("revert to {at}"));
+    let Fields { snapshot_name, timestamp, ago_ns, flush_before } = args.at.map(Fields::from).unwrap_or_default();
+    let question = v1::RevertRequest {
         volumes: args.volumes,
         force: args.force,
         release: args.release,
         dry_run: args.dry_run,
-        ..Default::default()
+        undo: args.undo,
+        snapshot_name,
+        timestamp,
+        ago_ns,
+        flush_before,
     };
-    match args.at {
-        When::At(ns) => question.timestamp = ns,
-        When::Ago(ns) => question.ago_ns = Some(ns),
-        When::Marker(name) => question.snapshot_name = name,
-    }
     let dry_run = args.dry_run;
     let answer =
         agent.call(what, question, |mut client, question| async move { client.revert(question).await }).await?;
@@ -77,9 +75,8 @@ fn part(result: v1::RevertResult, dry_run: bool) -> Part {
         let held =
             if result.held { format!("; it refuses clients until: cdpctl release {name}") } else { String::new() };
         format!(
-            "{name}: is back at {}; at most {changes} change; undo with: cdpctl revert {name} --at {}{held}",
-            instant(result.target),
-            result.undo_time
+            "{name}: is back at {}; at most {changes} change; undo with: cdpctl revert {name} --undo{held}",
+            instant(result.target)
         )
     };
     Part { line, data: shape::revert(&result), result: result.result }

@@ -1,31 +1,59 @@
 //! `view open`, `view list`, `view close`.
 
-use cdp_proto::{
-    parse::{When, size_text},
-    v1,
-};
+use cdp_proto::{parse::size_text, v1};
 use serde_json::json;
 
-use super::missing;
+use super::{missing, when::Fields};
 use crate::{
     args::ViewOpen,
     connect::Agent,
+    exit::Exit,
     failure::Failure,
     output::{self, Answer, instant},
     shape,
 };
 
 pub async fn open(agent: &Agent, args: ViewOpen) -> Result<Answer, Failure> {
-    let what = format!("view {} at {}", args.volume, args.at);
-    let mut question =
-        v1::ViewRequest { volume: args.volume, op: "on".into(), writable: args.writable, ..Default::default() };
-    match args.at {
-        When::At(ns) => question.timestamp = ns,
-        When::Ago(ns) => question.ago_ns = Some(ns),
-        When::Marker(name) => question.snapshot_name = name,
-    }
-    let answer =
-        agent.call(what.clone(), question, |mut client, question| async move { client.view(question).await }).await?;
+    let names = args.volumes.join(" ");
+    let what = format!("view {names} at {}", args.at);
+    let Fields { snapshot_name, timestamp, ago_ns, flush_before } = args.at.into();
+    let [volume] = args.volumes.as_slice() else {
+        let question = v1::ViewGroupRequest {
+            volumes: args.volumes,
+            op: "on".into(),
+            snapshot_name,
+            timestamp,
+            writable: args.writable,
+            ago_ns,
+            flush_before,
+        };
+        return open_group(agent, what, question).await;
+    };
+    let question = v1::ViewRequest {
+        volume: volume.clone(),
+        op: "on".into(),
+        snapshot_name: snapshot_name.clone(),
+        timestamp,
+        writable: args.writable,
+        ago_ns,
+        flush_before,
+    };
+    let asked = agent.call(what.clone(), question, |mut client, question| async move { client.view(question).await });
+    let answer = match asked.await {
+        Err(failure) if failure.exit() == Exit::NotFound && super::group::is_one(agent, volume).await => {
+            let question = v1::ViewGroupRequest {
+                volumes: args.volumes,
+                op: "on".into(),
+                snapshot_name,
+                timestamp,
+                writable: args.writable,
+                ago_ns,
+                flush_before,
+            };
+            return open_group(agent, what, question).await;
+        }
+        answer => answer?,
+    };
     let view = answer.view.ok_or_else(|| missing(&what))?;
     let json = output::merge(shape::view(&view), json!({ "host_uuid": answer.host_uuid }));
     let text = output::fields(&[
@@ -44,6 +72,22 @@ pub async fn open(agent: &Agent, args: ViewOpen) -> Result<Answer, Failure> {
         ("Read it at", view.nbd_uri.clone()),
         ("Close with", format!("cdpctl view close {}", view.id)),
     ]);
+    Ok(Answer::done(json, text))
+}
+
+/// Opens the views of several volumes at one instant.
+async fn open_group(agent: &Agent, what: String, question: v1::ViewGroupRequest) -> Result<Answer, Failure> {
+    let answer =
+        agent.call(what, question, |mut client, question| async move { client.view_group(question).await }).await?;
+    let json = json!({
+        "time": answer.time,
+        "views": answer.views.iter().map(shape::view).collect::<Vec<_>>(),
+    });
+    let mut text =
+        format!("{} at {} ({})\n", output::count(answer.views.len() as u64, "view"), instant(answer.time), answer.time);
+    let rows: Vec<_> =
+        answer.views.iter().map(|view| vec![view.volume_name.clone(), view.id.clone(), view.nbd_uri.clone()]).collect();
+    text += &output::table(&["VOLUME", "ID", "READ IT AT"], &rows, "no views");
     Ok(Answer::done(json, text))
 }
 

@@ -8,7 +8,7 @@ use serde_json::json;
 
 use super::{info, list::health, missing, path_for};
 use crate::{
-    args::{Override, VolumeAdd, VolumeOverride, VolumeRemove, VolumeResize, VolumeXml, XmlForm},
+    args::{Override, VolumeAdd, VolumeAttach, VolumeOverride, VolumeRemove, VolumeResize, VolumeXml, XmlForm},
     connect::Agent,
     failure::Failure,
     nbd::Export,
@@ -104,6 +104,17 @@ pub async fn override_health(agent: &Agent, args: VolumeOverride) -> Result<Answ
     let volume = answer.volume.ok_or_else(|| missing(&what))?;
     let text =
         format!("{}: goes on with {} as it is; health is {}\n", volume.volume_name, volume.path, health(&volume));
+    Ok(Answer::done(shape::volume(&volume), text))
+}
+
+pub async fn attach(agent: &Agent, args: VolumeAttach) -> Result<Answer, Failure> {
+    let what = format!("volume attach {}", args.volume);
+    let question = v1::AttachVolumeRequest { volume: args.volume };
+    let answer = agent
+        .call(what.clone(), question, |mut client, question| async move { client.attach_volume(question).await })
+        .await?;
+    let volume = answer.volume.ok_or_else(|| missing(&what))?;
+    let text = format!("{}: its history was taken over; health is {}\n", volume.volume_name, health(&volume));
     Ok(Answer::done(shape::volume(&volume), text))
 }
 

@@ -238,6 +238,17 @@ fn progress(done: u64) -> v1::RevertProgress {
         blocks_total: 100,
         blocks_done: done,
         done: done == 100,
+        blocks_per_s: 5,
+        eta_s: 15,
+    }
+}
+
+fn group(name: &str) -> v1::Group {
+    v1::Group {
+        name: name.into(),
+        volumes: vec!["demo".into(), "other".into()],
+        volume_uuids: vec![VOLUME.into(), HOST.into()],
+        configured: false,
     }
 }
 
@@ -321,6 +332,8 @@ impl CdpAgent for Agent {
             window_forecast_s: 3600,
             now: NOW,
             views: vec![view(NOW - 3, "halfway", false)],
+            reverts: vec![v1::RevertPoint { time: NOW - 2, target: NOW - 8 }],
+            flush_clean: NOW - 1,
         })
     }
 
@@ -330,7 +343,8 @@ impl CdpAgent for Agent {
         let failed = |result| v1::MarkResult { result: Some(result), snap: None };
         let (success, fail, results) = self.batch(&question.volumes, done, failed);
         let (name, time) = if success > 0 { (question.name.clone(), NOW) } else { Default::default() };
-        ok(v1::MarkResponse { success, fail, results, name, time })
+        let frozen_ns = if question.quiesce.is_empty() { 0 } else { 12_000_000 };
+        ok(v1::MarkResponse { success, fail, results, name, time, frozen_ns })
     }
 
     async fn view(&self, request: Request<v1::ViewRequest>) -> Answer<v1::ViewResponse> {
@@ -341,6 +355,52 @@ impl CdpAgent for Agent {
             host_uuid: HOST.into(),
             view: Some(view(time, &question.snapshot_name, question.writable)),
         })
+    }
+
+    async fn view_group(&self, request: Request<v1::ViewGroupRequest>) -> Answer<v1::ViewGroupResponse> {
+        let question = self.hear(request);
+        let views = question.volumes.iter().map(|_| view(NOW, &question.snapshot_name, question.writable)).collect();
+        ok(v1::ViewGroupResponse { time: NOW, views })
+    }
+
+    async fn locate(&self, request: Request<v1::LocateRequest>) -> Answer<v1::LocateResponse> {
+        let question = self.hear(request);
+        let time = match (question.snapshot_name.as_str(), question.ago_ns) {
+            ("", Some(ago)) => NOW - ago,
+            ("", None) => question.timestamp,
+            ("halfway", _) => NOW - 3,
+            (name, _) => return Err(Status::not_found(format!("marker {name:?} not found"))),
+        };
+        let found = |result| v1::Located {
+            result: Some(result),
+            viewable: true,
+            flush_before: time - 7,
+            flush_after: 0,
+            snap_before: Some(snap("halfway", time - 1, false)),
+            snap_after: None,
+        };
+        let (_, _, results) = self.batch(&question.volumes, found, found);
+        ok(v1::LocateResponse { time, results })
+    }
+
+    async fn changes(&self, request: Request<v1::ChangesRequest>) -> Answer<v1::ChangesResponse> {
+        self.hear(request);
+        ok(v1::ChangesResponse { total: 0, changes: vec![], to: NOW })
+    }
+
+    async fn add_group(&self, request: Request<v1::AddGroupRequest>) -> Answer<v1::AddGroupResponse> {
+        let question = self.hear(request);
+        ok(v1::AddGroupResponse { group: Some(group(&question.name)) })
+    }
+
+    async fn list_groups(&self, request: Request<v1::ListGroupsRequest>) -> Answer<v1::ListGroupsResponse> {
+        self.hear(request);
+        ok(v1::ListGroupsResponse { groups: vec![group("vm1")] })
+    }
+
+    async fn remove_group(&self, request: Request<v1::RemoveGroupRequest>) -> Answer<v1::RemoveGroupResponse> {
+        let question = self.hear(request);
+        ok(v1::RemoveGroupResponse { group: Some(group(&question.name)) })
     }
 
     async fn list_views(&self, request: Request<v1::ListViewsRequest>) -> Answer<v1::ListViewsResponse> {
@@ -411,9 +471,19 @@ impl CdpAgent for Agent {
         })
     }
 
+    async fn attach_volume(&self, request: Request<v1::AttachVolumeRequest>) -> Answer<v1::AttachVolumeResponse> {
+        let question = self.hear(request);
+        ok(v1::AttachVolumeResponse { volume: Some(entry(&question.volume)) })
+    }
+
     async fn override_volume(&self, request: Request<v1::OverrideVolumeRequest>) -> Answer<v1::OverrideVolumeResponse> {
         let question = self.hear(request);
         ok(v1::OverrideVolumeResponse { volume: Some(entry(&question.volume)) })
+    }
+
+    async fn attach_volume(&self, request: Request<v1::AttachVolumeRequest>) -> Answer<v1::AttachVolumeResponse> {
+        let question = self.hear(request);
+        ok(v1::AttachVolumeResponse { volume: Some(entry(&question.volume)) })
     }
 
     async fn init_disk(&self, request: Request<v1::InitDiskRequest>) -> Answer<v1::InitDiskResponse> {
@@ -428,7 +498,13 @@ impl CdpAgent for Agent {
 
     async fn timeline(&self, request: Request<v1::TimelineRequest>) -> Answer<v1::TimelineResponse> {
         let question = self.hear(request);
-        let bucket = |at: u64| v1::TimelineBucket { start: NOW - 10 + at, writes: at, bytes: at * 512, flushes: 1 };
+        let bucket = |at: u64| v1::TimelineBucket {
+            start: NOW - 10 + at,
+            writes: at,
+            bytes: at * 512,
+            flushes: 1,
+            flushes_clean: 1,
+        };
         ok(v1::TimelineResponse {
             from: NOW - 10,
             to: NOW,

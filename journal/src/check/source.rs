@@ -1,10 +1,8 @@
 //! Reading a disk that may hold anything: a window for what is read in order, single reads for the rest, what was found, what was counted.
 
-use std::fs::File;
-use std::io::{self, Read, Seek, SeekFrom};
-use std::path::Path;
+use std::io::{self, Seek, SeekFrom};
 
-use super::{Finding, Severity};
+use super::{Finding, Medium, Severity};
 use crate::types::BLOCK;
 
 /// Bytes that one read of the window fetches.
@@ -14,7 +12,7 @@ pub(super) const FINDINGS_MAX: u64 = 1000;
 
 /// The disk, opened read-only.
 pub(super) struct Source {
-    file: File,
+    medium: Box<dyn Medium>,
     /// Bytes of the disk.
     pub size: u64,
     window: Vec<u8>,
@@ -22,17 +20,16 @@ pub(super) struct Source {
 }
 
 impl Source {
-    pub fn open(path: &Path) -> io::Result<Self> {
-        let mut file = File::open(path)?;
+    pub fn new(mut medium: Box<dyn Medium>) -> io::Result<Self> {
         // A block device has no length, but an end.
-        let size = file.seek(SeekFrom::End(0))?;
-        Ok(Self { file, size, window: Vec::new(), start: 0 })
+        let size = medium.seek(SeekFrom::End(0))?;
+        Ok(Self { medium, size, window: Vec::new(), start: 0 })
     }
 
     /// Reads exactly `buf` from `at`.
     pub fn read_into(&mut self, at: u64, buf: &mut [u8]) -> io::Result<()> {
-        self.file.seek(SeekFrom::Start(at))?;
-        self.file.read_exact(buf)
+        self.medium.seek(SeekFrom::Start(at))?;
+        self.medium.read_exact(buf)
     }
 
     /// One block.

@@ -165,6 +165,9 @@ impl Touched {
 
     /// How many blocks of a range are not in.
     pub fn missing(&self, block: u64, count: u64) -> u64 {
+        if count == 1 {
+            return u64::from(!self.contains(block));
+        }
         let missing = |(granule, first, last): (u64, u32, u32)| {
             let present = self.granules.get(&granule).map_or(0, |granule| granule.count_range(first, last));
             u64::from(last - first) + 1 - present

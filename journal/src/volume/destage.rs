@@ -4,16 +4,22 @@
 //! 1. read the old content of blocks first touched in this log, 2. append it as before-images, 3. sync the journal,
 //! 4. write to the primary the content that 3 made durable, 5. sync the primary, 6. advance the watermark.
 //!
+//! Steps 1 to 3 of a batch run beside steps 4 to 6 of the batch before it. Order is kept per block: a block that is in both is written by the
+//! later batch later, and needs no before-image there, since the earlier one took it in the same log. Of two logs only one is destaged at a time.
+//!
 //! When the log is closed and its overlay is empty, it copies the log's revert, merges the index and seals it.
 
+use std::cell::{Cell, RefCell};
 use std::ops::ControlFlow;
 use std::pin::pin;
 use std::rc::Rc;
 
-use futures::future::{Either, join_all, select};
+use futures::StreamExt as _;
+use futures::future::{Either, join, join_all, select};
+use futures::stream;
 use zerocopy::IntoBytes;
 
-use super::Volume;
+use super::{State, Volume, whole_mask};
 use crate::buf::{IoBuf, Slice};
 use crate::disk::Disk;
 use crate::error::{Error, Result};
@@ -25,16 +31,72 @@ use crate::mutation::{Mutation, active};
 use crate::overlay::{Batch, Content, Item, compose};
 use crate::types::{BLOCK, Instant, SECTOR, SECTORS_PER_BLOCK};
 
-/// Blocks of data in a batch: 8 MiB, enough to sort well, little enough to hold in memory twice.
+/// Blocks of old content that are read before they are appended, and of a step of a revert.
 const BATCH_BLOCKS: u64 = 2048;
 /// Blocks of zero ranges in a batch. Holes of the primary cost nothing, so this may be large.
 const BATCH_ZERO_BLOCKS: u64 = 1 << 28;
 /// Bytes of one read or write of the primary at the most.
 const IO_BLOCKS: u64 = 256;
+/// Eighths of the backlog's bound at which the destager begins without waiting for company, and below which it stops again.
+const BACKLOG_BEGINS_EIGHTHS: u64 = 4;
+const BACKLOG_ENDS_EIGHTHS: u64 = 2;
 /// A write waits at most this long for company before it is destaged, nanoseconds.
 const LINGER_NS: u64 = 500_000_000;
 /// Back-off of a failing primary, nanoseconds.
 const BACK_OFF_NS: (u64, u64) = (100_000_000, 5_000_000_000);
+
+/// Requests to the primary that are submitted together, so that they share one system call and one doorbell of the device.
+const GROUP: usize = 16;
+/// Groups under way at once: the device has work while the next one is made. More, or larger ones, keep the guest's own requests waiting.
+const GROUPS: usize = 2;
+
+/// How much of a batch is done already, as the guest may see it. Room in the backlog comes in whole batches; counted like this, a guest
+/// at the bound goes on evenly at the destager's pace, and does not wait for a batch and then run for one.
+struct Landing {
+    volume: Rc<Volume>,
+    bytes: Cell<u64>,
+    bytes_max: u64,
+}
+
+impl Landing {
+    fn of(volume: &Rc<Volume>, batch: &Batch) -> Self {
+        let blocks = batch.items.iter().filter(|item| matches!(item.content, Content::Data(..))).count() as u64;
+        Self { volume: Rc::clone(volume), bytes: Cell::new(0), bytes_max: blocks * BLOCK }
+    }
+
+    fn advance_to(&self, bytes: u64) {
+        let bytes = bytes.min(self.bytes_max);
+        if bytes > self.bytes.get() {
+            self.volume.landing.set(self.volume.landing.get() + bytes - self.bytes.replace(bytes));
+            self.volume.changed.notify();
+        }
+    }
+
+    /// So many blocks more have been read, or written: half of their way.
+    fn step(&self, blocks: u64) {
+        self.advance_to(self.bytes.get() + blocks * BLOCK / 2);
+    }
+
+    /// Steps 1 to 3 are done.
+    fn half(&self) {
+        self.advance_to(self.bytes_max / 2);
+    }
+}
+
+impl Drop for Landing {
+    fn drop(&mut self) {
+        self.volume.landing.set(self.volume.landing.get() - self.bytes.get());
+    }
+}
+
+/// A batch whose before-images and writes the journal holds durably.
+struct Prepared {
+    landing: Landing,
+    batch: Batch,
+    /// Old content of the blocks of which the guest wrote only some sectors, as far as it was just read.
+    bases: Vec<(u64, Slice)>,
+    started: u64,
+}
 
 /// A piece of a batch's before-images.
 enum Before {
@@ -98,13 +160,10 @@ impl Volume {
                     return Some(Work::Punch(state.punch.clone()));
                 }
                 let log = state.logs.iter().find(|l| !l.state.borrow().sealed)?;
-                let inner = log.state.borrow();
-                if inner.overlay.has_work() {
-                    let half_full = Self::backlog(&state) * 2 >= self.engine.upgrade()?.config().backlog_bytes_max;
-                    let urgent = inner.closed || state.drain_waiters > 0 || half_full || state.backlog_full;
-                    let old = inner.overlay.oldest().is_some_and(|o| o.0 <= self.linger_until());
-                    return (urgent || old).then(|| Work::Destage(Rc::clone(log)));
+                if self.is_due(&state, log, BACKLOG_BEGINS_EIGHTHS) {
+                    return Some(Work::Destage(Rc::clone(log)));
                 }
+                let inner = log.state.borrow();
                 if inner.closed && inner.frames_pending == 0 && inner.overlay.is_empty() {
                     return Some(if inner.revert.is_some() {
                         Work::Copy(Rc::clone(log))
@@ -117,7 +176,7 @@ impl Volume {
             .await;
         match work {
             Work::Stop => return Ok(ControlFlow::Break(())),
-            Work::Destage(log) => self.destage_batch(disk, &log).await?,
+            Work::Destage(log) => self.destage_log(disk, &log).await?,
             Work::Copy(log) => self.copy_revert(disk, &log).await?,
             Work::Seal(log) => self.seal(disk, &log).await?,
             Work::Punch(ranges) => {
@@ -147,35 +206,104 @@ impl Volume {
         (start, (count * BLOCK).min(self.primary.size().saturating_sub(start)))
     }
 
-    async fn destage_batch(self: &Rc<Self>, disk: &Rc<Disk>, log: &Rc<Log>) -> Result<()> {
-        let started = self.host.boot_ns();
-        let batch = log.state.borrow_mut().overlay.take(BATCH_BLOCKS, BATCH_ZERO_BLOCKS);
-        if batch.items.is_empty() {
-            log.state.borrow_mut().overlay.complete(&batch);
-            self.changed.notify();
-            return Ok(());
-        }
-        let bytes = match self.bring_to_primary(disk, log, &batch).await {
-            Ok(bytes) => bytes,
-            Err(error) => {
+    /// Brings what is due of a log to the primary, two batches at a time, one behind the other.
+    async fn destage_log(self: &Rc<Self>, disk: &Rc<Disk>, log: &Rc<Log>) -> Result<()> {
+        let mut ready: Option<Prepared> = None;
+        loop {
+            let (finished, prepared) = match (ready.take(), self.next_batch(disk, log)) {
+                (None, None) => return Ok(()),
+                (None, Some(batch)) => (Ok(()), Some(self.prepare_batch(disk, log, batch).await)),
+                (Some(earlier), None) => (self.finish_batch(disk, log, earlier).await, None),
+                (Some(earlier), Some(batch)) => {
+                    let (finished, prepared) =
+                        join(self.finish_batch(disk, log, earlier), self.prepare_batch(disk, log, batch)).await;
+                    (finished, Some(prepared))
+                }
+            };
+            // What is not on the primary goes back into the overlay, the later batch first.
+            let mut failed = None;
+            match prepared {
+                Some(Ok(later)) if finished.is_ok() => ready = Some(later),
+                Some(Ok(later)) => log.state.borrow_mut().overlay.put_back(&later.batch),
+                Some(Err((error, batch))) => {
+                    log.state.borrow_mut().overlay.put_back(&batch);
+                    failed = Some(error);
+                }
+                None => {}
+            }
+            if let Err((error, batch)) = finished {
                 log.state.borrow_mut().overlay.put_back(&batch);
+                failed = Some(error);
+            }
+            if let Some(error) = failed {
                 return Err(error);
             }
-        };
-        // 6
-        {
-            log.state.borrow_mut().overlay.complete(&batch);
-            let mut stats = self.stats.borrow_mut();
-            stats.destaged_bytes += bytes;
-            stats.destage_latency.record(self.host.boot_ns().saturating_sub(started));
         }
-        self.note_backlog();
-        self.changed.notify();
-        Ok(())
     }
 
-    /// Steps 1 to 5; answers the bytes written to the primary.
-    async fn bring_to_primary(self: &Rc<Self>, disk: &Rc<Disk>, log: &Rc<Log>, batch: &Batch) -> Result<u64> {
+    /// Takes a batch of a log, if one is due and nothing else comes first.
+    fn next_batch(&self, disk: &Disk, log: &Log) -> Option<Batch> {
+        let state = self.state.borrow();
+        let stop = state.attach.is_none() || disk.failure().is_some() || !state.punch.is_empty();
+        // Once begun it goes on for a while: a pipeline that stops and starts again runs half empty.
+        if stop || !self.is_due(&state, log, BACKLOG_ENDS_EIGHTHS) {
+            return None;
+        }
+        drop(state);
+        let blocks_max = self.engine.upgrade()?.config().destage_blocks_max;
+        loop {
+            let mut inner = log.state.borrow_mut();
+            let batch = inner.overlay.take(blocks_max, BATCH_ZERO_BLOCKS);
+            if !batch.items.is_empty() {
+                return Some(batch);
+            }
+            // All that the queue named is under way already, in a newer version.
+            inner.overlay.put_back(&batch);
+            if !inner.overlay.has_work() {
+                drop(inner);
+                self.changed.notify();
+                return None;
+            }
+        }
+    }
+
+    /// Whether a log has something that must not wait any longer.
+    fn is_due(&self, state: &State, log: &Log, eighths: u64) -> bool {
+        let inner = log.state.borrow();
+        if !inner.overlay.has_work() {
+            return false;
+        }
+        let Some(engine) = self.engine.upgrade() else { return false };
+        let deep = Self::backlog(state) * 8 >= engine.config().backlog_bytes_max * eighths;
+        let urgent = inner.closed || state.drain_waiters > 0 || deep || state.backlog_full;
+        urgent || inner.overlay.oldest().is_some_and(|oldest| oldest.0 <= self.linger_until())
+    }
+
+    /// Steps 1 to 3.
+    async fn prepare_batch(
+        self: &Rc<Self>,
+        disk: &Rc<Disk>,
+        log: &Rc<Log>,
+        batch: Batch,
+    ) -> std::result::Result<Prepared, (Error, Batch)> {
+        let started = self.host.boot_ns();
+        let landing = Landing::of(self, &batch);
+        match self.keep_before(disk, log, &batch, &landing).await {
+            Ok(bases) => {
+                landing.half();
+                Ok(Prepared { landing, batch, bases, started })
+            }
+            Err(error) => Err((error, batch)),
+        }
+    }
+
+    async fn keep_before(
+        self: &Rc<Self>,
+        disk: &Rc<Disk>,
+        log: &Rc<Log>,
+        batch: &Batch,
+        landing: &Landing,
+    ) -> Result<Vec<(u64, Slice)>> {
         // 1, 2: before-images of blocks that have none in this log.
         let wanted: Vec<(u64, u64)> = {
             let state = log.state.borrow();
@@ -192,16 +320,41 @@ impl Volume {
             }
             wanted
         };
-        let images = self.take_before_images(disk, log, &wanted).await?;
+        let partial = batch.items.iter().filter(|item| matches!(item.content, Content::Data(_, mask) if mask != 0xFF));
+        let partial: Vec<u64> = partial.map(|item| item.block).collect();
+        let bases = self.take_before_images(log, &wanted, &partial, Some(landing)).await?;
         // 3: the journal holds durably what is about to be overwritten and what is about to be written.
         if !active(Mutation::DestageBeforeSync) {
             self.sync_journal(disk, batch.newest).await?;
             self.sync_before(disk, log).await?;
         }
+        Ok(bases)
+    }
+
+    /// Steps 4 to 6.
+    async fn finish_batch(
+        self: &Rc<Self>,
+        disk: &Rc<Disk>,
+        log: &Rc<Log>,
+        prepared: Prepared,
+    ) -> std::result::Result<(), (Error, Batch)> {
+        let Prepared { landing, batch, bases, started } = prepared;
         // 4, 5: the primary, again and again until it holds.
-        let writes = self.compose_batch(batch, &images).await?;
-        self.write_until_durable(disk, &writes).await?;
-        Ok(writes.iter().map(Write::len).sum())
+        let writes = self.compose_batch(&batch, &bases).await;
+        if let Err(error) = self.write_until_durable(disk, &writes, Some(&landing)).await {
+            return Err((error, batch));
+        }
+        // 6
+        drop(landing);
+        log.state.borrow_mut().overlay.complete(&batch);
+        {
+            let mut stats = self.stats.borrow_mut();
+            stats.destaged_bytes += writes.iter().map(Write::len).sum::<u64>();
+            stats.destage_latency.record(self.host.boot_ns().saturating_sub(started));
+        }
+        self.note_backlog();
+        self.changed.notify();
+        Ok(())
     }
 
     fn note_backlog(self: &Rc<Self>) {
@@ -227,17 +380,22 @@ impl Volume {
 
     /// Steps 1 and 2: reads the old content of the ranges and appends it. The blocks are marked as imaged when their frame has completed, which is
     /// before anything overwrites them.
+    /// Answers the old content of those among them that are in `partial`, which is sorted.
     async fn take_before_images(
         self: &Rc<Self>,
-        _disk: &Rc<Disk>,
         log: &Rc<Log>,
         wanted: &[(u64, u64)],
+        partial: &[u64],
+        landing: Option<&Landing>,
     ) -> Result<Vec<(u64, Slice)>> {
         let mut kept: Vec<(u64, Slice)> = Vec::new();
         let mut group: Vec<(u64, u64)> = Vec::new();
         let mut grouped = 0;
-        let mut queue: std::collections::VecDeque<(u64, u64)> = wanted.iter().copied().collect();
-        while let Some((block, count)) = queue.pop_front() {
+        let (wanted, lost) = self.without_lost(log, wanted);
+        self.append_before(log, lost.into_iter().map(Before::Unreadable).collect()).await?;
+        // What was read last is appended while the next is read.
+        let mut images = Vec::new();
+        for (block, count) in wanted {
             if count > BATCH_BLOCKS {
                 // A long range of zeroes: what is a hole needs no read, the rest goes in pieces of a batch.
                 for piece in self.allocation_of(block, count).await? {
@@ -247,7 +405,7 @@ impl Volume {
                             let mut at = start;
                             while at < start + len {
                                 let n = BATCH_BLOCKS.min(start + len - at);
-                                let images = self.read_before(&[(at, n)]).await;
+                                let images = self.read_before(&[(at, n)], None).await;
                                 self.append_before(log, images).await?;
                                 at += n;
                             }
@@ -258,37 +416,40 @@ impl Volume {
             }
             group.push((block, count));
             grouped += count;
-            if grouped >= BATCH_BLOCKS || queue.is_empty() {
-                self.image_group(log, &std::mem::take(&mut group), &mut kept).await?;
+            if grouped >= IO_BLOCKS {
+                let (read, appended) =
+                    join(self.read_before(&group, landing), self.append_before(log, std::mem::take(&mut images))).await;
+                appended?;
+                keep_bases(&read, partial, &mut kept);
+                images = read;
+                group.clear();
                 grouped = 0;
             }
         }
-        if !group.is_empty() {
-            self.image_group(log, &group, &mut kept).await?;
-        }
+        let (read, appended) = join(self.read_before(&group, landing), self.append_before(log, images)).await;
+        appended?;
+        keep_bases(&read, partial, &mut kept);
+        self.append_before(log, read).await?;
         Ok(kept)
     }
 
-    async fn image_group(
-        self: &Rc<Self>,
-        log: &Rc<Log>,
-        ranges: &[(u64, u64)],
-        kept: &mut Vec<(u64, Slice)>,
-    ) -> Result<()> {
-        let images = self.read_before(ranges).await;
-        for image in &images {
-            match image {
-                Before::Data(block, data) => kept.push((*block, data.clone())),
-                Before::Zero(block, count) => {
-                    // Partial writes need the old content: zeroes.
-                    for b in *block..block + count.min(&BATCH_BLOCKS) {
-                        kept.push((b, zero_block()));
-                    }
+    /// The ranges without the blocks whose content at the log's start was lost, and those.
+    fn without_lost(&self, log: &Rc<Log>, wanted: &[(u64, u64)]) -> (Vec<(u64, u64)>, Vec<u64>) {
+        let state = self.state.borrow();
+        if state.lost_blocks.is_none() && state.stale_blocks.is_empty() {
+            return (wanted.to_vec(), Vec::new());
+        }
+        let (mut ranges, mut lost) = (Vec::new(), Vec::new());
+        for (first, count) in wanted {
+            for block in *first..first + count {
+                if state.lost_before(block, log.seq) {
+                    lost.push(block);
+                } else {
+                    push_range(&mut ranges, block, 1);
                 }
-                Before::Unreadable(_) => {}
             }
         }
-        self.append_before(log, images).await
+        (ranges, lost)
     }
 
     /// The allocation of a block range: (first block, blocks, all of it a hole), in whole blocks.
@@ -332,7 +493,7 @@ impl Volume {
     }
 
     /// Step 1: reads ranges of the primary, side by side. What cannot be read is tried block by block.
-    async fn read_before(self: &Rc<Self>, ranges: &[(u64, u64)]) -> Vec<Before> {
+    async fn read_before(self: &Rc<Self>, ranges: &[(u64, u64)], landing: Option<&Landing>) -> Vec<Before> {
         let mut reads = Vec::new();
         for (block, count) in ranges {
             let mut at = *block;
@@ -343,10 +504,15 @@ impl Volume {
             }
         }
         let mut out = Vec::new();
-        for reads in reads.chunks(64) {
-            for ((block, count), result) in
-                reads.iter().zip(join_all(reads.iter().map(|(b, n)| self.read_old(*b, *n))).await)
-            {
+        let groups = reads.chunks(GROUP).map(|group| async move {
+            (group, join_all(group.iter().map(|(block, count)| self.read_old(*block, *count))).await)
+        });
+        let mut groups = stream::iter(groups).buffered(GROUPS);
+        while let Some((reads, results)) = groups.next().await {
+            if let Some(landing) = landing {
+                landing.step(reads.iter().map(|(_, count)| count).sum());
+            }
+            for ((block, count), result) in reads.iter().zip(results) {
                 match result {
                     Ok(data) => push_images(&mut out, *block, &data),
                     Err(_) if *count == 1 => out.push(Before::Unreadable(*block)),
@@ -457,7 +623,13 @@ impl Volume {
         let mut state = self.state.borrow_mut();
         if !state.stale_blocks.is_empty() {
             for (block, count) in marks {
-                state.lost_changed |= state.stale_blocks.remove_range(*block, *count) > 0;
+                let taken: Vec<u64> = state.stale_blocks.range(*block..block + count).map(|(b, _)| *b).collect();
+                for block in taken {
+                    if state.stale_blocks.get(&block).is_some_and(|seq| *seq <= log.seq) {
+                        state.stale_blocks.remove(&block);
+                        state.lost_changed = true;
+                    }
+                }
             }
         }
         Ok(())
@@ -469,39 +641,41 @@ impl Volume {
     }
 
     /// Step 4's content: whole blocks, also where the guest wrote only some sectors.
-    async fn compose_batch(self: &Rc<Self>, batch: &Batch, images: &[(u64, Slice)]) -> Result<Vec<Write>> {
+    async fn compose_batch(self: &Rc<Self>, batch: &Batch, bases: &[(u64, Slice)]) -> Vec<Write> {
         let mut writes = Vec::with_capacity(batch.items.len());
         for item in &batch.items {
             match &item.content {
                 Content::Zero => writes.push(Write::Zero(item.block, item.count)),
                 Content::Data(data, 0xFF) => push_write(&mut writes, item.block, data.clone()),
-                Content::Data(data, mask) => match self.base_of(item, images).await {
+                Content::Data(data, mask) => match self.base_of(item, bases).await {
                     Some(base) => push_write(&mut writes, item.block, compose(&base, data, *mask)),
                     // The old content cannot be read: only what the guest wrote is written, which may heal the sector.
                     None => push_sectors(&mut writes, item.block, data, *mask),
                 },
             }
         }
-        Ok(writes)
+        writes
     }
 
     /// What a partly written block held before: the before-image just taken, else what the primary holds. (A block whose copy on the primary may have been
     /// damaged by a power cut in the middle of an earlier destaging was completed from the journal at recovery.) `None`: it cannot be read.
-    async fn base_of(&self, item: &Item, images: &[(u64, Slice)]) -> Option<Slice> {
-        let found = images.partition_point(|(block, _)| *block <= item.block).checked_sub(1).map(|i| &images[i]);
-        if let Some((start, data)) = found
-            && item.block < start + data.len() as u64 / BLOCK
-        {
-            return Some(data.slice(((item.block - start) * BLOCK) as usize, BLOCK as usize));
+    async fn base_of(&self, item: &Item, bases: &[(u64, Slice)]) -> Option<Slice> {
+        match bases.binary_search_by_key(&item.block, |(block, _)| *block) {
+            Ok(found) => Some(bases[found].1.clone()),
+            Err(_) => self.read_old(item.block, 1).await.ok(),
         }
-        self.read_old(item.block, 1).await.ok()
     }
 
     /// Steps 4 and 5. A failing primary is tried again with back-off; everything since the last good sync is written again.
-    async fn write_until_durable(self: &Rc<Self>, disk: &Rc<Disk>, writes: &[Write]) -> Result<()> {
+    async fn write_until_durable(
+        self: &Rc<Self>,
+        disk: &Rc<Disk>,
+        writes: &[Write],
+        landing: Option<&Landing>,
+    ) -> Result<()> {
         let mut pause = BACK_OFF_NS.0;
         loop {
-            match self.write_and_sync(writes).await {
+            match self.write_and_sync_with(writes, landing).await {
                 Ok(()) => {
                     self.note_primary_recovered();
                     return Ok(());
@@ -519,10 +693,28 @@ impl Volume {
     }
 
     pub(crate) async fn write_and_sync(self: &Rc<Self>, writes: &[Write]) -> Result<()> {
-        for chunk in writes.chunks(64) {
-            for result in join_all(chunk.iter().map(|write| self.write_one(write))).await {
-                result?;
+        self.write_and_sync_with(writes, None).await
+    }
+
+    async fn write_and_sync_with(self: &Rc<Self>, writes: &[Write], landing: Option<&Landing>) -> Result<()> {
+        let failed = RefCell::new(None);
+        // After an error no more is begun, but what is under way is waited for: the writes of the next attempt must not meet these.
+        let groups = writes.chunks(GROUP).take_while(|_| failed.borrow().is_none());
+        let groups = groups.map(|group| async move {
+            let results = join_all(group.iter().map(|write| self.write_one(write))).await;
+            (group.iter().map(Write::len).sum::<u64>(), results.into_iter().find_map(Result::err))
+        });
+        let mut groups = stream::iter(groups).buffered(GROUPS);
+        while let Some((bytes, error)) = groups.next().await {
+            if let Some(landing) = landing {
+                landing.step(bytes / BLOCK);
             }
+            let first = failed.take().or(error);
+            failed.replace(first);
+        }
+        drop(groups);
+        if let Some(error) = failed.into_inner() {
+            return Err(error);
         }
         if active(Mutation::WatermarkEarly) {
             return Ok(());
@@ -619,6 +811,7 @@ impl Volume {
             // The target's content first: it is read as the state was, before-images of this log or not.
             let mut writes = Vec::new();
             let mut contents = Vec::new();
+            let mut unrestorable = Vec::new();
             for chunk in ranges.chunks(16) {
                 contents.extend(
                     join_all(chunk.iter().map(|(block, count)| self.blocks_at(target, &source, *block, *count))).await,
@@ -636,16 +829,21 @@ impl Volume {
                                 Err(error @ Error::Device { op: "read", .. }) => return Err(error),
                                 Err(error) => {
                                     tracing::error!(volume = %self.id, block = b, %error, "revert: block cannot be restored");
-                                    self.lose_block(b);
+                                    unrestorable.push(b);
                                 }
                             }
                         }
                     }
                 }
             }
-            self.take_before_images(disk, log, &wanted).await?;
+            self.take_before_images(log, &wanted, &[], None).await?;
+            // Only now: what the primary holds of them is what this log began with, and was kept.
+            unrestorable.iter().for_each(|block| self.lose_block(log, *block));
             self.sync_before(disk, log).await?;
-            self.write_until_durable(disk, &writes).await?;
+            // The revert itself, too: what it overwrites must not outlive it.
+            self.sync_journal(disk, instant).await?;
+            self.write_until_durable(disk, &writes, None).await?;
+            self.end_losses(&blocks, &unrestorable);
             self.store_lost_blocks().await?;
         }
         let (row, done) = {
@@ -678,18 +876,46 @@ impl Volume {
         Ok(())
     }
 
-    pub(super) fn lose_block(&self, block: u64) {
+    /// A block that the revert at the end of `log` cannot bring back. What was written whole in a newer log is good from there on.
+    pub(super) fn lose_block(&self, log: &Log, block: u64) {
         let mut state = self.state.borrow_mut();
-        state.lost_blocks.get_or_insert_with(Default::default).insert(block);
+        let whole = whole_mask(state.size, block);
+        let newer = state.logs.iter().filter(|l| l.seq > log.seq);
+        let overwritten = newer
+            .filter(|l| match l.state.borrow().overlay.get(block) {
+                Some(Content::Zero) => true,
+                Some(Content::Data(_, mask)) => mask & whole == whole,
+                None => false,
+            })
+            .map(|l| l.seq)
+            .next();
         state.lost_changed = true;
+        if let Some(seq) = overwritten {
+            state.stale_blocks.insert(block, seq);
+            return;
+        }
+        state.lost_blocks.get_or_insert_with(Default::default).insert(block);
         state.health = Health::RevertIncomplete;
         state.health_reason =
             "the history that a revert goes back to is damaged: some blocks read as errors until overwritten".into();
     }
 
+    /// Blocks that a revert brought back are not lost any more.
+    fn end_losses(&self, blocks: &[u64], unrestorable: &[u64]) {
+        let mut guard = self.state.borrow_mut();
+        let state = &mut *guard;
+        for block in blocks.iter().filter(|block| !unrestorable.contains(block)) {
+            let was_lost = state.lost_blocks.as_mut().is_some_and(|lost| lost.remove_range(*block, 1) > 0);
+            let was_stale = state.stale_blocks.remove(block).is_some();
+            state.lost_changed |= was_lost || was_stale;
+        }
+    }
+
     /// Everything of a closed log is on the primary: its indexes become one run each, and the log is final.
     async fn seal(self: &Rc<Self>, disk: &Rc<Disk>, log: &Rc<Log>) -> Result<()> {
         let recording = log.state.borrow().recording;
+        // What it overwrote is known from its own records only while they are scanned.
+        self.store_lost_blocks().await?;
         let point = self.volume_point();
         // Damage too: a log that cannot be sealed keeps every later one from being destaged, and in the end the guest from writing.
         let fail = |error: Error| {
@@ -825,6 +1051,25 @@ fn ranges_of(blocks: &[u64]) -> Vec<(u64, u64)> {
         }
     }
     ranges
+}
+
+/// Keeps, of what was read, the blocks that are in `partial`, which is sorted.
+fn keep_bases(images: &[Before], partial: &[u64], kept: &mut Vec<(u64, Slice)>) {
+    if partial.is_empty() {
+        return;
+    }
+    for image in images {
+        let (first, count, data) = match image {
+            Before::Data(block, data) => (*block, data.len() as u64 / BLOCK, Some(data)),
+            Before::Zero(block, count) => (*block, *count, None),
+            Before::Unreadable(_) => continue,
+        };
+        let from = partial.partition_point(|block| *block < first);
+        for block in partial[from..].iter().take_while(|block| **block < first + count) {
+            let old = data.map(|data| data.slice(((block - first) * BLOCK) as usize, BLOCK as usize));
+            kept.push((*block, old.unwrap_or_else(zero_block)));
+        }
+    }
 }
 
 /// Cuts what was read into data and zeroes: blocks of zeroes need no payload.

@@ -4,7 +4,7 @@
 
 use std::rc::Rc;
 
-use super::{Mode, Volume, destage};
+use super::{Mode, Volume, destage, whole_mask};
 use crate::disk::Disk;
 use crate::fence::FenceState;
 use crate::info::{EventKind, Health};
@@ -14,10 +14,13 @@ impl Volume {
     /// Runs on the destager's task, so that nothing else writes to the primary meanwhile.
     pub(crate) async fn leave_failed_disk(self: &Rc<Self>, disk: &Rc<Disk>) {
         let reason = disk.failure().unwrap_or_else(|| "unknown".into());
+        // Where it is being left in order everything is on the primary already, and the fence is about to say so; unless that fails.
+        self.changed.until(|| (!self.left_in_order.get()).then_some(())).await;
         // New requests wait from here on.
         {
             let mut state = self.state.borrow_mut();
-            if state.mode == Mode::Closed {
+            let attached = state.attach.as_ref().is_some_and(|a| Rc::ptr_eq(&a.disk, disk));
+            if state.mode == Mode::Closed || !attached {
                 return;
             }
             state.mode = Mode::Switching;
@@ -37,6 +40,8 @@ impl Volume {
         // The backlog, oldest log first: each block's versions in order, so the newest one ends up on the primary.
         self.give_up_reverts();
         self.backlog_to_primary().await;
+        // What was overwritten is on the primary, and no before-image of it is taken any more.
+        self.state.borrow_mut().stale_blocks.clear();
         let lost = self.state.borrow().lost_blocks.as_ref().map(|l| l.len());
         let reason = match lost {
             Some(blocks) => {
@@ -55,7 +60,9 @@ impl Volume {
             tickets.extend(state.inflight.take());
             state.leaving.clear();
             let logs = std::mem::take(&mut state.logs);
-            state.mode = Mode::Direct;
+            if state.mode != Mode::Closed {
+                state.mode = Mode::Direct;
+            }
             if state.lost_blocks.is_some() {
                 state.health = Health::RevertIncomplete;
             }
@@ -123,7 +130,8 @@ impl Volume {
             let mut inner = log.state.borrow_mut();
             // What was written whole after the revert will be on the primary.
             for item in inner.overlay.everything() {
-                if !matches!(item.content, Content::Data(_, mask) if mask != 0xFF) {
+                let whole = whole_mask(state.size, item.block);
+                if !matches!(item.content, Content::Data(_, mask) if mask & whole != whole) {
                     lost.remove_range(item.block, item.count);
                 }
             }

@@ -5,7 +5,7 @@ use std::rc::Rc;
 use futures::future::{Either, select};
 use zerocopy::IntoBytes;
 
-use super::{Attach, Mode, State, Ticket, Volume, write::done_ticket};
+use super::{Attach, Held, Mode, State, Ticket, Volume, write::done_ticket};
 use crate::disk::Disk;
 use crate::error::{Error, Result};
 use crate::fence::FenceState;
@@ -196,9 +196,32 @@ impl Volume {
 
     // -- markers -------------------------------------------------------------------------------------------------------
 
-    /// Adds a marker for an instant taken from the host's clock. An empty name makes an automatic one.
+    /// Adds a marker for an instant taken from the host's clock. An empty name makes an automatic one, whose name tells the second, and the nanosecond
+    /// too where the second is taken.
     pub async fn mark(self: &Rc<Self>, name: &str, kind: MarkerKind, instant: Instant) -> Result<Marker> {
+        if !name.is_empty() {
+            return self.mark_as(name, kind, instant, false).await;
+        }
+        let mut names = auto_names(instant).into_iter();
+        let first = names.next().unwrap_or_default();
+        match self.mark_as(&first, kind, instant, true).await {
+            Err(Error::Exists { .. }) => self.mark_as(&names.next().unwrap_or_default(), kind, instant, true).await,
+            marked => marked,
+        }
+    }
+
+    /// Adds a marker of a given name, which may be one of [`auto_names`](crate::auto_names) with `auto`.
+    pub async fn mark_as(
+        self: &Rc<Self>,
+        name: &str,
+        kind: MarkerKind,
+        instant: Instant,
+        auto: bool,
+    ) -> Result<Marker> {
         self.serving()?;
+        if name.is_empty() {
+            return Err(Error::invalid("name", "\"\"", "1 byte or more"));
+        }
         if name.len() > MARKER_NAME_MAX {
             return Err(Error::invalid(
                 "name",
@@ -209,7 +232,7 @@ impl Volume {
         if name.chars().any(char::is_control) {
             return Err(Error::invalid("name", format!("{name:?}"), "no control characters"));
         }
-        if !name.is_empty() && name.bytes().all(|b| b.is_ascii_digit()) {
+        if name.bytes().all(|b| b.is_ascii_digit()) {
             return Err(Error::invalid("name", name, "not digits alone: those are read as an instant"));
         }
         self.until_not_reverting().await;
@@ -221,17 +244,15 @@ impl Volume {
             if state.markers.len() >= MARKERS_MAX {
                 return Err(Error::NoSpace { what: "markers of a volume", needed: 1, free: 0 });
             }
-            let auto = name.is_empty();
-            let name = if auto { auto_name(instant) } else { name.to_owned() };
             if let Some(found) = state.markers.values().find(|m| m.name == name) {
-                if auto || found.time == instant {
+                if found.time == instant {
                     return Ok(found.clone());
                 }
-                return Err(Error::Exists { what: "marker", name });
+                return Err(Error::Exists { what: "marker", name: name.to_owned() });
             }
             let marker = self
-                .add_marker(&mut state, &name, kind, instant, auto)
-                .ok_or_else(|| Error::Exists { what: "marker", name: name.clone() })?;
+                .add_marker(&mut state, name, kind, instant, auto)
+                .ok_or_else(|| Error::Exists { what: "marker", name: name.to_owned() })?;
             let ticket = state.open.back_mut().map(|frame| {
                 frame.urgent = true;
                 Rc::clone(&frame.ticket)
@@ -263,6 +284,10 @@ impl Volume {
             return None;
         }
         let log = state.logs.back().cloned()?;
+        // Nothing was admitted since a flush that left nothing in flight: the file system is as after a sync.
+        let flushed =
+            !state.wrote_since_flush && state.flushes.back().is_some_and(|(at, clean)| *clean && *at <= instant);
+        let kind = if kind == MarkerKind::Crash && flushed { MarkerKind::Flush } else { kind };
         let marker = Marker { name: name.to_owned(), time: instant, kind, auto };
         self.open_frame(state, &log, 0, false).builder.push_marker(&marker);
         state.markers.insert((instant, name.to_owned()), marker.clone());
@@ -504,8 +529,6 @@ impl Volume {
     fn evict_oldest(self: &Rc<Self>, state: &mut State, why: &str) {
         let Some(log) = state.logs.pop_front() else { return };
         log.state.borrow_mut().gone = true;
-        let hints: Vec<_> = log.state.borrow().hints.iter().map(|(block, count, _)| (block, count)).collect();
-        state.punch.extend(hints);
         state.leaving.push(Rc::clone(&log));
         Self::prune_markers(state);
         let lost: Vec<_> = state.views.values().filter(|v| Rc::ptr_eq(&v.log, &log)).cloned().collect();
@@ -530,6 +553,15 @@ impl Volume {
             self.durable(&ticket).await?;
             log.until_unread().await;
         }
+        {
+            // Only now: while the log may come back after a power cut, the primary holds what its instants before the discard show.
+            let mut state = self.state.borrow_mut();
+            let hints = std::mem::take(&mut log.state.borrow_mut().hints);
+            if state.attach.is_some() {
+                state.punch.extend(hints.iter().map(|(block, count, _)| (block, count)));
+            }
+        }
+        self.work.notify();
         let segments = {
             let mut inner = log.state.borrow_mut();
             let mut list = std::mem::take(&mut inner.writes.segments);
@@ -719,6 +751,7 @@ impl Volume {
         self.serving()?;
         Self::check_duration(&settings)?;
         let _lock = self.lock_admin().await;
+        self.settled().await?;
         let attach = self.state.borrow().attach.clone();
         match attach {
             Some(attach) => {
@@ -811,6 +844,7 @@ impl Volume {
         self.serving()?;
         let engine = self.engine()?;
         let _lock = self.lock_admin().await;
+        self.settled().await?;
         let (mode, on) = {
             let state = self.state.borrow();
             (state.mode, state.on)
@@ -948,6 +982,7 @@ impl Volume {
     pub async fn disable(self: &Rc<Self>) -> Result<()> {
         self.serving()?;
         let _lock = self.lock_admin().await;
+        self.settled().await?;
         let (mode, on, settings) = {
             let state = self.state.borrow();
             (state.mode, state.on, state.settings)
@@ -994,7 +1029,12 @@ impl Volume {
         for view in lost {
             view.lose(&format!("history is gone: {why}"));
         }
-        // From here on this generation is never redone.
+        if let Some(reason) = disk.failure() {
+            return Err(Error::Gone(reason));
+        }
+        // From here on this generation is never redone, and a disk that fails changes nothing: what is on its way out of it is on the primary.
+        self.left_in_order.set(true);
+        let in_order = Held(&self.left_in_order, &self.changed);
         let kept = {
             let state = self.state.borrow();
             (state.settings, state.on, state.created_ns)
@@ -1018,6 +1058,7 @@ impl Volume {
             state.mode = Mode::Direct;
             (std::mem::take(&mut state.logs), std::mem::take(&mut state.leaving))
         };
+        drop(in_order);
         self.kick.notify();
         self.work.notify();
         self.changed.notify();
@@ -1027,6 +1068,11 @@ impl Volume {
                 (!state.appender_running && !state.destager_running).then_some(())
             })
             .await;
+        // An appender that ended with its disk left them.
+        let abandoned = std::mem::take(&mut self.state.borrow_mut().open);
+        for frame in abandoned {
+            frame.ticket.finish(Err(Error::Gone("the volume has left the journal".into())));
+        }
         for log in logs.iter().chain(&leaving) {
             log.state.borrow_mut().gone = true;
             log.until_unread().await;
@@ -1112,6 +1158,9 @@ impl Volume {
             return;
         }
         let _lock = self.lock_admin().await;
+        if self.state.borrow().mode != Mode::Direct || !self.state.borrow().on {
+            return;
+        }
         if let Err(error) = self.attach_to(None, settings).await {
             tracing::debug!(volume = %self.id, %error, "not protected again yet");
         }
@@ -1123,6 +1172,7 @@ impl Volume {
     pub async fn clean(self: &Rc<Self>, seq: Option<u64>) -> Result<()> {
         self.serving()?;
         let _lock = self.lock_admin().await;
+        self.settled().await?;
         let Some(seq) = seq else {
             if let Some(view) = self.state.borrow().views.keys().next() {
                 return Err(Error::State(format!("view {view} is open: close it first")));
@@ -1224,6 +1274,7 @@ impl Volume {
     pub async fn resize(self: &Rc<Self>, size: Option<u64>) -> Result<u64> {
         self.serving()?;
         let _lock = self.lock_admin().await;
+        self.settled().await?;
         let primary = self.primary.current_size().map_err(|e| Error::device("size of", self.path(), &e))?;
         let now = self.state.borrow().size;
         let wanted = size.unwrap_or(primary - primary % 512);
@@ -1331,12 +1382,13 @@ impl Volume {
                 }
             }
         }
-        let state = self.state.borrow();
-        for (instant, _) in state.flushes.iter().filter(|(at, _)| *at >= from && *at < to) {
+        self.each_flush(from, to, |instant, clean| {
             if let Some(bucket) = out.get_mut(((instant.0 - from.0) / width) as usize) {
                 bucket.flushes += 1;
+                bucket.flushes_clean += u64::from(clean);
             }
-        }
+        })
+        .await?;
         Ok(out)
     }
 
@@ -1347,6 +1399,11 @@ impl Volume {
 /// Name of the automatic marker of an instant.
 fn auto_name(instant: Instant) -> String {
     format!("CDP-auto-{}", instant.0 / 1_000_000_000)
+}
+
+/// Names that an automatic marker of an instant may have, in the order to try them. The last one is nobody else's: instants are unique.
+pub fn auto_names(instant: Instant) -> [String; 2] {
+    [auto_name(instant), format!("{}.{:09}", auto_name(instant), instant.0 % 1_000_000_000)]
 }
 
 fn covered(coverage: &[Interval], instant: Instant) -> bool {

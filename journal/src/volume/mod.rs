@@ -6,6 +6,7 @@
 //! | `read.rs` | the live state and the state at any instant |
 //! | `destage.rs` | the destager: before-images, the primary, sealing, copying of reverts |
 //! | `history.rs` | logs come and go: rotate, mark, enable, disable, evict, clean, coverage |
+//! | `query.rs` | what the journal tells on demand: flush points, reverts, writes in order, changed blocks |
 //! | `revert.rs` | back to an instant, alone or with a group |
 //! | `recover.rs` | from what a stop left on the disks to a served volume |
 //! | `detach.rs` | the way out when the CDP disk fails |
@@ -15,6 +16,7 @@
 mod destage;
 mod detach;
 mod history;
+mod query;
 pub(crate) mod read;
 mod recover;
 mod revert;
@@ -24,6 +26,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, VecDeque};
 use std::rc::{Rc, Weak};
 
+use futures::future::{Either, select};
 use uuid::Uuid;
 
 use crate::buf::{IoBuf, Slice};
@@ -34,15 +37,14 @@ use crate::fence::{Fence, FenceState};
 use crate::frame::FrameBuilder;
 use crate::host::{Device, LocalFuture};
 use crate::index::Touched;
-use crate::info::{
-    CdpState, Event, EventKind, Health, Marker, RevertProgress, Settings, ViewInfo, VolumeInfo, VolumeStats,
-};
+use crate::info::{CdpState, Event, EventKind, Health, Marker, Settings, ViewInfo, VolumeInfo, VolumeStats};
 use crate::log::Log;
 use crate::signal::Signal;
-use crate::types::{BLOCK, Instant, SECTOR};
+use crate::types::{BLOCK, Instant, SECTOR, SECTORS_PER_BLOCK};
 use crate::view::View;
 
 pub(crate) use history::CloseReason;
+pub use history::auto_names;
 pub(crate) use recover::open;
 #[cfg(feature = "fuzzing")]
 pub(crate) use recover::read_frame;
@@ -149,6 +151,8 @@ pub(crate) struct State {
     pub markers: BTreeMap<(Instant, String), Marker>,
     pub marker_last: Instant,
     pub wrote_since_marker: bool,
+    /// Something was admitted since the last flush point with no write in flight.
+    pub wrote_since_flush: bool,
     /// Guest-visible size from each instant on.
     pub sizes: Vec<(Instant, u64)>,
     pub views: BTreeMap<Uuid, Rc<View>>,
@@ -158,8 +162,9 @@ pub(crate) struct State {
     pub writes_inflight: u32,
     /// Blocks whose content was lost with the CDP disk: they read as errors until overwritten.
     pub lost_blocks: Option<Touched>,
-    /// Overwritten since, and not imaged yet: what the primary holds of them is not their old content.
-    pub stale_blocks: Touched,
+    /// Overwritten whole since, with the seq of the log that did it: at that log's start, and before, their content was lost, whatever the
+    /// primary holds. They leave when that log has its (unreadable) before-image.
+    pub stale_blocks: BTreeMap<u64, u64>,
     /// The fence does not know yet that some were overwritten.
     pub lost_changed: bool,
     /// Ranges to punch on the primary, of discards whose log was evicted.
@@ -181,15 +186,28 @@ pub(crate) struct State {
 /// How far the fence's `next_seq` runs ahead of the journal's.
 const SEQS_AHEAD: u64 = 1 << 20;
 
-/// Flush points kept in memory for the time line.
-const FLUSHES_MAX: usize = 65536;
+/// Newest flush points in memory: those that may not be in a completed frame yet. The rest is read from the journal.
+const FLUSHES_MAX: usize = 4096;
 
 impl State {
+    /// Whether a block's content at the start of a log was lost: what the primary holds of it is not that.
+    pub fn lost_before(&self, block: u64, seq: u64) -> bool {
+        self.stale_blocks.get(&block).is_some_and(|from| *from >= seq)
+            || self.lost_blocks.as_ref().is_some_and(|lost| lost.contains(block))
+    }
+
+    /// Whether guests get an error for a block: its content was lost, and no pending revert brings it back.
+    pub fn unreadable(&self, block: u64) -> bool {
+        self.lost_blocks.as_ref().is_some_and(|lost| lost.contains(block))
+            && !self.logs.iter().any(|l| l.state.borrow().revert.as_ref().is_some_and(|r| r.left.contains(block)))
+    }
+
     pub fn note_flush(&mut self, instant: Instant, clean: bool) {
         if self.flushes.len() >= FLUSHES_MAX {
             self.flushes.pop_front();
         }
         self.flushes.push_back((instant, clean));
+        self.wrote_since_flush &= !clean;
     }
 }
 
@@ -209,8 +227,24 @@ pub struct Volume {
     pub(crate) stats: RefCell<VolumeStats>,
     /// Raised whenever a before-image was added (invariant I6).
     pub(crate) image_epoch: Cell<u64>,
+    /// Bytes of the backlog that the destager has as good as done.
+    pub(crate) landing: Cell<u64>,
     /// Only one admin call at a time changes the row of logs.
     pub(crate) admin: Cell<bool>,
+    /// A fence is on its way to the state directory.
+    pub(crate) fence_busy: Cell<bool>,
+    /// The journal is being left in order, with everything on the primary: a disk that fails now changes nothing.
+    pub(crate) left_in_order: Cell<bool>,
+}
+
+/// A flag that is taken back when this goes.
+pub(crate) struct Held<'a>(&'a Cell<bool>, &'a Signal);
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        self.0.set(false);
+        self.1.notify();
+    }
 }
 
 /// Held by the admin call that changes the row of logs.
@@ -297,6 +331,20 @@ impl Volume {
         self.changed.until(over).await;
     }
 
+    /// Ends when the volume is not between two ways of serving: a failed disk that is being left, say. Nothing about the journal can be decided
+    /// meanwhile. The caller holds the admin lock.
+    pub(crate) async fn settled(&self) -> Result<()> {
+        let patience = self.engine()?.config().stall_max_ns;
+        let done = self.changed.until(|| (self.state.borrow().mode != Mode::Switching).then_some(()));
+        futures::pin_mut!(done);
+        match select(done, self.host.sleep(patience)).await {
+            Either::Left(_) => self.serving(),
+            Either::Right(_) => {
+                Err(Error::State(format!("volume {:?} is still leaving its failed CDP disk: try again", self.name())))
+            }
+        }
+    }
+
     /// The state that an admin call needs; names what is in the way otherwise.
     pub(crate) fn serving(&self) -> Result<()> {
         let state = self.state.borrow();
@@ -330,14 +378,7 @@ impl Volume {
         let now = self.engine.upgrade().map_or(Instant::ZERO, |e| e.clock_now());
         let state = self.state.borrow();
         let segment_size = state.attach.as_ref().map_or(0, |a| a.disk.geometry.segment_size);
-        let revert = state.logs.iter().find_map(|l| {
-            l.state.borrow().revert.as_ref().map(|r| RevertProgress {
-                instant: r.instant,
-                target: r.target,
-                blocks_total: r.total,
-                blocks_done: r.done,
-            })
-        });
+        let revert = self.revert_progress();
         VolumeInfo {
             id: self.id,
             name: state.name.clone(),
@@ -383,7 +424,9 @@ impl Volume {
             created_ns: state.created_ns,
             lost_blocks: {
                 let mut lost = state.lost_blocks.clone().unwrap_or_default();
-                lost.union(&state.stale_blocks);
+                for block in state.stale_blocks.keys() {
+                    lost.insert(*block);
+                }
                 ranges(&lost)
             },
             reason: reason.chars().take(200).collect(),
@@ -395,7 +438,7 @@ impl Volume {
         if !std::mem::replace(&mut self.state.borrow_mut().lost_changed, false) {
             return Ok(());
         }
-        let fence = {
+        {
             let mut state = self.state.borrow_mut();
             if state.lost_blocks.as_ref().is_some_and(Touched::is_empty) {
                 state.lost_blocks = None;
@@ -405,16 +448,29 @@ impl Volume {
                     state.health_reason.clear();
                 }
             }
-            state.fence.clone()
-        };
-        match fence {
-            Some(fence) => self.put_fence(fence.state, fence.disk, &fence.reason).await,
-            None => Ok(()),
         }
+        let _order = self.fence_order().await;
+        let fence = self.state.borrow().fence.clone();
+        let result = match fence {
+            Some(fence) => self.put_fence_in_order(fence.state, fence.disk, &fence.reason).await,
+            None => Ok(()),
+        };
+        self.state.borrow_mut().lost_changed |= result.is_err();
+        result
     }
 
-    /// Makes a fence durable.
+    /// Makes a fence durable. One after the other: the last call's is the one that stays.
     pub(crate) async fn put_fence(&self, fence_state: FenceState, disk: Uuid, reason: &str) -> Result<()> {
+        let _order = self.fence_order().await;
+        self.put_fence_in_order(fence_state, disk, reason).await
+    }
+
+    async fn fence_order(&self) -> Held<'_> {
+        self.changed.until(|| (!self.fence_busy.replace(true)).then_some(())).await;
+        Held(&self.fence_busy, &self.changed)
+    }
+
+    async fn put_fence_in_order(&self, fence_state: FenceState, disk: Uuid, reason: &str) -> Result<()> {
         let fence = self.make_fence(&self.state.borrow(), fence_state, disk, reason);
         self.engine()?
             .store()
@@ -484,6 +540,12 @@ pub(crate) fn check_range(offset: u64, len: u64, size: u64) -> Result<()> {
 pub(crate) fn blocks_of(offset: u64, len: u64) -> (u64, u64) {
     let first = offset / BLOCK;
     (first, (offset + len).div_ceil(BLOCK) - first)
+}
+
+/// Sectors that make a block whole; less than eight for the last one of a volume that ends inside it.
+pub(crate) fn whole_mask(size: u64, block: u64) -> u8 {
+    let sectors = (size / SECTOR).saturating_sub(block * SECTORS_PER_BLOCK);
+    if sectors >= SECTORS_PER_BLOCK { 0xFF } else { (1u8 << sectors) - 1 }
 }
 
 /// A set as ranges.

@@ -110,7 +110,19 @@ impl Volume {
         if !self.live_needs_layers(offset, len) {
             return Ok(vec![self.read_primary(offset, len).await?]);
         }
-        self.read_at(&Point::Live, offset, len).await
+        loop {
+            let error = match self.read_at(&Point::Live, offset, len).await {
+                Err(error @ (Error::Gone(_) | Error::Device { .. })) => error,
+                result => return result,
+            };
+            // A CDP disk that failed is no business of the guest's: the answer is what is there once that disk has been left.
+            let failed = || self.state.borrow().attach.as_ref().is_some_and(|a| a.disk.failure().is_some());
+            if !failed() {
+                return Err(error);
+            }
+            self.changed.until(|| (!failed()).then_some(())).await;
+            self.serving()?;
+        }
     }
 
     /// Whether anything but the primary may have a say in the range.
@@ -185,8 +197,7 @@ impl Volume {
         let overtaken = |block: u64, layer: &Layer| match layer.source {
             Source::Primary { unless_imaged_from: Some(from) } => {
                 let imaged = |l: &Rc<Log>| l.seq >= from && l.imaged(block) == Some(true);
-                let lost = state.lost_blocks.as_ref().is_some_and(|lost| lost.contains(block));
-                lost || row.logs.iter().any(imaged) || state.logs.iter().any(imaged)
+                state.lost_before(block, from) || row.logs.iter().any(imaged) || state.logs.iter().any(imaged)
             }
             _ => false,
         };
@@ -305,7 +316,7 @@ impl Volume {
             }
             return Ok(());
         }
-        let lost = self.state.borrow().lost_blocks.as_ref().is_some_and(|lost| lost.contains(block));
+        let lost = self.state.borrow().lost_before(block, unless_imaged_from.unwrap_or(u64::MAX));
         layers.push(Layer {
             mask: *missing,
             source: if lost { Source::Lost } else { Source::Primary { unless_imaged_from } },
@@ -342,12 +353,7 @@ impl Volume {
                         });
                     }
                     Source::Lost => {
-                        return Err(Error::Device {
-                            op: "read",
-                            device: format!("block {block} of {}", self.path()),
-                            message: "its content was lost with the CDP disk while a revert was pending".into(),
-                            errno: 5,
-                        });
+                        return Err(lost_error("read lost", *block, &self.path()));
                     }
                     Source::Primary { .. } => match primary.last_mut() {
                         Some((start, list)) if *start + list.len() as u64 == *block => list.push((*block, layer.mask)),
@@ -471,6 +477,16 @@ impl Volume {
             push(until - from, zero, zero);
         }
         Ok(out)
+    }
+}
+
+/// The answer for a block whose content existed only in history that is gone.
+pub(crate) fn lost_error(op: &'static str, block: u64, path: &str) -> Error {
+    Error::Device {
+        op,
+        device: format!("block {block} of {path}"),
+        message: "its content was lost with the CDP disk while a revert was pending; overwrite the whole block".into(),
+        errno: 5,
     }
 }
 

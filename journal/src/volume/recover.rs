@@ -13,7 +13,7 @@ use std::rc::Rc;
 
 use uuid::Uuid;
 
-use super::{Attach, CloseReason, Mode, State, Volume};
+use super::{Attach, CloseReason, Mode, State, Volume, whole_mask};
 use crate::buf::{IoBuf, Slice};
 use crate::disk::{Disk, SegmentRef};
 use crate::engine::{Engine, VolumeSpec};
@@ -24,13 +24,15 @@ use crate::format::{
     SegmentFooter, SegmentHeader, StreamKind, crc, log_flags,
 };
 use crate::frame::{self, Descriptor, ParsedFrame};
-use crate::index::{Key, Run, Touched};
+use crate::index::{Filter, Key, Run, Touched};
 use crate::info::{EventKind, Health, Marker, Priority, Settings, VolumeStats};
 use crate::log::{Log, PendingRevert, Stream};
 use crate::mutation::{Mutation, active};
 use crate::signal::{Signal, yield_now};
 use crate::types::{BLOCK, Instant, SECTOR, SECTORS_PER_BLOCK};
 
+/// Generation of a fence that was made for a journal found without one.
+const ANY_GENERATION: u64 = u64::MAX;
 /// Blocks that one read of a scan fetches.
 const WINDOW_BLOCKS: u32 = 256;
 
@@ -53,8 +55,8 @@ pub(crate) async fn open(engine: &Rc<Engine>, spec: VolumeSpec) -> Result<Rc<Vol
         host: Rc::clone(engine.host()),
         primary: Rc::clone(&spec.primary),
         state: RefCell::new(State {
-            name: spec.name,
-            path: spec.path,
+            name: spec.name.clone(),
+            path: spec.path.clone(),
             size,
             mode: Mode::Direct,
             health: Health::Ok,
@@ -80,6 +82,7 @@ pub(crate) async fn open(engine: &Rc<Engine>, spec: VolumeSpec) -> Result<Rc<Vol
             markers: BTreeMap::new(),
             marker_last: Instant::ZERO,
             wrote_since_marker: false,
+            wrote_since_flush: false,
             sizes: Vec::new(),
             views: BTreeMap::new(),
             clients: BTreeMap::new(),
@@ -88,7 +91,7 @@ pub(crate) async fn open(engine: &Rc<Engine>, spec: VolumeSpec) -> Result<Rc<Vol
             writes_inflight: 0,
             lost_blocks: None,
             lost_changed: false,
-            stale_blocks: Touched::default(),
+            stale_blocks: BTreeMap::new(),
             punch: Vec::new(),
             drain_waiters: 0,
             backlog_full: false,
@@ -105,7 +108,10 @@ pub(crate) async fn open(engine: &Rc<Engine>, spec: VolumeSpec) -> Result<Rc<Vol
         work: Signal::default(),
         stats: RefCell::new(VolumeStats::default()),
         image_epoch: Cell::new(0),
+        landing: Cell::new(0),
         admin: Cell::new(false),
+        fence_busy: Cell::new(false),
+        left_in_order: Cell::new(false),
     });
     if let Some(fence) = &fence
         && !fence.lost_blocks.is_empty()
@@ -119,33 +125,29 @@ pub(crate) async fn open(engine: &Rc<Engine>, spec: VolumeSpec) -> Result<Rc<Vol
         state.health = Health::RevertIncomplete;
         state.health_reason = fence.reason.clone();
     }
-    volume.decide(engine, fence, spec.override_journal, &spec.undecided_reverts).await?;
+    volume.decide(engine, fence, &spec).await?;
     volume.host.spawn(Box::pin(Rc::clone(&volume).run_caretaker()));
     Ok(volume)
 }
 
 impl Volume {
     /// What the fence, the disks and the primary say together.
-    async fn decide(
-        self: &Rc<Self>,
-        engine: &Rc<Engine>,
-        fence: Option<Fence>,
-        override_journal: bool,
-        undecided: &[Uuid],
-    ) -> Result<()> {
+    async fn decide(self: &Rc<Self>, engine: &Rc<Engine>, fence: Option<Fence>, spec: &VolumeSpec) -> Result<()> {
+        let (override_journal, undecided) = (spec.override_journal, &spec.undecided_reverts);
         let Some(fence) = fence else {
             let found = engine.disk_list().into_iter().find(|d| !d.segments_of(self.id).is_empty());
-            if let Some(disk) = found {
-                if !override_journal {
-                    let reason = format!(
-                        "CDP disk {} holds history of this volume, but this host has no fence for it: say explicitly what to do",
-                        disk.path
-                    );
-                    return self.refuse(Health::NeedsJournal, EventKind::NeedsJournal, reason);
-                }
-                self.drop_leftovers(engine).await?;
+            let Some(disk) = found else { return Ok(()) };
+            if spec.attach_journal {
+                return self.attach_found(engine, &disk).await;
             }
-            return Ok(());
+            if !override_journal {
+                let reason = format!(
+                    "CDP disk {} holds history of this volume, but this host has no fence for it: attach it, or give it up",
+                    disk.path
+                );
+                return self.refuse(Health::NeedsJournal, EventKind::NeedsJournal, reason);
+            }
+            return self.drop_leftovers(engine).await;
         };
         match fence.state {
             FenceState::Detached => {
@@ -206,6 +208,23 @@ impl Volume {
                     Err(error) => self.refuse(Health::NeedsJournal, EventKind::Damage, error.to_string()),
                 }
             }
+        }
+    }
+
+    /// Takes over a journal that this host has no fence for. Whether the primary is the one that it belongs to, and whether this journal is the volume's
+    /// newest, the admin vouches for; that what was destaged last is on the primary is checked.
+    async fn attach_found(self: &Rc<Self>, engine: &Rc<Engine>, disk: &Rc<Disk>) -> Result<()> {
+        let fence = {
+            let mut state = self.state.borrow_mut();
+            state.generation = ANY_GENERATION;
+            self.make_fence(&state, FenceState::Dirty, disk.id, "attached")
+        };
+        match self.recover(engine, disk, &fence, &[]).await {
+            Ok(()) => Ok(()),
+            Err(error @ Error::State(_)) => {
+                self.refuse(Health::PrimaryChanged, EventKind::PrimaryChanged, error.to_string())
+            }
+            Err(error) => self.refuse(Health::NeedsJournal, EventKind::Damage, error.to_string()),
         }
     }
 
@@ -313,7 +332,7 @@ impl Volume {
             };
         };
         let control = fold(&base_scan.side, base_seq, &disk.path, undecided)?;
-        if control.settings.generation.get() != fence.generation {
+        if control.settings.generation.get() != fence.generation && fence.generation != ANY_GENERATION {
             // The fence knows a newer attachment than the disk: what is here is never redone.
             return Err(Error::Damaged {
                 what: "journal: it is of another generation than the fence says",
@@ -347,10 +366,10 @@ impl Volume {
                 if state.thin {
                     dead.extend(segments(StreamKind::Writes));
                 } else {
-                    state.writes_index.push_run(run(row.writes_root, StreamKind::Writes));
+                    state.writes_index.push_run(run(row.writes_root, StreamKind::Writes), None);
                     state.writes.segments = segments(StreamKind::Writes);
                 }
-                state.before_index.push_run(run(row.before_root, StreamKind::Before));
+                state.before_index.push_run(run(row.before_root, StreamKind::Before), None);
                 state.before.segments = segments(StreamKind::Before);
             } else {
                 let writes = match base_scan.take_if(|_| seq == base_seq && id == base_id) {
@@ -372,12 +391,12 @@ impl Volume {
                 let mut touched = Touched::default();
                 let mut imaged = Touched::default();
                 let mut io = (Instant::MAX, Instant::ZERO);
-                for_each_entry(disk, id, StreamKind::Writes, &writes, |entry| {
+                let writes_filters = for_each_entry(disk, id, StreamKind::Writes, &writes, |entry| {
                     touched.insert_range(entry.block.get(), entry.blocks());
                     io = (io.0.min(Instant(entry.instant.get())), io.1.max(Instant(entry.instant.get())));
                 })
                 .await?;
-                for_each_entry(disk, id, StreamKind::Before, &before, |entry| {
+                let before_filters = for_each_entry(disk, id, StreamKind::Before, &before, |entry| {
                     imaged.insert_range(entry.block.get(), entry.blocks());
                 })
                 .await?;
@@ -396,7 +415,9 @@ impl Volume {
                 state.charged = touched.len() * 2 * BLOCK;
                 state.touched = touched;
                 state.imaged = Some(imaged);
-                for (scan, kind) in [(&writes, StreamKind::Writes), (&before, StreamKind::Before)] {
+                for (scan, filters, kind) in
+                    [(&writes, writes_filters, StreamKind::Writes), (&before, before_filters, StreamKind::Before)]
+                {
                     dead.extend(&scan.dead);
                     let stream =
                         Stream::resume(scan.segments.clone(), scan.number_next, scan.frame_next, scan.previous_crc);
@@ -406,12 +427,13 @@ impl Volume {
                         StreamKind::Before => (&mut state.before, &mut state.before_index),
                     };
                     *slot = stream;
-                    for run in &scan.runs {
-                        index.push_run(Run { root: *run, log_id: id, kind });
+                    for (run, filter) in scan.runs.iter().zip(filters) {
+                        index.push_run(Run { root: *run, log_id: id, kind }, Some(filter));
                     }
                     for entry in &scan.entries {
                         index.insert(*entry);
                     }
+                    index.close_recovered(scan.number_next.saturating_sub(1));
                 }
             }
             logs.push_back(log);
@@ -431,9 +453,13 @@ impl Volume {
         engine.clock().past(instant_last.max(Instant(base_last_instant(&control))));
         self.assume(disk, &control, logs, instant_last, next_seq)?;
         self.restore_overlay(watermark).await?;
+        self.restore_lost_blocks().await?;
         self.restore_reverts(&control, fence.state == FenceState::Detaching).await?;
-        self.check_destaged(watermark).await?;
         let detaching = fence.state == FenceState::Detaching;
+        if !detaching {
+            // A way out that was cut off wrote to the primary what the journal may have lost.
+            self.check_destaged(watermark).await?;
+        }
         self.resume_journal_after_recovery(engine, disk, control.reverted_at, detaching).await?;
         self.event(
             EventKind::Recovered,
@@ -496,28 +522,12 @@ impl Volume {
             }
             last.state.borrow_mut().touched = touched;
         }
-        // What was written since the loss is not lost any more.
-        let state = &mut *state;
-        if let Some(lost) = &mut state.lost_blocks {
-            let mut imaged = Touched::default();
-            let mut touched = Touched::default();
-            for log in &logs {
-                let log = log.state.borrow();
-                touched.union(&log.touched);
-                if let Some(set) = &log.imaged {
-                    imaged.union(set);
-                }
-            }
-            for block in lost.iter().filter(|b| touched.contains(*b) || imaged.contains(*b)).collect::<Vec<_>>() {
-                lost.remove_range(block, 1);
-                state.lost_changed = true;
-                if !imaged.contains(block) {
-                    state.stale_blocks.insert(block);
-                }
-            }
-        }
         state.logs = logs;
-        state.flushes.extend(control.flushes.iter().copied());
+        for (instant, clean) in &control.flushes {
+            state.note_flush(*instant, *clean);
+        }
+        // What came behind them is not looked for: the guest's next flush is noted.
+        state.wrote_since_flush = true;
         state.instant_last = instant_last;
         state.framed = instant_last;
         state.completed = instant_last;
@@ -605,6 +615,39 @@ impl Volume {
         next.map_or(state.instant_last, |n| n.start.before())
     }
 
+    /// Of the blocks that the fence calls lost, those that were written whole since are not lost any more. A block is lost when a revert is copied:
+    /// what the log of that revert wrote itself came before.
+    async fn restore_lost_blocks(self: &Rc<Self>) -> Result<()> {
+        let (lost, logs): (Vec<u64>, Vec<_>) = {
+            let state = self.state.borrow();
+            let Some(lost) = &state.lost_blocks else { return Ok(()) };
+            let unsealed = state.logs.iter().filter(|l| !l.state.borrow().sealed);
+            let copied =
+                |(i, l): &(usize, &Rc<Log>)| *i == 0 && l.state.borrow().close_reason == CloseReason::Reverted as u32;
+            let logs = unsealed.enumerate().filter(|log| !copied(log)).map(|(_, l)| Rc::clone(l)).collect();
+            (lost.iter().collect(), logs)
+        };
+        for block in lost {
+            for log in &logs {
+                if !log.state.borrow().touched.contains(block) {
+                    continue;
+                }
+                let mut missing = whole_mask(self.state.borrow().size, block);
+                log.lookup_writes(block, Instant::MAX, &mut missing, &mut Vec::new()).await?;
+                if missing == 0 {
+                    let mut state = self.state.borrow_mut();
+                    if log.imaged(block) != Some(true) {
+                        state.stale_blocks.insert(block, log.seq);
+                    }
+                    state.lost_blocks.get_or_insert_with(Default::default).remove_range(block, 1);
+                    state.lost_changed = true;
+                    break;
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// Reverts that were not copied to the end go on where they were.
     async fn restore_reverts(self: &Rc<Self>, control: &Control, detaching: bool) -> Result<()> {
         for row in control.reverts.values() {
@@ -628,7 +671,7 @@ impl Volume {
                     let touched = since.iter().any(|l| l.state.borrow().touched.contains(block));
                     if touched && self.rests_on_primary(target, block).await? {
                         left.remove_range(block, 1);
-                        self.lose_block(block);
+                        self.lose_block(&log, block);
                     }
                 }
             }
@@ -886,7 +929,9 @@ fn fold(side: &[Descriptor], base_seq: u64, place: &str, undecided: &[Uuid]) -> 
                 let cut = frame::cut(descriptor.header.start.get(), descriptor.header.count.get());
                 control.hints.push((base_seq, cut.whole.0, cut.whole.1, descriptor.instant()));
             }
-            DescriptorKind::Revert if undecided.iter().any(|group| descriptor.extra.starts_with(group.as_bytes())) => {}
+            DescriptorKind::Revert
+                if undecided.iter().any(|group| descriptor.extra.starts_with(group.as_bytes()))
+                    && !active(Mutation::UndecidedCounts) => {}
             DescriptorKind::Revert => {
                 let target = Instant(descriptor.header.start.get());
                 control.hints.retain(|(_, _, _, instant)| *instant <= target);
@@ -954,30 +999,35 @@ struct Scan {
     claim_other: u64,
 }
 
-/// Calls `f` for every entry that a scan found.
+/// Calls `f` for every entry that a scan found. Answers a filter for each run.
 async fn for_each_entry(
     disk: &Rc<Disk>,
     log_id: u64,
     kind: StreamKind,
     scan: &Scan,
     mut f: impl FnMut(&IndexEntry),
-) -> Result<()> {
+) -> Result<Vec<Filter>> {
+    let mut filters = Vec::with_capacity(scan.runs.len());
     for root in &scan.runs {
+        let mut filter = Filter::new(root.entries.get());
         if root.entries.get() == 0 {
+            filters.push(filter);
             continue;
         }
         let mut cursor = Run { root: *root, log_id, kind }.cursor(Key { level: 0, block: 0, instant: 0 });
         let mut n = 0u32;
         while let Some(entry) = cursor.next(&**disk).await? {
             f(&entry);
+            filter.insert(&entry);
             n += 1;
             if n.is_multiple_of(4096) {
                 yield_now().await;
             }
         }
+        filters.push(filter);
     }
     scan.entries.iter().for_each(f);
-    Ok(())
+    Ok(filters)
 }
 
 /// Scans one stream of a log.
@@ -1023,7 +1073,8 @@ async fn scan_stream(
     // What later frames say of what was durable: a footer is believed only below that.
     let mut durable_frames = 0;
     for (s, header) in segments.iter().zip(&headers).rev().take(2) {
-        if header.is_some() {
+        // Frames name their log and their place themselves: a damaged header hides nothing.
+        if header.is_some() || has_frames(disk, *s, id).await? {
             let (own, other) = durable_claim(disk, *s, id).await?;
             durable_frames = durable_frames.max(own);
             scan.claim_other = scan.claim_other.max(other);
@@ -1048,7 +1099,9 @@ async fn scan_stream(
         // Frames at or past the next valid segment's first were cut off.
         let limit =
             headers[i + 1..].iter().flatten().map(|h| h.frame_first.get()).find(|f| *f >= header.frame_first.get());
-        if let Some((footer, side)) = read_footer(disk, *s, id, segment_blocks).await?
+        // Once a segment had to be walked its entries are in memory, and what is in memory counts as newer than every run: the rest is walked, too.
+        if scan.entries.is_empty()
+            && let Some((footer, side)) = read_footer(disk, *s, id, segment_blocks).await?
             && footer.frame_next.get() <= durable_frames
             && limit.is_none_or(|l| l == footer.frame_next.get())
             // The frames are durable; the footer's pages, which are derived from them, need not be.
@@ -1073,6 +1126,12 @@ async fn scan_stream(
         scan.hole = Some(format!("{} log {seq} {kind:?} frame {} (segment {last})", disk.path, scan.frame_next));
     }
     Ok(scan)
+}
+
+/// Whether a segment begins with a frame of this log.
+async fn has_frames(disk: &Rc<Disk>, s: SegmentRef, log_id: u64) -> Result<bool> {
+    let bytes = disk.read(s.segment, 1, 1).await?;
+    Ok(frame::peek_frame(&bytes, log_id, s.segment, 1).is_some())
 }
 
 /// The highest `durable_frames` and `durable_frames_other` that any whole frame header of a segment claims.
@@ -1226,7 +1285,7 @@ async fn whole_run(disk: &Rc<Disk>, log_id: u64, kind: StreamKind, root: format:
 }
 
 /// The footer of a full segment, with its copy of descriptors.
-async fn read_footer(
+pub(super) async fn read_footer(
     disk: &Rc<Disk>,
     s: SegmentRef,
     log_id: u64,

@@ -394,11 +394,17 @@ impl Volume {
 
     /// Lets clients in again after a forced revert.
     pub async fn release(self: &Rc<Self>) -> Result<()> {
-        if !std::mem::replace(&mut self.state.borrow_mut().held, false) {
+        let _lock = self.lock_admin().await;
+        self.settled().await?;
+        if !std::mem::replace(&mut self.state.borrow_mut().held, false) || self.state.borrow().mode == Mode::Direct {
             return Ok(());
         }
         let ticket = self.store_settings();
-        self.durable(&ticket).await
+        match self.durable(&ticket).await {
+            // The journal that held the volume is being left: nothing says any more that it is held.
+            Err(Error::Gone(_) | Error::Device { .. }) => self.settled().await,
+            result => result,
+        }
     }
 }
 

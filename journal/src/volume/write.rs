@@ -22,6 +22,8 @@ enum Admitted {
     Journal(Instant),
     /// Goes straight to the primary; `direct_inflight` was raised.
     Direct,
+    /// Larger than a record may be by now: protection came on, or moved, while the request waited. It is cut anew.
+    TooLarge,
 }
 
 /// What a request wants to put into the journal.
@@ -32,6 +34,8 @@ struct Wanted {
     blocks: u64,
     /// Bytes of payload.
     payload: u64,
+    /// First and last block, where it covers them only in part.
+    partial: [Option<u64>; 2],
 }
 
 /// Keeps `writes_inflight` right on every way out.
@@ -74,7 +78,7 @@ impl Volume {
     }
 
     async fn write_pieces(self: &Rc<Self>, offset: u64, len: u64, data: Slice, fua: bool) -> Result<()> {
-        let _inflight = InFlight::enter(self);
+        let inflight = InFlight::enter(self);
         let end = offset + len;
         let base = offset - offset % BLOCK;
         let mut at = offset;
@@ -84,11 +88,12 @@ impl Volume {
             let piece_end = end.min(at - at % BLOCK + self.piece_blocks_max() * BLOCK);
             let (first, blocks) = blocks_of(at, piece_end - at);
             let bytes = data.slice((first * BLOCK - base) as usize, (blocks * BLOCK) as usize);
-            match self.admit(Wanted { first, blocks, payload: blocks * BLOCK }).await? {
+            let wanted = Wanted { first, blocks, payload: blocks * BLOCK, partial: self.partial_of(at, piece_end) };
+            match self.admit(wanted).await? {
                 Admitted::Journal(instant) => {
                     let (sector, sectors) = (at / SECTOR, (piece_end - at) / SECTOR);
                     let mut state = self.state.borrow_mut();
-                    let log = self.record(&mut state, Wanted { first, blocks, payload: blocks * BLOCK }, instant);
+                    let log = self.record(&mut state, wanted, instant);
                     log.state.borrow_mut().overlay.insert_data(sector, sectors, &bytes, instant);
                     let frame = self.open_frame(&mut state, &log, blocks as u32, true);
                     frame.builder.push_write(sector, sectors, bytes, instant);
@@ -102,6 +107,7 @@ impl Volume {
                     self.store_lost_blocks().await?;
                     direct = true;
                 }
+                Admitted::TooLarge => continue,
             }
             at = piece_end;
         }
@@ -109,6 +115,8 @@ impl Volume {
         if let Some(ticket) = ticket {
             ticket.wait().await?;
         }
+        // What is whole in the journal is in flight no more: the flush point of a FUA write that was alone is a clean one.
+        drop(inflight);
         if fua || (direct && self.state.borrow().mode == Mode::Journal) {
             // A request that began before protection came on may lie partly on the primary only: its ack then stands for the primary, too.
             self.flush_inner().await?;
@@ -119,14 +127,14 @@ impl Volume {
     pub(crate) async fn write_zeroes(self: &Rc<Self>, offset: u64, len: u32, no_hole: bool, fua: bool) -> Result<()> {
         let len = u64::from(len);
         self.check_range(offset, len)?;
-        let _inflight = InFlight::enter(self);
+        let inflight = InFlight::enter(self);
         let end = offset + len;
         let mut at = offset;
         let mut ticket = None;
         while at < end {
             let piece_end = end.min(at - at % BLOCK + self.zero_piece_blocks_max() * BLOCK);
             let (first, blocks) = blocks_of(at, piece_end - at);
-            let wanted = Wanted { first, blocks, payload: 0 };
+            let wanted = Wanted { first, blocks, payload: 0, partial: self.partial_of(at, piece_end) };
             match self.admit(wanted).await? {
                 Admitted::Journal(instant) => {
                     let (sector, sectors) = (at / SECTOR, (piece_end - at) / SECTOR);
@@ -143,6 +151,7 @@ impl Volume {
                     result.map_err(|e| Error::device("write zeroes to", self.path(), &e))?;
                     self.store_lost_blocks().await?;
                 }
+                Admitted::TooLarge => continue,
             }
             at = piece_end;
             self.kick.notify();
@@ -150,6 +159,7 @@ impl Volume {
         if let Some(ticket) = ticket {
             ticket.wait().await?;
         }
+        drop(inflight);
         self.stats.borrow_mut().zeroes += 1;
         if fua {
             self.flush_inner().await?;
@@ -168,11 +178,12 @@ impl Volume {
         if blocks == 0 {
             return Ok(());
         }
-        match self.admit(Wanted { first, blocks: 0, payload: 0 }).await? {
+        let wanted = Wanted { first, blocks: 0, payload: 0, partial: [None; 2] };
+        match self.admit(wanted).await? {
             Admitted::Journal(instant) => {
                 let ticket = {
                     let mut state = self.state.borrow_mut();
-                    let log = self.record(&mut state, Wanted { first, blocks: 0, payload: 0 }, instant);
+                    let log = self.record(&mut state, wanted, instant);
                     log.state.borrow_mut().hints.insert(first, blocks, instant);
                     let frame = self.open_frame(&mut state, &log, 0, true);
                     frame.builder.push_discard(first * (BLOCK / SECTOR), blocks * (BLOCK / SECTOR), instant);
@@ -186,6 +197,8 @@ impl Volume {
                 self.leave_direct(first, blocks, result.is_ok());
                 result.map_err(|e| Error::device("discard on", self.path(), &e))
             }
+            // A hint has no payload and touches nothing.
+            Admitted::TooLarge => Ok(()),
         }
     }
 
@@ -290,7 +303,7 @@ impl Volume {
     fn note_flush_point(self: &Rc<Self>) {
         let Ok(engine) = self.engine() else { return };
         let mut state = self.state.borrow_mut();
-        if state.mode != Mode::Journal || !state.wrote_since_marker || state.reverting.is_some() {
+        if state.mode != Mode::Journal || !state.wrote_since_flush || state.reverting.is_some() {
             return;
         }
         let Some(instant) = engine.try_tick() else { return };
@@ -335,14 +348,20 @@ impl Volume {
 
     /// Most blocks of a record: a request is charged at most 1/16 of the capacity at once, and must fit a frame.
     fn piece_blocks_max(&self) -> u64 {
-        let state = self.state.borrow();
+        Self::payload_blocks_max(&self.state.borrow())
+    }
+
+    fn payload_blocks_max(state: &State) -> u64 {
         let Some(attach) = &state.attach else { return 8192 };
         let frame = u64::from(frame_blocks_max(attach.disk.geometry.segment_size));
         frame.min((attach.capacity_bytes() / 16 / (2 * BLOCK + 64)).max(1))
     }
 
     fn zero_piece_blocks_max(&self) -> u64 {
-        let state = self.state.borrow();
+        Self::zero_blocks_max(&self.state.borrow())
+    }
+
+    fn zero_blocks_max(state: &State) -> u64 {
         state.attach.as_ref().map_or(1 << 20, |a| (a.capacity_bytes() / 16 / (BLOCK + 64)).max(1))
     }
 
@@ -359,6 +378,11 @@ impl Volume {
             }
             let next = {
                 let mut state = self.state.borrow_mut();
+                if let Some(block) = wanted.partial.into_iter().flatten().find(|block| state.unreadable(*block)) {
+                    // As a disk answers whose physical sector cannot be read: the rest of the block is not known.
+                    let path = state.path.clone();
+                    return Err(super::read::lost_error("write a part of", block, &path));
+                }
                 match state.mode {
                     Mode::Refused | Mode::Closed => {
                         drop(state);
@@ -370,6 +394,10 @@ impl Volume {
                     Mode::Direct => {
                         state.direct_inflight += 1;
                         return Ok(Admitted::Direct);
+                    }
+                    Mode::Journal if wanted.blocks > Self::zero_blocks_max(&state) => return Ok(Admitted::TooLarge),
+                    Mode::Journal if wanted.payload > Self::payload_blocks_max(&state) * BLOCK => {
+                        return Ok(Admitted::TooLarge);
                     }
                     Mode::Journal => match self.room(&mut state, wanted, &engine)? {
                         Room::Enough => match engine.try_tick() {
@@ -433,7 +461,9 @@ impl Volume {
         let Some(attach) = state.attach.clone() else { return Ok(Room::Later) };
         let backlog = Self::backlog(state);
         let backlog_max = engine.config().backlog_bytes_max;
-        if wanted.payload > 0 && backlog > 0 && backlog + wanted.payload > backlog_max {
+        // From three quarters on, a guest gets as much room as the destager has under way and nearly done.
+        let even = backlog.saturating_sub(self.landing.get()) + wanted.payload > backlog_max / 4 * 3;
+        if wanted.payload > 0 && backlog > 0 && (even || backlog + wanted.payload > backlog_max) {
             if !state.backlog_full {
                 state.backlog_full = true;
                 self.event_later(EventKind::BacklogFull, "acks run at the destager's pace");
@@ -453,12 +483,20 @@ impl Volume {
         // Segments that this request adds to the bound of the active log, rounded up.
         let usable = usable_bytes(attach.disk.geometry.segment_size);
         let more = (wanted.payload + 2 * BLOCK).div_ceil(usable) + (fresh * (BLOCK + 128)).div_ceil(usable);
-        let unsealed: u64 = state.logs.iter().filter(|l| !l.state.borrow().sealed).map(|l| l.segments_bound()).sum();
-        if unsealed + more > attach.capacity / 2 && state.logs.iter().filter(|l| !l.state.borrow().sealed).count() > 1 {
+        let revert = Self::revert_segments(state, usable);
+        let mut total = revert + state.leaving.iter().map(|log| log.segment_count()).sum::<u64>();
+        let (mut unsealed, mut unsealed_logs) = (0, 0);
+        for log in &state.logs {
+            let bound = log.segments_bound();
+            total += bound;
+            if !log.state.borrow().sealed {
+                unsealed += bound;
+                unsealed_logs += 1;
+            }
+        }
+        if unsealed + more > attach.capacity / 2 && unsealed_logs > 1 {
             return Ok(Room::Later);
         }
-        let revert = Self::revert_segments(state, usable);
-        let total = Self::total_bound(state) + revert;
         if total + more + 1 > attach.capacity {
             self.evict_for_capacity(state);
             return Ok(Room::Later);
@@ -493,12 +531,13 @@ impl Volume {
         state.instant_last = instant;
         state.last_write_ns = self.host.boot_ns();
         state.wrote_since_marker = true;
+        state.wrote_since_flush = true;
         // Admission saw the active log in this same step.
         let active = Rc::clone(state.logs.back().expect("journal mode has an active log"));
         if state.lost_blocks.is_some() {
-            Self::overwrite_lost(state, wanted.first, wanted.blocks);
+            Self::overwrite_lost(state, wanted, active.seq);
         }
-        for log in &state.logs {
+        for log in state.logs.iter().chain(&state.leaving) {
             let mut log = log.state.borrow_mut();
             if !log.hints.is_empty() {
                 log.hints.remove(wanted.first, wanted.blocks);
@@ -517,14 +556,23 @@ impl Volume {
     }
 
     /// Lost blocks that are written through the journal can be read again; their old content stays lost.
-    fn overwrite_lost(state: &mut State, first: u64, blocks: u64) {
+    fn overwrite_lost(state: &mut State, wanted: Wanted, seq: u64) {
         let Some(lost) = &mut state.lost_blocks else { return };
-        let found: Vec<u64> = lost.iter_from(first).take_while(|b| *b < first + blocks).collect();
-        for block in found {
+        let found: Vec<u64> = lost.iter_from(wanted.first).take_while(|b| *b < wanted.first + wanted.blocks).collect();
+        // Where a pending revert brings the block back, a part of it may be written: the copying ends the loss.
+        for block in found.into_iter().filter(|block| !wanted.partial.contains(&Some(*block))) {
             lost.remove_range(block, 1);
-            state.stale_blocks.insert(block);
+            state.stale_blocks.insert(block, seq);
             state.lost_changed = true;
         }
+    }
+
+    /// First and last block of a range of bytes, where the range covers them only in part.
+    fn partial_of(&self, from: u64, to: u64) -> [Option<u64>; 2] {
+        let size = self.state.borrow().size;
+        let (first, last) = (from / BLOCK, (to - 1) / BLOCK);
+        let (head, tail) = (!from.is_multiple_of(BLOCK), !to.is_multiple_of(BLOCK) && to < size);
+        [(head || (tail && first == last)).then_some(first), (tail && last > first).then_some(last)]
     }
 
     /// The open frame of a log, with room for `payload_blocks` more.
@@ -567,7 +615,7 @@ impl Volume {
         let state = &mut *guard;
         state.direct_inflight -= 1;
         if written && let Some(lost) = &mut state.lost_blocks {
-            // Whole or not: the sectors that were not written are gone for good, and the guest has seen the error that says so.
+            // Whole blocks only: others were not admitted.
             state.lost_changed |= lost.remove_range(first, blocks) > 0;
         }
         let idle = state.direct_inflight == 0;

@@ -28,7 +28,7 @@ pub fn marker_name(text: &str) -> Result<&str, InputError> {
         "must not have control characters"
     } else if text.trim() != text {
         "must not begin or end with a space"
-    } else if when::time(text).is_some() {
+    } else if when::time(text).is_some() || text.starts_with(when::FLUSH_BEFORE) {
         "must not read as an instant"
     } else {
         return Ok(text);

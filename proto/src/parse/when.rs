@@ -15,12 +15,23 @@ pub enum When {
     Ago(u64),
     /// A marker's name: everything else.
     Marker(String),
+    /// The newest flush-clean instant at or before another: `flush-before:5m ago`.
+    FlushBefore(Box<When>),
 }
+
+/// What stands before the other instant.
+pub(super) const FLUSH_BEFORE: &str = "flush-before:";
 
 impl FromStr for When {
     type Err = InputError;
 
     fn from_str(text: &str) -> Result<Self, InputError> {
+        if let Some(other) = text.trim_start().strip_prefix(FLUSH_BEFORE) {
+            return match other.parse()? {
+                When::FlushBefore(_) => Err(InputError::new("instant", text, "must have flush-before: only once")),
+                other => Ok(When::FlushBefore(Box::new(other))),
+            };
+        }
         match time(text.trim()) {
             Some(time) => time.map_err(|bound| InputError::new("instant", text, bound)),
             None => Ok(When::Marker(marker_name(text)?.to_owned())),
@@ -35,6 +46,7 @@ impl fmt::Display for When {
             When::Ago(0) => write!(f, "now"),
             When::Ago(ns) => write!(f, "{ns}ns ago"),
             When::Marker(name) => write!(f, "{name}"),
+            When::FlushBefore(other) => write!(f, "{FLUSH_BEFORE}{other}"),
         }
     }
 }
@@ -93,6 +105,9 @@ mod tests {
             ("long ago", When::Marker("long ago".into())),
             ("CDP-auto-1630057893", When::Marker("CDP-auto-1630057893".into())),
             ("nightly-2021-08-27", When::Marker("nightly-2021-08-27".into())),
+            ("flush-before:now", When::FlushBefore(Box::new(When::Ago(0)))),
+            ("flush-before:5m ago", When::FlushBefore(Box::new(When::Ago(300_000_000_000)))),
+            ("flush-before:nightly", When::FlushBefore(Box::new(When::Marker("nightly".into())))),
         ];
         for (text, when) in table {
             assert_eq!(text.parse(), Ok(when), "{text}");
@@ -111,6 +126,9 @@ mod tests {
             ("", "1 to 127 bytes"),
             ("   ", "1 to 127 bytes"),
             ("a\nb", "control characters"),
+            ("flush-before:", "1 to 127 bytes"),
+            ("flush-before:flush-before:now", "only once"),
+            ("flush-before:2021-08-27", "zone"),
         ];
         for (text, bound) in table {
             let error = text.parse::<When>().expect_err(text).to_string();

@@ -11,7 +11,7 @@ use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 use zerocopy::IntoBytes;
 
-use cdp_journal::Error;
+use cdp_journal::{Error, Instant};
 
 use super::transmission::{ExportSource, NbdSession};
 use super::wire::{self, OptionHead, OptionReplyHead, STRING_MAX, info, option, reply, transmission};
@@ -25,18 +25,46 @@ const OPTION_SKIP_MAX: u32 = 1 << 20;
 /// Zero bytes after the answer to EXPORT_NAME, for clients that do not ask to leave them out.
 const EXPORT_NAME_ZEROES: usize = 124;
 
-/// A metadata context that clients can choose. Another one is another line in [`CONTEXTS`] and an arm where
-/// [`super::transmission`] answers BLOCK_STATUS.
-pub(super) struct MetaContext {
-    pub(super) id: u32,
-    namespace: &'static str,
-    leaf: &'static str,
+/// A metadata context that clients can choose.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum MetaContext {
+    /// `base:allocation`: what is a hole, what reads as zeroes.
+    Allocation,
+    /// `qemu:dirty-bitmap:since-<instant>`: which blocks of a view may differ from the volume at an instant.
+    Since(Instant),
 }
 
-/// `base:allocation`.
-pub(super) const ALLOCATION: u32 = 1;
+const ALLOCATION: &str = "base:allocation";
+const SINCE: &str = "qemu:dirty-bitmap:since-";
 
-const CONTEXTS: &[MetaContext] = &[MetaContext { id: ALLOCATION, namespace: "base", leaf: "allocation" }];
+impl MetaContext {
+    pub(super) fn id(self) -> u32 {
+        match self {
+            Self::Allocation => 1,
+            Self::Since(_) => 2,
+        }
+    }
+
+    fn name(self) -> String {
+        match self {
+            Self::Allocation => ALLOCATION.to_owned(),
+            Self::Since(instant) => format!("{SINCE}{instant}"),
+        }
+    }
+
+    /// What a query means. `base:` alone means all of that namespace, but only in a list.
+    fn asked(query: &str, set: bool) -> Option<Self> {
+        match query {
+            ALLOCATION => Some(Self::Allocation),
+            "base:" if !set => Some(Self::Allocation),
+            other => {
+                let digits = other.strip_prefix(SINCE)?;
+                let plain = !digits.is_empty() && digits.bytes().all(|byte| byte.is_ascii_digit());
+                digits.parse().ok().filter(|_| plain).map(|ns| Self::Since(Instant(ns)))
+            }
+        }
+    }
+}
 
 /// Negotiates in the clear. `None`: the client left.
 pub(super) async fn plain<S, T>(
@@ -117,7 +145,7 @@ struct Negotiation<'a, S, T> {
     no_zeroes: bool,
     structured: bool,
     /// The contexts chosen, and for which export.
-    contexts: Option<(String, Vec<u32>)>,
+    contexts: Option<(String, Vec<MetaContext>)>,
     /// The answer that is being put together; sent as a whole.
     answer: Vec<u8>,
 }
@@ -340,33 +368,49 @@ where
         if !self.structured {
             return Err((reply::ERR_INVALID, "structured replies have to be negotiated first".to_owned()));
         }
-        self.find(name).await?;
+        let export = self.find(name).await?;
         let set = code == option::SET_META_CONTEXT;
-        let chosen: Vec<&MetaContext> = CONTEXTS
-            .iter()
-            .filter(|context| (!set && queries.is_empty()) || asks_for(context, &queries, set))
-            .collect();
+        let mut chosen: Vec<MetaContext> = match set || !queries.is_empty() {
+            true => queries.iter().filter_map(|query| MetaContext::asked(query, set)).collect(),
+            false => vec![MetaContext::Allocation],
+        };
+        chosen.sort_by_key(|context| context.id());
+        chosen.dedup();
+        if chosen.len() > 2 {
+            return Err((reply::ERR_INVALID, "one instant to compare with, not several".to_owned()));
+        }
+        if let Some(MetaContext::Since(instant)) = chosen.last() {
+            // A client that goes without would take everything for unchanged, or copy all: it is told why.
+            can_compare(&export, *instant).await?;
+        }
         for context in &chosen {
             // In a list the numbers mean nothing and are 0.
-            let mut bytes = if set { context.id } else { 0 }.to_be_bytes().to_vec();
-            bytes.extend_from_slice(format!("{}:{}", context.namespace, context.leaf).as_bytes());
+            let mut bytes = if set { context.id() } else { 0 }.to_be_bytes().to_vec();
+            bytes.extend_from_slice(context.name().as_bytes());
             self.put(code, reply::META_CONTEXT, &bytes);
         }
         if set {
-            self.contexts = Some((name.to_owned(), chosen.iter().map(|context| context.id).collect()));
+            self.contexts = Some((name.to_owned(), chosen));
         }
         self.put(code, reply::ACK, &[]);
         Ok(())
     }
 }
 
-/// Whether one of the queries means this context. `namespace:` alone means all of it, but only in a list.
-fn asks_for(context: &MetaContext, queries: &[&str], set: bool) -> bool {
-    queries.iter().any(|query| match query.split_once(':') {
-        Some((namespace, "")) => !set && namespace == context.namespace,
-        Some((namespace, leaf)) => namespace == context.namespace && leaf == context.leaf,
-        None => false,
-    })
+/// Whether an export can tell what changed since an instant.
+async fn can_compare<S: ExportSource + Clone + 'static>(export: &ExportInfo<S>, since: Instant) -> Result<(), Refusal> {
+    let key = export.key;
+    let asked = export.shard.call(move |source, _| async move {
+        match source.export(key) {
+            Some(export) => export.changed_since(since).await.map(drop),
+            None => Err(Error::NotFound { what: "export", name: key.to_string() }),
+        }
+    });
+    match asked.await {
+        Ok(Ok(())) => Ok(()),
+        Ok(Err(error)) => Err((reply::ERR_INVALID, error.to_string())),
+        Err(ShardGone) => Err((reply::ERR_SHUTDOWN, ShardGone.to_string())),
+    }
 }
 
 fn starttls(encryption: Encryption, data: &[u8]) -> Result<(), Refusal> {

@@ -22,6 +22,7 @@ use std::rc::{Rc, Weak};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use cdp_journal::index::Touched;
 use cdp_journal::{
     BlockStatus, ClientGuard, Engine, Error, Export, Host as _, IoBuf, Result, SECTOR, Slice, payload_buf,
 };
@@ -33,7 +34,7 @@ use slab::Slab;
 use uuid::Uuid;
 use zerocopy::{FromBytes, IntoBytes};
 
-use super::handshake::ALLOCATION;
+use super::handshake::MetaContext;
 use super::wire::{self, ChunkHead, Request, STRING_MAX, SimpleReply, chunk, command, error};
 use super::{NbdConfig, PAYLOAD_MAX, Seat};
 use crate::ring::{Ring, SendBatch, Signal};
@@ -53,6 +54,8 @@ const DRAIN_LOOK_NS: u64 = 2_000_000;
 const LINGER_NS: u64 = 1_000_000_000;
 /// Most extents of one BLOCK_STATUS reply. A client asks again for what is left out.
 const EXTENTS_MAX: usize = 64 << 10;
+/// Changed blocks that one answer goes through: a slice of work, beside the guests' requests.
+const STATUS_BLOCKS_MAX: usize = 64 << 10;
 
 /// What a shard serves: how the frontend finds an export in the shard's state.
 pub trait ExportSource {
@@ -72,14 +75,14 @@ impl ExportSource for Rc<Engine> {
 pub struct NbdSession {
     export_name: String,
     structured: bool,
-    contexts: Vec<u32>,
+    contexts: Vec<MetaContext>,
     inflight_requests_max: u32,
     inflight_bytes_max: u64,
     _seat: Option<Seat>,
 }
 
 impl NbdSession {
-    pub(super) fn new(export_name: String, structured: bool, contexts: Vec<u32>) -> Self {
+    pub(super) fn new(export_name: String, structured: bool, contexts: Vec<MetaContext>) -> Self {
         let NbdConfig { inflight_requests_max, inflight_bytes_max, .. } = NbdConfig::default();
         Self { export_name, structured, contexts, inflight_requests_max, inflight_bytes_max, _seat: None }
     }
@@ -213,6 +216,7 @@ impl Clients {
             read_only,
             session,
             stats: Arc::clone(&self.stats),
+            changed: RefCell::default(),
             reading: Cell::new(true),
             sending: Cell::new(true),
             inflight: Cell::new(0),
@@ -270,6 +274,8 @@ struct Connection {
     export: Rc<dyn Export>,
     read_only: bool,
     session: NbdSession,
+    /// The blocks of `qemu:dirty-bitmap:`, once they were asked for.
+    changed: RefCell<Option<Rc<Touched>>>,
     stats: Arc<ClientStats>,
     /// More requests are taken.
     reading: Cell<bool>,
@@ -320,7 +326,8 @@ struct Reply {
 enum Body {
     Done,
     Data(Vec<Slice>),
-    Status(Vec<(u32, u32)>),
+    /// Extents by the number of their context.
+    Status(Vec<(u32, Vec<(u32, u32)>)>),
     Error(u32, String),
 }
 
@@ -603,11 +610,34 @@ impl Connection {
             },
             Command::Cache => Ok(Body::Done), // a hint; the engine caches what it sees fit
             Command::WriteZeroes { no_hole } => done(export.write_zeroes(offset, len, no_hole, fua).await),
-            Command::Status { one } => {
-                export.status(offset, u64::from(len)).await.map(|pieces| Body::Status(extents(&pieces, len, one)))
-            }
+            Command::Status { one } => self.block_status(offset, len, one).await,
         };
         result.unwrap_or_else(|failure| Body::Error(errno_of(&failure), failure.to_string()))
+    }
+
+    /// The extents of a range in each context that was chosen.
+    async fn block_status(&self, offset: u64, len: u32, one: bool) -> Result<Body> {
+        let mut answers = Vec::new();
+        for context in &self.session.contexts {
+            let extents = match context {
+                MetaContext::Allocation => extents(&self.export.status(offset, u64::from(len)).await?, len, one),
+                MetaContext::Since(since) => {
+                    let known = self.changed.borrow().clone();
+                    let changed = match known {
+                        Some(changed) => changed,
+                        None => {
+                            // Asked once for a connection: a view shows the same for as long as it lives.
+                            let changed = self.export.changed_since(*since).await?;
+                            *self.changed.borrow_mut() = Some(Rc::clone(&changed));
+                            changed
+                        }
+                    };
+                    changed_extents(&changed, offset, len, one)
+                }
+            };
+            answers.push((context.id(), extents));
+        }
+        Ok(Body::Status(answers))
     }
 
     fn answer(&self, reply: Reply) {
@@ -671,7 +701,7 @@ fn check(request: &Request, size: u64, read_only: bool, session: &NbdSession) ->
             let no_hole = flags & command::FLAG_NO_HOLE != 0;
             (Command::WriteZeroes { no_hole }, command::FLAG_NO_HOLE | command::FLAG_FAST_ZERO)
         }
-        command::BLOCK_STATUS if session.contexts.contains(&ALLOCATION) => {
+        command::BLOCK_STATUS if !session.contexts.is_empty() => {
             (Command::Status { one: flags & command::FLAG_REQ_ONE != 0 }, command::FLAG_REQ_ONE)
         }
         command::BLOCK_STATUS => return refuse(error::EINVAL, "no metadata context was negotiated".to_owned()),
@@ -769,6 +799,43 @@ fn extents(pieces: &[BlockStatus], len: u32, one: bool) -> Vec<(u32, u32)> {
     extents
 }
 
+/// What changed in a range as extents of `qemu:dirty-bitmap:`; the answer may be shorter than the question.
+fn changed_extents(changed: &Touched, offset: u64, len: u32, one: bool) -> Vec<(u32, u32)> {
+    let end = offset + u64::from(len);
+    let mut extents: Vec<(u32, u32)> = vec![];
+    let mut at = offset;
+    let mut push = |extents: &mut Vec<(u32, u32)>, upto: u64, state: u32| {
+        let step = (upto - at) as u32; // at most `len`
+        at = upto;
+        match extents.last_mut() {
+            _ if step == 0 => {}
+            Some((len, last)) if *last == state => *len += step,
+            _ => extents.push((step, state)),
+        }
+    };
+    let mut upto = offset;
+    let last_block = end.div_ceil(BLOCK_BYTES);
+    let blocks = changed.iter_from(offset / BLOCK_BYTES).take_while(|block| *block < last_block);
+    for block in blocks.take(STATUS_BLOCKS_MAX) {
+        let start = (block * BLOCK_BYTES).max(offset);
+        let stop = ((block + 1) * BLOCK_BYTES).min(end);
+        if start > upto {
+            push(&mut extents, start, 0);
+        }
+        push(&mut extents, stop, chunk::STATE_DIRTY);
+        upto = stop;
+        if extents.len() > EXTENTS_MAX || (one && extents.len() > 1) {
+            break;
+        }
+    }
+    let asked_all = changed.iter_from(upto.div_ceil(BLOCK_BYTES)).next().is_none_or(|block| block >= last_block);
+    if asked_all && upto < end {
+        push(&mut extents, end, 0);
+    }
+    extents.truncate(if one { 1 } else { EXTENTS_MAX });
+    extents
+}
+
 /// Appends a reply as the client expects it.
 fn encode(reply: Reply, structured: bool, batch: &mut SendBatch) {
     let Reply { cookie, offset, body, .. } = reply;
@@ -776,10 +843,10 @@ fn encode(reply: Reply, structured: bool, batch: &mut SendBatch) {
         let head = SimpleReply { magic: wire::SIMPLE_REPLY_MAGIC.into(), error: errno.into(), cookie: cookie.into() };
         batch.push_head(head.as_bytes());
     };
-    let chunk_head = |batch: &mut SendBatch, kind: u16, len: usize| {
+    let chunk_head = |batch: &mut SendBatch, kind: u16, flags: u16, len: usize| {
         let head = ChunkHead {
             magic: wire::CHUNK_MAGIC.into(),
-            flags: chunk::FLAG_DONE.into(),
+            flags: flags.into(),
             kind: kind.into(),
             cookie: cookie.into(),
             len: (len as u32).into(), // at most 32 MiB and a little
@@ -792,24 +859,33 @@ fn encode(reply: Reply, structured: bool, batch: &mut SendBatch) {
         Body::Data(parts) => {
             if structured {
                 // One chunk for all, so the flag DF is honoured without being looked at.
-                chunk_head(batch, chunk::OFFSET_DATA, 8 + parts.iter().map(Slice::len).sum::<usize>());
+                chunk_head(
+                    batch,
+                    chunk::OFFSET_DATA,
+                    chunk::FLAG_DONE,
+                    8 + parts.iter().map(Slice::len).sum::<usize>(),
+                );
                 batch.push_head(&offset.to_be_bytes());
             } else {
                 simple(batch, 0);
             }
             parts.into_iter().for_each(|part| batch.push_part(part));
         }
-        Body::Status(extents) => {
-            chunk_head(batch, chunk::BLOCK_STATUS, 4 + 8 * extents.len());
-            batch.push_head(&ALLOCATION.to_be_bytes());
-            for (len, state) in extents {
-                batch.push_head(&len.to_be_bytes());
-                batch.push_head(&state.to_be_bytes());
+        Body::Status(contexts) => {
+            let last = contexts.len();
+            for (at, (id, extents)) in contexts.into_iter().enumerate() {
+                let done = at + 1 == last;
+                chunk_head(batch, chunk::BLOCK_STATUS, if done { chunk::FLAG_DONE } else { 0 }, 4 + 8 * extents.len());
+                batch.push_head(&id.to_be_bytes());
+                for (len, state) in extents {
+                    batch.push_head(&len.to_be_bytes());
+                    batch.push_head(&state.to_be_bytes());
+                }
             }
         }
         Body::Error(errno, words) if structured => {
             let words = &words.as_bytes()[..words.floor_char_boundary(STRING_MAX)];
-            chunk_head(batch, chunk::ERROR, 6 + words.len());
+            chunk_head(batch, chunk::ERROR, chunk::FLAG_DONE, 6 + words.len());
             batch.push_head(&errno.to_be_bytes());
             batch.push_head(&(words.len() as u16).to_be_bytes());
             batch.push_head(words);

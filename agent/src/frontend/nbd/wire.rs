@@ -155,6 +155,8 @@ pub mod chunk {
     pub const STATE_HOLE: u32 = 1;
     /// `base:allocation`: reads as zeroes.
     pub const STATE_ZERO: u32 = 2;
+    /// `qemu:dirty-bitmap:`: changed.
+    pub const STATE_DIRTY: u32 = 1;
 }
 
 /// Errors of the transmission phase: the protocol's own numbers (they are Linux's).

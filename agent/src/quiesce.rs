@@ -1,0 +1,233 @@
+//! Guests made quiet for a moment, through the QEMU guest agent: freeze the file systems, take an instant, thaw.
+//!
+//! Between freeze and thaw there is nothing but one look at the clock; the marker is written afterwards, under the instant that was taken. Invariants:
+//! * Once a freeze was sent, a thaw is sent, whatever comes: an error, a guest that does not answer, a caller who has gone.
+//! * It is sent at the latest when the bound on the frozen time has passed.
+//! * The instant counts only if each guest said that it froze something before, and that it thawed something after it: file systems that somebody else
+//!   thawed in between were not frozen at the instant.
+
+use std::future::Future;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use cdp_journal::{Error, Result};
+use cdp_proto::v1::EventKind;
+use futures::future::join_all;
+use serde_json::Value;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::UnixStream;
+use tokio::time::{Instant, sleep, timeout, timeout_at};
+
+use crate::events::EventHub;
+
+/// What is sent before, and comes back before the answer of, a synchronisation: no JSON has this byte.
+const DELIMITER: u8 = 0xFF;
+/// Longest answer that is read; more comes from something that is no guest agent.
+const ANSWER_BYTES_MAX: usize = 64 << 10;
+/// Longest wait for a connection and its synchronisation, when nothing is frozen yet.
+const GREET_PATIENCE: Duration = Duration::from_secs(3);
+/// Longest wait for the answer to a thaw, before it is sent anew.
+const THAW_PATIENCE: Duration = Duration::from_secs(2);
+/// How often a thaw is tried before the caller is told that it failed; it is tried on behind that.
+const THAW_TRIES: u32 = 3;
+const THAW_TRIES_BEHIND: u32 = 600;
+const THAW_PAUSE: Duration = Duration::from_secs(1);
+
+/// A connection to a guest agent.
+struct Guest {
+    path: PathBuf,
+    stream: UnixStream,
+    /// Received and not looked at.
+    received: Vec<u8>,
+}
+
+impl Guest {
+    /// Connects, and throws away whatever a client before left behind.
+    async fn greet(path: &Path) -> io::Result<Self> {
+        let stream = UnixStream::connect(path).await?;
+        let mut guest = Self { path: path.to_owned(), stream, received: Vec::new() };
+        guest.synchronise().await?;
+        Ok(guest)
+    }
+
+    async fn synchronise(&mut self) -> io::Result<()> {
+        let id = u64::from(rand::random::<u32>());
+        self.stream.write_all(&[DELIMITER]).await?;
+        self.send(&format!(r#"{{"execute":"guest-sync-delimited","arguments":{{"id":{id}}}}}"#)).await?;
+        let mut skipped = 0;
+        loop {
+            let line = self.line().await?;
+            skipped += line.len();
+            // Only what follows the delimiter is the answer; all else is old.
+            let answer = line.iter().rposition(|byte| *byte == DELIMITER).map(|at| &line[at + 1..]);
+            let found = answer.and_then(|answer| serde_json::from_slice::<Value>(answer).ok());
+            if found.is_some_and(|answer| answer["return"] == id) {
+                return Ok(());
+            }
+            if skipped > 16 * ANSWER_BYTES_MAX {
+                return Err(broken("it sends answers to questions that nobody asked"));
+            }
+        }
+    }
+
+    async fn send(&mut self, command: &str) -> io::Result<()> {
+        self.stream.write_all(command.as_bytes()).await?;
+        self.stream.write_all(b"\n").await
+    }
+
+    /// The next line, without its end.
+    async fn line(&mut self) -> io::Result<Vec<u8>> {
+        loop {
+            if let Some(end) = self.received.iter().position(|byte| *byte == b'\n') {
+                let mut line: Vec<u8> = self.received.drain(..=end).collect();
+                line.pop();
+                return Ok(line);
+            }
+            if self.received.len() > ANSWER_BYTES_MAX {
+                return Err(broken("its answer has no end"));
+            }
+            let mut buf = [0; 4096];
+            match self.stream.read(&mut buf).await? {
+                0 => return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "it hung up")),
+                n => self.received.extend_from_slice(&buf[..n]),
+            }
+        }
+    }
+
+    /// Sends a command that answers how many file systems it concerned.
+    async fn count(&mut self, command: &str) -> io::Result<u64> {
+        self.send(&format!(r#"{{"execute":"{command}"}}"#)).await?;
+        let line = self.line().await?;
+        let answer: Value = serde_json::from_slice(&line).map_err(|_| broken("its answer is no JSON"))?;
+        if let Some(error) = answer.get("error") {
+            let words = error["desc"].as_str().unwrap_or("an error without words");
+            return Err(io::Error::other(words.chars().take(200).collect::<String>()));
+        }
+        answer["return"].as_u64().ok_or_else(|| broken("its answer is no number"))
+    }
+}
+
+fn broken(words: &str) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, words)
+}
+
+fn failed(path: &Path, what: &str, why: impl std::fmt::Display) -> Error {
+    Error::State(format!("guest agent {}: {what}: {why}", path.display()))
+}
+
+/// Runs `inside` while all guests are frozen; answers what it gave and how long the guests were frozen.
+///
+/// # Errors
+/// When a guest cannot be reached, frozen or thawed, or when `inside` took longer than `bound`. Then nothing may be said of the guests' state at any
+/// instant in between.
+pub async fn while_frozen<T>(
+    paths: &[PathBuf],
+    bound: Duration,
+    events: &Arc<EventHub>,
+    inside: impl Future<Output = Result<T>>,
+) -> Result<(T, Duration)> {
+    let greeted = join_all(paths.iter().map(|path| async move {
+        match timeout(GREET_PATIENCE, Guest::greet(path)).await {
+            Ok(Ok(guest)) => Ok(guest),
+            Ok(Err(error)) => Err(failed(path, "synchronise", error)),
+            Err(_) => Err(failed(path, "synchronise", format!("no answer within {GREET_PATIENCE:?}"))),
+        }
+    }));
+    let guests: Vec<Guest> = greeted.await.into_iter().collect::<Result<_>>()?;
+    // From here on a thaw follows.
+    let began = Instant::now();
+    let deadline = began + bound;
+    let frozen = join_all(guests.into_iter().map(|guest| freeze(guest, deadline))).await;
+    let refused = frozen.iter().find_map(|(_, result)| result.as_ref().err().cloned());
+    let inside = match refused {
+        Some(error) => Err(error),
+        None => match timeout_at(deadline, inside).await {
+            Ok(result) => result,
+            Err(_) => Err(Error::State(format!("the guests were frozen for {bound:?}, and no instant was taken yet"))),
+        },
+    };
+    let thawed = join_all(frozen.into_iter().map(|(guest, result)| thaw(guest, result.is_ok(), events))).await;
+    let spent = began.elapsed();
+    let inside = inside?;
+    thawed.into_iter().collect::<Result<Vec<()>>>()?;
+    Ok((inside, spent))
+}
+
+/// Answers the guest in any case, since it has to be thawed.
+async fn freeze(mut guest: Guest, deadline: Instant) -> (Guest, Result<()>) {
+    let result = match timeout_at(deadline, guest.count("guest-fsfreeze-freeze")).await {
+        Ok(Ok(0)) => Err(failed(&guest.path, "freeze", "it froze no file system")),
+        Ok(Ok(_)) => Ok(()),
+        Ok(Err(error)) => Err(failed(&guest.path, "freeze", error)),
+        Err(_) => Err(failed(&guest.path, "freeze", "no answer within the bound on the frozen time")),
+    };
+    (guest, result)
+}
+
+/// Thaws a guest. `clean`: its connection has no answer outstanding, so the very next one is that of the thaw.
+async fn thaw(mut guest: Guest, clean: bool, events: &Arc<EventHub>) -> Result<()> {
+    let path = guest.path.clone();
+    let mut why = if clean {
+        match timeout(THAW_PATIENCE, guest.count("guest-fsfreeze-thaw")).await {
+            Ok(Ok(0)) => return Err(failed(&path, "thaw", "its file systems were not frozen any more")),
+            Ok(Ok(_)) => return Ok(()),
+            Ok(Err(error)) => error.to_string(),
+            Err(_) => format!("no answer within {THAW_PATIENCE:?}"),
+        }
+    } else {
+        // An answer may still come; the thaw goes out now and is asked for again behind a synchronisation.
+        let _ = timeout(THAW_PATIENCE, guest.send(r#"{"execute":"guest-fsfreeze-thaw"}"#)).await;
+        match thaw_again(Some(guest), &path).await {
+            Ok(()) => return Ok(()),
+            Err(error) => error.to_string(),
+        }
+    };
+    for _ in 0..THAW_TRIES {
+        match thaw_again(None, &path).await {
+            // It is thawed now; what it was at the instant nobody knows.
+            Ok(()) if clean => return Err(failed(&path, "thaw", format!("{why}; it was thawed at another try"))),
+            Ok(()) => return Ok(()),
+            Err(error) => why = error.to_string(),
+        }
+        sleep(THAW_PAUSE).await;
+    }
+    let message = format!("guest agent {}: thaw: {why}; it is tried again every second", path.display());
+    events.publish_now(EventKind::ThawFailed, None, None, message);
+    let (events, behind) = (Arc::clone(events), path.clone());
+    tokio::spawn(async move {
+        for _ in 0..THAW_TRIES_BEHIND {
+            sleep(THAW_PAUSE).await;
+            if thaw_again(None, &behind).await.is_ok() {
+                let message = format!("guest agent {}: thawed at last", behind.display());
+                events.publish_now(EventKind::ThawFailed, None, None, message);
+                return;
+            }
+        }
+        let message = format!("guest agent {}: given up: its file systems may be frozen", behind.display());
+        events.publish_now(EventKind::ThawFailed, None, None, message);
+    });
+    Err(failed(&path, "thaw", format!("{why}; THE GUEST MAY BE FROZEN, thawing is tried on for ten minutes")))
+}
+
+/// A thaw on a connection that may hold old answers, or on a new one. That nothing was frozen any more is as good.
+async fn thaw_again(guest: Option<Guest>, path: &Path) -> io::Result<()> {
+    let work = async {
+        let mut guest = match guest {
+            Some(mut guest) => {
+                guest.synchronise().await?;
+                guest
+            }
+            None => Guest::greet(path).await?,
+        };
+        guest.count("guest-fsfreeze-thaw").await.map(drop)
+    };
+    match timeout(THAW_PATIENCE, work).await {
+        Ok(result) => result,
+        Err(_) => Err(io::Error::new(io::ErrorKind::TimedOut, format!("no answer within {THAW_PATIENCE:?}"))),
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,216 @@
+//! A guest agent of our own that misbehaves on request, and what the quiescing makes of it.
+
+use std::sync::Mutex;
+
+use tokio::io::AsyncBufReadExt as _;
+use tokio::net::UnixListener;
+
+use super::*;
+
+/// How the guest agent answers.
+#[derive(Clone, Copy, Debug, Default)]
+struct Habits {
+    /// Old answers come before the first synchronisation's.
+    stale: bool,
+    /// No answer to synchronisations.
+    mute: bool,
+    /// An answer that is no JSON.
+    garbage: bool,
+    /// The answer to a freeze never comes, although it froze.
+    freeze_silent: bool,
+    /// The freeze is refused.
+    freeze_refused: bool,
+    /// Nothing to freeze.
+    freeze_none: bool,
+    /// It hangs up after the freeze.
+    freeze_hangup: bool,
+    /// Somebody else thaws right after the freeze.
+    thawed_by_another: bool,
+    /// That many thaws are answered with an error first.
+    thaw_errors: u32,
+    /// A line without an end.
+    endless: bool,
+}
+
+#[derive(Debug, Default)]
+struct Seen {
+    frozen: bool,
+    frozen_at: Option<Instant>,
+    frozen_for: Duration,
+    freezes: u32,
+    thaws: u32,
+}
+
+struct Fake {
+    path: PathBuf,
+    seen: Arc<Mutex<Seen>>,
+    _dir: tempfile::TempDir,
+}
+
+impl Fake {
+    fn start(habits: Habits) -> Self {
+        let dir = tempfile::tempdir().expect("a folder");
+        let path = dir.path().join("qga.sock");
+        let listener = UnixListener::bind(&path).expect("listens");
+        let seen = Arc::new(Mutex::new(Seen::default()));
+        let guest = Arc::clone(&seen);
+        tokio::spawn(async move {
+            // As a character device of QEMU: one client at a time.
+            while let Ok((stream, _)) = listener.accept().await {
+                let _ = serve(stream, habits, &guest).await;
+            }
+        });
+        Self { path, seen, _dir: dir }
+    }
+
+    async fn ask(&self, bound: Duration) -> Result<(bool, Duration)> {
+        let seen = Arc::clone(&self.seen);
+        let inside = async move { Ok(seen.lock().expect("whole").frozen) };
+        while_frozen(std::slice::from_ref(&self.path), bound, &Arc::default(), inside).await
+    }
+
+    fn assert_thawed(&self, bound: Duration) {
+        let seen = self.seen.lock().expect("whole");
+        assert!(!seen.frozen && seen.thaws >= 1, "{seen:?}");
+        assert!(seen.frozen_for <= bound, "{seen:?}, allowed {bound:?}");
+    }
+}
+
+async fn serve(stream: UnixStream, habits: Habits, seen: &Mutex<Seen>) -> io::Result<()> {
+    let (read, mut write) = stream.into_split();
+    let mut lines = tokio::io::BufReader::new(read);
+    let mut first = true;
+    loop {
+        let mut line = Vec::new();
+        if lines.read_until(b'\n', &mut line).await? == 0 {
+            return Ok(());
+        }
+        let line: Vec<u8> = line.into_iter().filter(|byte| *byte != DELIMITER).collect();
+        let Ok(question) = serde_json::from_slice::<Value>(&line) else { continue };
+        let answer = match question["execute"].as_str().unwrap_or_default() {
+            "guest-sync-delimited" => {
+                if habits.mute {
+                    continue;
+                }
+                if habits.endless {
+                    write.write_all(&vec![b'x'; 300 << 10]).await?;
+                    continue;
+                }
+                if std::mem::take(&mut first) && habits.stale {
+                    write.write_all(b"{\"return\": 7}\n{\"error\": {\"desc\": \"old\"}}\nhalf").await?;
+                }
+                write.write_all(&[DELIMITER]).await?;
+                format!("{{\"return\": {}}}", question["arguments"]["id"])
+            }
+            "guest-fsfreeze-freeze" => {
+                {
+                    let mut seen = seen.lock().expect("whole");
+                    seen.freezes += 1;
+                    seen.frozen = !habits.freeze_refused && !habits.freeze_none;
+                    seen.frozen_at = seen.frozen.then(Instant::now);
+                }
+                match habits {
+                    Habits { freeze_silent: true, .. } => continue,
+                    Habits { freeze_hangup: true, .. } => return Ok(()),
+                    Habits { freeze_refused: true, .. } => {
+                        r#"{"error": {"class": "GenericError", "desc": "no hooks for you"}}"#.to_owned()
+                    }
+                    Habits { freeze_none: true, .. } => r#"{"return": 0}"#.to_owned(),
+                    Habits { garbage: true, .. } => "frozen, I think".to_owned(),
+                    _ => {
+                        if habits.thawed_by_another {
+                            let mut seen = seen.lock().expect("whole");
+                            seen.frozen = false;
+                        }
+                        r#"{"return": 2}"#.to_owned()
+                    }
+                }
+            }
+            "guest-fsfreeze-thaw" => {
+                let mut seen = seen.lock().expect("whole");
+                seen.thaws += 1;
+                if seen.thaws <= habits.thaw_errors {
+                    r#"{"error": {"desc": "not now"}}"#.to_owned()
+                } else {
+                    let was = std::mem::replace(&mut seen.frozen, false);
+                    seen.frozen_for = seen.frozen_at.map_or(Duration::ZERO, |at| at.elapsed());
+                    format!("{{\"return\": {}}}", if was { 2 } else { 0 })
+                }
+            }
+            _ => r#"{"error": {"desc": "unknown"}}"#.to_owned(),
+        };
+        write.write_all(answer.as_bytes()).await?;
+        write.write_all(b"\n").await?;
+    }
+}
+
+const BOUND: Duration = Duration::from_millis(300);
+
+#[tokio::test]
+async fn a_guest_is_frozen_inside_and_thawed_after() {
+    for habits in [Habits::default(), Habits { stale: true, ..Habits::default() }] {
+        let fake = Fake::start(habits);
+        let (frozen, spent) = fake.ask(Duration::from_secs(5)).await.expect("quiesces");
+        assert!(frozen && spent < Duration::from_secs(5));
+        fake.assert_thawed(Duration::from_secs(5));
+    }
+}
+
+/// Goal: whatever the guest agent does after a freeze was sent, a thaw reaches it.
+/// Method: each misbehaviour, and what the guest has seen when the call has ended.
+#[tokio::test]
+async fn a_guest_is_thawed_whatever_it_does() {
+    let table = [
+        (Habits { freeze_silent: true, ..Habits::default() }, "no answer within the bound"),
+        (Habits { freeze_refused: true, ..Habits::default() }, "no hooks for you"),
+        (Habits { freeze_none: true, ..Habits::default() }, "froze no file system"),
+        (Habits { freeze_hangup: true, ..Habits::default() }, "hung up"),
+        (Habits { garbage: true, ..Habits::default() }, "no JSON"),
+        (Habits { thawed_by_another: true, ..Habits::default() }, "were not frozen any more"),
+        (Habits { thaw_errors: 1, ..Habits::default() }, "not now; it was thawed at another try"),
+    ];
+    for (habits, words) in table {
+        let fake = Fake::start(habits);
+        let error = fake.ask(BOUND).await.expect_err("not quiet").to_string();
+        assert!(error.contains(words), "{habits:?}: {error}");
+        // The bound, and one pause between two tries.
+        fake.assert_thawed(BOUND + THAW_PATIENCE + THAW_PAUSE);
+    }
+}
+
+#[tokio::test]
+async fn a_guest_that_never_answers_was_never_frozen() {
+    for habits in [Habits { mute: true, ..Habits::default() }, Habits { endless: true, ..Habits::default() }] {
+        let fake = Fake::start(habits);
+        let error = fake.ask(BOUND).await.expect_err("no agent").to_string();
+        assert!(error.contains("synchronise"), "{error}");
+        assert_eq!(fake.seen.lock().expect("whole").freezes, 0);
+    }
+    let nowhere = [PathBuf::from("/nonexistent/qga.sock")];
+    let error = while_frozen(&nowhere, BOUND, &Arc::default(), async { Ok(()) }).await.expect_err("no socket");
+    assert!(error.to_string().contains("/nonexistent/qga.sock"), "{error}");
+}
+
+#[tokio::test]
+async fn what_takes_too_long_inside_is_cut_and_the_guest_thawed() {
+    let fake = Fake::start(Habits::default());
+    let inside = async {
+        sleep(Duration::from_secs(60)).await;
+        Ok(())
+    };
+    let paths = std::slice::from_ref(&fake.path);
+    let error = while_frozen(paths, BOUND, &Arc::default(), inside).await.expect_err("too long").to_string();
+    assert!(error.contains("no instant was taken"), "{error}");
+    fake.assert_thawed(BOUND + THAW_PATIENCE);
+}
+
+#[tokio::test]
+async fn one_guest_that_fails_thaws_all_of_them() {
+    let (good, bad) =
+        (Fake::start(Habits::default()), Fake::start(Habits { freeze_refused: true, ..Habits::default() }));
+    let paths = [good.path.clone(), bad.path.clone()];
+    let error = while_frozen(&paths, BOUND, &Arc::default(), async { Ok(()) }).await.expect_err("one is refused");
+    assert!(error.to_string().contains("no hooks"), "{error}");
+    good.assert_thawed(BOUND + THAW_PATIENCE);
+    assert!(bad.seen.lock().expect("whole").thaws >= 1);
+}

@@ -1,0 +1,495 @@
+//! `bisect`: which write broke it? A binary search over the changes between two instants, with the user's command as the judge.
+//!
+//! The search is over numbers: state `n` is the volume at the good instant with the first `n` changes behind it, so state 0 is good and state `total`
+//! is bad. What is known is kept in a file, which is replaced after each run, so a search that was interrupted goes on.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::Write as _;
+use std::os::unix::process::ExitStatusExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitStatus, Stdio};
+
+use cdp_proto::v1;
+use serde_json::{Value, json};
+
+use super::{missing, when};
+use crate::{
+    args::Bisect,
+    connect::Agent,
+    exit::Exit,
+    failure::Failure,
+    output::{self, Answer, count, instant},
+};
+
+const VERSION: u64 = 1;
+/// Exit codes of the command from here on say that it could not judge.
+const CANNOT_TELL: i32 = 125;
+
+/// What is known, as it stands in the file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Search {
+    volume_uuid: String,
+    /// As they were asked for: a search goes on only for the same question.
+    asked: Value,
+    /// The good instant, and the bad one.
+    from: u64,
+    to: u64,
+    /// Changes between them.
+    total: u64,
+    /// The newest state known to be good; `None`: state 0 was not run yet.
+    good: Option<u64>,
+    /// The oldest state known to be bad; `None`: state `total` was not run yet.
+    bad: Option<u64>,
+    runs: u64,
+    /// The view that keeps the history from ageing out while the search goes on, if the search opened it.
+    anchor: String,
+    /// The view of the run that goes on, if the search opened it: after a crash it is still ours to close.
+    opened: String,
+}
+
+impl Search {
+    /// The state to judge next; `None`: the search is over.
+    fn next(&self) -> Option<u64> {
+        match (self.good, self.bad) {
+            (None, _) => Some(0),
+            (_, None) => Some(self.total),
+            (Some(good), Some(bad)) if bad - good > 1 => Some(good + (bad - good) / 2),
+            _ => None,
+        }
+    }
+
+    fn json(&self) -> Value {
+        json!({
+            "version": VERSION,
+            "volume_uuid": self.volume_uuid,
+            "asked": self.asked,
+            "from": self.from,
+            "to": self.to,
+            "total": self.total,
+            "good": self.good,
+            "bad": self.bad,
+            "runs": self.runs,
+            "anchor": self.anchor,
+            "opened": self.opened,
+        })
+    }
+
+    fn parse(text: &str) -> Option<Self> {
+        let value: Value = serde_json::from_str(text).ok()?;
+        let number = |key: &str| value[key].as_u64();
+        let search = Self {
+            volume_uuid: value["volume_uuid"].as_str()?.to_owned(),
+            asked: value["asked"].clone(),
+            from: number("from")?,
+            to: number("to")?,
+            total: number("total")?,
+            good: number("good"),
+            bad: number("bad"),
+            runs: number("runs")?,
+            anchor: value["anchor"].as_str()?.to_owned(),
+            opened: value["opened"].as_str()?.to_owned(),
+        };
+        let sound = search.good.is_none_or(|good| good <= search.total)
+            && search.bad.is_none_or(|bad| bad <= search.total && search.good.is_some_and(|good| good < bad));
+        (number("version") == Some(VERSION) && sound).then_some(search)
+    }
+}
+
+pub async fn bisect(agent: &Agent, args: Bisect) -> Result<Answer, Failure> {
+    let info = super::info::fetch(agent, &args.volume, false).await?;
+    let volume = info.volume.ok_or_else(|| missing("bisect"))?;
+    let state = args.state.clone().map_or_else(|| state_path(&volume.volume_uuid), Ok)?;
+    let log = Log(args.log.clone().unwrap_or_else(|| state.with_extension("log")));
+    let asked = json!({ "from": args.from.to_string(), "to": args.to.to_string(), "command": args.command });
+    let mut search = match load(&state, &volume.volume_uuid, &asked, args.restart)? {
+        Some(search) => {
+            log.line(&format!("goes on after {}", count(search.runs, "run")))?;
+            search
+        }
+        None => {
+            let search = begin(agent, &args, &volume, asked).await?;
+            save(&state, &search)?;
+            let line = format!(
+                "{} between {} (good) and {} (bad) of {}; the command is {:?}",
+                count(search.total, "change"),
+                search.from,
+                search.to,
+                volume.volume_name,
+                args.command
+            );
+            log.line(&line)?;
+            search
+        }
+    };
+    while let Some(number) = search.next() {
+        let good = judge(agent, &args, &mut search, number, &state, &log).await?;
+        search.runs += 1;
+        match (good, number) {
+            (true, number) if number == search.total && search.bad.is_none() && number > 0 => {
+                finish(agent, &state, &search).await;
+                return Err(Failure::Usage(format!(
+                    "--to {}: the command finds the volume good there too, so there is nothing to look for",
+                    args.to
+                )));
+            }
+            (false, 0) => {
+                finish(agent, &state, &search).await;
+                return Err(Failure::Usage(format!(
+                    "--from {}: the command finds the volume bad there already",
+                    args.from
+                )));
+            }
+            (true, number) => search.good = Some(number),
+            (false, number) => search.bad = Some(number),
+        }
+        save(&state, &search)?;
+    }
+    let answer = conclude(agent, &search, &volume.volume_name, &log).await?;
+    finish(agent, &state, &search).await;
+    Ok(answer)
+}
+
+async fn begin(agent: &Agent, args: &Bisect, volume: &v1::VolumeEntry, asked: Value) -> Result<Search, Failure> {
+    let from = when::resolve(agent, &args.volume, &args.from).await?;
+    let to = when::resolve(agent, &args.volume, &args.to).await?;
+    if from >= to {
+        return Err(Failure::Usage(format!("--from {}: must lie before --to {}", args.from, args.to)));
+    }
+    let total = changes(agent, &volume.volume_uuid, from, to, 0, 0).await?.total;
+    if total == 0 {
+        return Err(Failure::Usage(format!("nothing was written between {from} and {to}")));
+    }
+    let known = open_views(agent, &volume.volume_uuid).await?;
+    let anchor = open(agent, &volume.volume_uuid, from).await?;
+    let ours = !known.iter().any(|view| view.id == anchor.id);
+    Ok(Search {
+        volume_uuid: volume.volume_uuid.clone(),
+        asked,
+        from,
+        to,
+        total,
+        good: None,
+        bad: None,
+        runs: 0,
+        anchor: if ours { anchor.id } else { String::new() },
+        opened: String::new(),
+    })
+}
+
+/// Runs the command on a state; answers whether it found it good.
+async fn judge(
+    agent: &Agent,
+    args: &Bisect,
+    search: &mut Search,
+    number: u64,
+    state: &Path,
+    log: &Log,
+) -> Result<bool, Failure> {
+    let time = time_of(agent, search, number).await?;
+    let known = open_views(agent, &search.volume_uuid).await?;
+    let view = open(agent, &search.volume_uuid, time).await?;
+    if !known.iter().any(|known| known.id == view.id) {
+        search.opened.clone_from(&view.id);
+        save(state, search)?;
+    }
+    let run = search.runs + 1;
+    log.line(&format!("run {run}: state {number} of {}, at {time} ({})", search.total, instant(time)))?;
+    let ended = run_command(&args.command, search, number, &view, log);
+    if view.id == search.opened && view.id != search.anchor {
+        close(agent, &view.id).await;
+    }
+    let (verdict, status) = match ended {
+        Ok(status) => (verdict(status), status.to_string()),
+        Err(source) => return Err(Failure::io(format!("run {:?}", args.command), source)),
+    };
+    let words = match verdict {
+        Some(true) => "good",
+        Some(false) => "bad",
+        None => "cannot tell",
+    };
+    log.line(&format!("run {run}: {status}: {words}"))?;
+    eprintln!("cdpctl: run {run}: {} is {words} ({} left to search)", instant(time), left(search, number, verdict));
+    verdict.ok_or_else(|| {
+        Failure::Usage(format!(
+            "{:?} could not judge the state at {time} ({status}; {CANNOT_TELL} and above, and signals, say so); \
+             the same command line goes on from here; its output is in {}",
+            args.command,
+            log.0.display()
+        ))
+    })
+}
+
+/// Changes left between good and bad after a verdict.
+fn left(search: &Search, number: u64, verdict: Option<bool>) -> u64 {
+    let good = if verdict == Some(true) { number } else { search.good.unwrap_or(0) };
+    let bad = if verdict == Some(false) { number } else { search.bad.unwrap_or(search.total) };
+    bad.saturating_sub(good)
+}
+
+fn verdict(status: ExitStatus) -> Option<bool> {
+    match status.code() {
+        Some(0) => Some(true),
+        Some(code) if code < CANNOT_TELL => Some(false),
+        _ => None,
+    }
+}
+
+fn run_command(
+    command: &[String],
+    search: &Search,
+    number: u64,
+    view: &v1::ViewInfo,
+    log: &Log,
+) -> std::io::Result<ExitStatus> {
+    let (program, arguments) = command.split_first().ok_or_else(|| std::io::Error::other("no command"))?;
+    let output = log.open()?;
+    let mut child = Command::new(program);
+    child
+        .args(arguments)
+        .env("CDP_VIEW_NBD_URI", &view.nbd_uri)
+        .env("CDP_VIEW_ID", &view.id)
+        .env("CDP_VIEW_TIME", view.time.to_string())
+        .env("CDP_VIEW_VOLUME", &view.volume_name)
+        .env("CDP_BISECT_STATE", number.to_string())
+        .env("CDP_BISECT_TOTAL", search.total.to_string())
+        .stdin(Stdio::null())
+        .stdout(output.try_clone()?)
+        .stderr(output);
+    match child.status() {
+        // Not there, or no program: nothing was judged.
+        Err(error) => Err(error),
+        Ok(status) if status.signal().is_some() => Ok(status),
+        ended => ended,
+    }
+}
+
+/// The instant that shows a state.
+async fn time_of(agent: &Agent, search: &Search, number: u64) -> Result<u64, Failure> {
+    match number {
+        0 => Ok(search.from),
+        number if number == search.total => Ok(search.to),
+        number => Ok(change(agent, search, number).await?.time),
+    }
+}
+
+/// Change `number`, counted from 1.
+async fn change(agent: &Agent, search: &Search, number: u64) -> Result<v1::Change, Failure> {
+    let list = changes(agent, &search.volume_uuid, search.from, search.to, number - 1, 1).await?;
+    if list.total != search.total {
+        let words = format!("the history has {} changes now and had {}; use --restart", list.total, search.total);
+        return Err(Failure::call("bisect", tonic::Status::failed_precondition(words)));
+    }
+    list.changes.into_iter().next().ok_or_else(|| missing("bisect"))
+}
+
+async fn conclude(agent: &Agent, search: &Search, name: &str, log: &Log) -> Result<Answer, Failure> {
+    let (Some(good), Some(bad)) = (search.good, search.bad) else { return Err(missing("bisect")) };
+    let first_bad = change(agent, search, bad).await?;
+    let last_good = first_bad.time - 1;
+    let good_change = time_of(agent, search, good).await?;
+    let what = match first_bad.kind() {
+        v1::ChangeKind::Revert => "a revert".to_owned(),
+        v1::ChangeKind::Zero => {
+            format!("zeroes over {} bytes at byte {}", first_bad.length, first_bad.offset)
+        }
+        _ => format!("a write of {} bytes at byte {}", first_bad.length, first_bad.offset),
+    };
+    log.line(&format!("found after {}: {what}, at {}", count(search.runs, "run"), first_bad.time))?;
+    let json = json!({
+        "volume_uuid": search.volume_uuid,
+        "last_good": last_good,
+        "last_good_change": good_change,
+        "first_bad": first_bad.time,
+        "kind": first_bad.kind().word(),
+        "offset": first_bad.offset,
+        "length": first_bad.length,
+        "number": bad,
+        "changes": search.total,
+        "runs": search.runs,
+        "log": log.0.display().to_string(),
+    });
+    let text = output::fields(&[
+        ("Broken by", format!("{what}, change {bad} of {}", search.total)),
+        ("First bad", format!("{} ({})", instant(first_bad.time), first_bad.time)),
+        ("Last good", format!("{} ({last_good})", instant(last_good))),
+        ("Runs", search.runs.to_string()),
+        ("Log", log.0.display().to_string()),
+        ("Look with", format!("cdpctl view open {name} --at {last_good}")),
+        ("Go back with", format!("cdpctl revert {name} --at {last_good}")),
+    ]);
+    Ok(Answer::done(json, text))
+}
+
+/// The search is over: its view and its file go.
+async fn finish(agent: &Agent, state: &Path, search: &Search) {
+    if !search.anchor.is_empty() {
+        close(agent, &search.anchor).await;
+    }
+    if let Err(error) = fs::remove_file(state) {
+        eprintln!("cdpctl: remove {}: {error}", state.display());
+    }
+}
+
+pub async fn changes(
+    agent: &Agent,
+    volume: &str,
+    from: u64,
+    to: u64,
+    skip: u64,
+    limit: u32,
+) -> Result<v1::ChangesResponse, Failure> {
+    let question = v1::ChangesRequest { volume: volume.to_owned(), from, to, skip, limit };
+    agent.call("changes", question, |mut client, question| async move { client.changes(question).await }).await
+}
+
+async fn open(agent: &Agent, volume: &str, time: u64) -> Result<v1::ViewInfo, Failure> {
+    let question = v1::ViewRequest { volume: volume.to_owned(), timestamp: time, ..Default::default() };
+    let what = format!("view of {volume} at {time}");
+    let answer =
+        agent.call(what.clone(), question, |mut client, question| async move { client.view(question).await }).await?;
+    answer.view.ok_or_else(|| missing(&what))
+}
+
+async fn open_views(agent: &Agent, volume: &str) -> Result<Vec<v1::ViewInfo>, Failure> {
+    let question = v1::ListViewsRequest { volume: volume.to_owned() };
+    let answer = agent
+        .call("view list", question, |mut client, question| async move { client.list_views(question).await })
+        .await?;
+    Ok(answer.views)
+}
+
+/// Closes a view; that it cannot be closed is said, and ends nothing.
+async fn close(agent: &Agent, id: &str) {
+    let question = v1::CloseViewRequest { id: id.to_owned() };
+    let closed =
+        agent.call("view close", question, |mut client, question| async move { client.close_view(question).await });
+    match closed.await {
+        Err(failure) if failure.exit() != Exit::NotFound => eprintln!("cdpctl: {failure}"),
+        _ => {}
+    }
+}
+
+/// Where the search of a volume is remembered, unless --state says otherwise.
+fn state_path(volume: &str) -> Result<PathBuf, Failure> {
+    let set = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let base = set("XDG_STATE_HOME").or_else(|| set("HOME").map(|home| home.join(".local/state")));
+    let folder = base
+        .ok_or_else(|| Failure::Usage("--state: neither XDG_STATE_HOME nor HOME is set: give a file".into()))?
+        .join("cdpctl");
+    fs::create_dir_all(&folder).map_err(|source| Failure::io(format!("create {}", folder.display()), source))?;
+    Ok(folder.join(format!("bisect-{volume}.json")))
+}
+
+fn load(path: &Path, volume: &str, asked: &Value, restart: bool) -> Result<Option<Search>, Failure> {
+    let text = match fs::read_to_string(path) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(source) => return Err(Failure::io(format!("read {}", path.display()), source)),
+        Ok(_) if restart => return Ok(None),
+        Ok(text) => text,
+    };
+    match Search::parse(&text) {
+        Some(search) if search.volume_uuid == volume && search.asked == *asked => Ok(Some(search)),
+        Some(search) => Err(Failure::Usage(format!(
+            "{} has a search that was asked with {}: repeat that, or begin anew with --restart",
+            path.display(),
+            search.asked
+        ))),
+        None => {
+            Err(Failure::Usage(format!("{} is no search: remove it, or begin anew with --restart", path.display())))
+        }
+    }
+}
+
+fn save(path: &Path, search: &Search) -> Result<(), Failure> {
+    let beside = path.with_extension("tmp");
+    let write = || {
+        let mut file = File::create(&beside)?;
+        file.write_all(format!("{:#}\n", search.json()).as_bytes())?;
+        file.sync_all()?;
+        fs::rename(&beside, path)
+    };
+    write().map_err(|source| Failure::io(format!("write {}", path.display()), source))
+}
+
+/// What happened, and what the command printed.
+struct Log(PathBuf);
+
+impl Log {
+    fn open(&self) -> std::io::Result<File> {
+        OpenOptions::new().create(true).append(true).open(&self.0)
+    }
+
+    fn line(&self, text: &str) -> Result<(), Failure> {
+        let write = || self.open()?.write_all(format!("bisect: {text}\n").as_bytes());
+        write().map_err(|source| Failure::io(format!("write {}", self.0.display()), source))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn search(total: u64) -> Search {
+        Search {
+            volume_uuid: "v".into(),
+            asked: json!({ "from": "1" }),
+            from: 1,
+            to: 9,
+            total,
+            good: None,
+            bad: None,
+            runs: 0,
+            anchor: String::new(),
+            opened: String::new(),
+        }
+    }
+
+    /// Goal: whatever change broke it, it is found, in at most log2 + 2 runs.
+    #[test]
+    fn every_change_is_found_within_the_bound() {
+        for total in [1, 2, 3, 7, 8, 9, 100, 1_000_000] {
+            let bound = u64::from((total as f64).log2().ceil() as u32) + 2;
+            for broken in [1, 2, total / 2 + 1, total - 1, total].into_iter().filter(|n| (1..=total).contains(n)) {
+                let mut search = search(total);
+                while let Some(number) = search.next() {
+                    search.runs += 1;
+                    if number < broken {
+                        search.good = Some(number)
+                    } else {
+                        search.bad = Some(number)
+                    }
+                    assert_eq!(
+                        Search::parse(&search.json().to_string()).as_ref(),
+                        Some(&search),
+                        "it goes on from a file"
+                    );
+                }
+                assert_eq!((search.good, search.bad), (Some(broken - 1), Some(broken)), "{broken} of {total}");
+                assert!(search.runs <= bound, "{} runs for {broken} of {total}", search.runs);
+            }
+        }
+    }
+
+    #[test]
+    fn a_file_that_makes_no_sense_is_no_search() {
+        let mut odd = search(10);
+        (odd.good, odd.bad) = (Some(5), Some(5));
+        for text in ["", "{}", "[1]", &odd.json().to_string(), &search(10).json().to_string().replace("1,", "2,")] {
+            if text.contains("\"version\":2") || text.len() < 4 || text.contains("\"good\":5") {
+                assert_eq!(Search::parse(text), None, "{text}");
+            }
+        }
+        (odd.good, odd.bad) = (Some(11), None);
+        assert_eq!(Search::parse(&odd.json().to_string()), None);
+    }
+
+    #[test]
+    fn exit_codes_are_read_as_by_other_bisections() {
+        let status = |code: i32| ExitStatus::from_raw(code << 8);
+        assert_eq!(
+            [0, 1, 124, 125, 127].map(|code| verdict(status(code))),
+            [Some(true), Some(false), Some(false), None, None]
+        );
+        assert_eq!(verdict(ExitStatus::from_raw(9)), None);
+    }
+}

@@ -1,0 +1,333 @@
+//! Promise: what is in the history can be had elsewhere: as a file, as an increment, by NBD tools that know nothing of us; and the write that broke it
+//! is found.
+
+use std::fs::{self, File};
+use std::io::Read as _;
+use std::os::unix::fs::FileExt as _;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use cdp_tests::nbd;
+use cdp_tests::process::{Agent, binaries};
+use cdp_tests::{Rng, now_ns, rounds, seed, tools};
+use serde_json::Value;
+
+const SIZE: u64 = 16 << 20;
+
+/// Random writes, zeroes, discards and flushes; answers instants between them, with what the volume held then.
+fn history(agent: &Agent, rng: &mut Rng, steps: usize) -> Vec<(u64, Vec<u8>)> {
+    let mut client = agent.connect("demo");
+    let mut image = client.read_all().unwrap();
+    let mut states = Vec::new();
+    for step in 0..steps {
+        let len = rng.pick(&[512, 4096, 12288, 65536, 131_072]);
+        let offset = rng.below((SIZE - len) / 512) * 512;
+        let range = offset as usize..(offset + len) as usize;
+        if rng.percent(80) {
+            let mut data = vec![0; len as usize];
+            if !rng.percent(10) {
+                rng.fill(&mut data);
+            }
+            client.write(offset, &data).unwrap();
+            image[range].copy_from_slice(&data);
+        } else {
+            client.write_zeroes(offset, len as u32, 0).unwrap();
+            image[range].fill(0);
+        }
+        if step % 10 == 9 {
+            states.push((now_ns(), image.clone()));
+        }
+    }
+    client.close();
+    states
+}
+
+/// Puts an increment onto a copy, as its list of blocks says.
+fn apply(overlay: &Path, onto: &Path) {
+    let (from, to) = (File::open(overlay).unwrap(), File::options().write(true).open(onto).unwrap());
+    let blocks = fs::read_to_string(format!("{}.blocks", overlay.display())).unwrap();
+    for line in blocks.lines() {
+        let (offset, len) = line.split_once(' ').unwrap();
+        let (offset, len): (u64, usize) = (offset.parse().unwrap(), len.parse().unwrap());
+        let mut bytes = vec![0; len];
+        from.read_exact_at(&mut bytes, offset).unwrap();
+        to.write_all_at(&bytes, offset).unwrap();
+    }
+}
+
+/// Goal: for any two instants, the increment put onto the state of the first is the state of the second, byte for byte; what nbdinfo and qemu-img make of
+/// `qemu:dirty-bitmap:` says the same.
+/// Method: a random history with a rotation, a revert and a restart in it; random pairs; raw overlays and qcow2 chains.
+#[test]
+fn increments_make_one_state_of_another() {
+    let mut agent = Agent::dev("16MiB", "1GiB");
+    let mut rng = Rng::new(seed());
+    let mut states = history(&agent, &mut rng, 120);
+    agent.ctl(&["disable", "demo"]);
+    agent.ctl(&["enable", "demo"]);
+    states.extend(history(&agent, &mut rng, 100));
+    // Back to the middle of it: what a revert puts back has changed, too.
+    let (target, image) = states[states.len() / 2].clone();
+    agent.ctl(&["revert", "demo", "--at", &target.to_string()]);
+    assert!(agent.live_image("demo") == image);
+    agent.kill();
+    agent.start();
+    states.extend(history(&agent, &mut rng, 100));
+    for pair in 0..rounds(6) {
+        let (a, b) = (rng.below(states.len() as u64) as usize, rng.below(states.len() as u64) as usize);
+        let ((from, before), (to, after)) = (&states[a.min(b)], &states[a.max(b)]);
+        let (since, at) = (from.to_string(), to.to_string());
+        let file = |name: &str| agent.file(&format!("{pair}-{name}"));
+        let (base, overlay, qcow2, whole) = (file("base.img"), file("inc.img"), file("inc.qcow2"), file("whole.qcow2"));
+        agent.ctl(&["export", "demo", "--at", &since, base.to_str().unwrap()]);
+        assert!(&fs::read(&base).unwrap() == before, "the state at {from} as a raw file");
+        let done = agent.ctl(&["export", "demo", "--at", &at, "--since", &since, overlay.to_str().unwrap()]);
+        let dirty = done["changed_bytes"].as_u64().unwrap();
+        let differing = before.chunks(4096).zip(after.chunks(4096)).filter(|(a, b)| a != b).count() as u64 * 4096;
+        assert!(dirty >= differing && dirty <= SIZE, "{dirty} bytes changed, {differing} differ");
+        let format = ["--format", "qcow2"];
+        let backing = ["--backing", base.to_str().unwrap()];
+        let args = ["export", "demo", "--at", &at, "--since", &since, qcow2.to_str().unwrap()];
+        agent.ctl(&[&args[..], &format[..], &backing[..]].concat());
+        agent.ctl(&[&["export", "demo", "--at", &at, whole.to_str().unwrap()][..], &format[..]].concat());
+        let expected = file("expected.img");
+        fs::write(&expected, after).unwrap();
+        for image in [&qcow2, &whole] {
+            tools::run("qemu-img", ["check", "-f", "qcow2", image.to_str().unwrap()]);
+            let (image, expected) = (image.to_str().unwrap(), expected.to_str().unwrap());
+            tools::run("qemu-img", ["compare", "-f", "qcow2", "-F", "raw", image, expected]);
+        }
+        // What other people's tools are told is what was exported.
+        let view = agent.open_view("demo", at);
+        let map = tools::run("nbdinfo", ["--json", &format!("--map=qemu:dirty-bitmap:since-{since}"), &view.nbd_uri]);
+        let map: Value = serde_json::from_str(&map).unwrap();
+        let told: u64 =
+            map.as_array().unwrap().iter().filter(|e| e["type"] == 1).map(|e| e["length"].as_u64().unwrap()).sum();
+        assert_eq!(told, dirty);
+        let covered: u64 = map.as_array().unwrap().iter().map(|e| e["length"].as_u64().unwrap()).sum();
+        assert_eq!(covered, SIZE);
+        let socket = agent.socket();
+        let bitmap = format!(
+            "driver=nbd,export={},server.type=unix,server.path={},x-dirty-bitmap=qemu:dirty-bitmap:since-{since}",
+            view.id,
+            socket.display()
+        );
+        let map: Value =
+            serde_json::from_str(&tools::run("qemu-img", ["map", "--output=json", "--image-opts", &bitmap])).unwrap();
+        // QEMU shows a dirty extent as one without data.
+        let told: u64 =
+            map.as_array().unwrap().iter().filter(|e| e["data"] == false).map(|e| e["length"].as_u64().unwrap()).sum();
+        assert_eq!(told, dirty, "{map}");
+        agent.close_view(&view);
+        apply(&overlay, &base);
+        assert!(&fs::read(&base).unwrap() == after, "the state at {from} with the increment is not that at {to}");
+        for path in [base, overlay, qcow2, whole, expected] {
+            fs::remove_file(path).unwrap();
+        }
+    }
+    assert_eq!(agent.ctl(&["view", "list"])["views"], serde_json::json!([]), "exports leave no view");
+    let view = agent.open_view("demo", states[3].0);
+    tools::run_refused("nbdinfo", ["--map=qemu:dirty-bitmap:since-1", &view.nbd_uri]);
+    tools::run_refused("nbdinfo", [format!("--map=qemu:dirty-bitmap:since-{}", states[9].0), view.nbd_uri.clone()]);
+    tools::run_refused("nbdinfo", [format!("--map=qemu:dirty-bitmap:since-{}", states[1].0), agent.uri("demo")]);
+    agent.stop();
+}
+
+/// Goal: an export that is killed goes on where it was, and ends with the same bytes.
+#[test]
+fn an_export_that_was_killed_goes_on() {
+    let mut agent = Agent::dev("512MiB", "2GiB");
+    let mut client = agent.connect("demo");
+    let mut megabyte = vec![0; 1 << 20];
+    for at in 0..384u64 {
+        Rng::new(at).fill(&mut megabyte);
+        client.write(at << 20, &megabyte).unwrap();
+    }
+    client.close();
+    let at = now_ns().to_string();
+    for (format, name) in [("raw", "all.img"), ("qcow2", "all.qcow2")] {
+        let target = agent.file(name);
+        let command = || {
+            let mut command = Command::new(binaries().join("cdpctl"));
+            command
+                .args(["--agent", &format!("unix:{}", agent.file("agent.sock").display()), "--output", "json"])
+                .args(["export", "demo", "--at", &at, "--format", format, target.to_str().unwrap()])
+                .stdin(Stdio::null());
+            command
+        };
+        let notes = format!("{}.cdp-export", target.display());
+        let mut child = command().stdout(Stdio::null()).spawn().unwrap();
+        // Killed once it has noted that something is done.
+        while fs::read_to_string(&notes).map_or(0, |text| text.lines().count()) < 2 {
+            assert!(child.try_wait().unwrap().is_none(), "it ended before it could be killed");
+        }
+        child.kill().unwrap();
+        child.wait().unwrap();
+        let other = ["export", "demo", "--at", "now", "--format", format, target.to_str().unwrap()];
+        agent.ctl_refused(&other, &["asked with", "--restart"]);
+        let done = command().output().unwrap();
+        assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+        let done: Value = serde_json::from_slice(&done.stdout).unwrap();
+        assert_eq!(done["resumed"], true);
+        let view = agent.open_view("demo", &at);
+        tools::run("qemu-img", ["compare", "-f", format, "-F", "raw", target.to_str().unwrap(), &view.nbd_uri]);
+        agent.close_view(&view);
+        agent.ctl_refused(&["export", "demo", "--at", &at, target.to_str().unwrap()], &["is there already"]);
+        fs::remove_file(target).unwrap();
+    }
+    agent.stop();
+}
+
+/// One request in flight after the other on `clients` connections: `writes` of them, each its own change. Answers how many writes were acked when the
+/// broken one was sent, and when.
+fn many_writes(agent: &Agent, writes: u64, broken: u64) {
+    const CLIENTS: u64 = 4;
+    const DEPTH: u64 = 64;
+    let next = Arc::new(AtomicU64::new(0));
+    let threads: Vec<_> = (0..CLIENTS)
+        .map(|_| {
+            let (socket, next) = (agent.socket(), Arc::clone(&next));
+            std::thread::spawn(move || {
+                let (mut sender, mut receiver) = nbd::Client::connect(&socket, "demo").unwrap().split();
+                let (mut sent, mut got) = (0, 0);
+                loop {
+                    let number = next.fetch_add(1, Ordering::SeqCst);
+                    if number >= writes {
+                        break;
+                    }
+                    // The broken one is the only one that writes there.
+                    let offset = if number == broken { 0 } else { 4096 + number % 2048 * 4096 };
+                    // One in eight carries bytes; a write of zeroes is a change like any other.
+                    if number == broken || number % 8 == 0 {
+                        sender
+                            .send(
+                                nbd::Request { command: nbd::CMD_WRITE, flags: 0, offset, len: 4096 },
+                                &vec![0x5A; 4096],
+                            )
+                            .unwrap();
+                    } else {
+                        sender
+                            .send(nbd::Request { command: nbd::CMD_WRITE_ZEROES, flags: 0, offset, len: 4096 }, &[])
+                            .unwrap();
+                    }
+                    sent += 1;
+                    while sent - got >= DEPTH {
+                        assert_eq!(receiver.receive().unwrap().error, 0);
+                        got += 1;
+                    }
+                }
+                while got < sent {
+                    assert_eq!(receiver.receive().unwrap().error, 0);
+                    got += 1;
+                }
+            })
+        })
+        .collect();
+    for thread in threads {
+        thread.join().unwrap();
+    }
+}
+
+/// Goal: bisect names the very write that broke it, within log2 + 2 runs, and goes on after a crash.
+/// Method: many changes, one of which puts a byte where none may be; the check is qemu-io on the view. In between, cdpctl is killed.
+#[test]
+fn bisect_finds_the_write_among_very_many() {
+    let optimised = binaries().ends_with("release");
+    let writes: u64 = if optimised { 1_000_000 } else { 30_000 };
+    let mut agent = Agent::dev("16MiB", "4GiB");
+    let mut rng = Rng::new(seed());
+    agent.ctl(&["edit", "demo", "--reserve-capacity", "3GiB"]);
+    let from = now_ns();
+    let broken = writes / 10 + rng.below(writes * 8 / 10);
+    many_writes(&agent, writes, broken);
+    let to = now_ns();
+    let state = agent.file("bisect.json");
+    let seen = agent.file("seen");
+    let check = format!(
+        "echo run >> {}; qemu-io -r -f raw -c 'read -P 0 0 4096' \"$CDP_VIEW_NBD_URI\" | grep -q 'verification failed' && exit 1 || exit 0",
+        seen.display()
+    );
+    let command = || {
+        let mut command = Command::new(binaries().join("cdpctl"));
+        command
+            .args([
+                "--agent",
+                &format!("unix:{}", agent.file("agent.sock").display()),
+                "--output",
+                "json",
+                "bisect",
+                "demo",
+            ])
+            .args(["--from", &from.to_string(), "--to", &to.to_string(), "--state", state.to_str().unwrap()])
+            .args(["--", "sh", "-c", &check])
+            .stdin(Stdio::null());
+        command
+    };
+    let runs = || fs::read_to_string(&seen).map_or(0, |text| text.lines().count() as u64);
+    let mut child = command().stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    while runs() < 5 {
+        assert!(child.try_wait().unwrap().is_none(), "it ended before it could be killed");
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let killed_after = runs();
+    let done = command().output().unwrap();
+    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    let found: Value = serde_json::from_slice(&done.stdout).unwrap();
+    println!("{found}");
+    assert_eq!(found["changes"], writes);
+    assert_eq!((found["offset"].as_u64(), found["length"].as_u64()), (Some(0), Some(4096)));
+    let bound = u64::from(writes.next_power_of_two().trailing_zeros()) + 2;
+    assert!(found["runs"].as_u64().unwrap() <= bound, "{found}, at most {bound}");
+    // The run that was killed is done once more, and that is all that the crash cost.
+    assert!(runs() <= found["runs"].as_u64().unwrap() + 1, "{} after {killed_after}", runs());
+    let (good, bad) = (found["last_good"].as_u64().unwrap(), found["first_bad"].as_u64().unwrap());
+    assert_eq!(good + 1, bad);
+    for (at, expected) in [(good, 0), (bad, 0x5A)] {
+        let view = agent.open_view("demo", at);
+        let mut client = agent.connect(&view.id);
+        assert_eq!(client.read(0, 4096).unwrap(), vec![expected; 4096], "at {at}");
+        client.close();
+        agent.close_view(&view);
+    }
+    assert_eq!(agent.ctl(&["view", "list"])["views"], serde_json::json!([]), "it leaves no view");
+    let mut log = String::new();
+    File::open(state.with_extension("log")).unwrap().read_to_string(&mut log).unwrap();
+    assert!(log.contains("goes on after") && log.contains("found after"), "{log}");
+    assert!(!state.exists());
+    agent.stop();
+}
+
+/// Goal: a question without an answer is refused, and says why.
+#[test]
+fn bisect_refuses_what_has_no_answer() {
+    let mut agent = Agent::dev("16MiB", "1GiB");
+    let from = now_ns();
+    let mut client = agent.connect("demo");
+    client.write(0, &[1; 4096]).unwrap();
+    client.write(4096, &[2; 4096]).unwrap();
+    client.close();
+    let (from, to, state) = (from.to_string(), now_ns().to_string(), agent.file("state.json"));
+    let ask = |from: &str, to: &str, check: &str, words: &[&str]| {
+        let state = state.to_str().unwrap();
+        agent.ctl_refused(
+            &["bisect", "demo", "--from", from, "--to", to, "--state", state, "--", "sh", "-c", check],
+            words,
+        );
+    };
+    ask(&from, &to, "exit 0", &["--to", "good there too"]);
+    ask(&from, &to, "exit 1", &["--from", "bad there already"]);
+    ask(&to, &from, "exit 0", &["must lie before"]);
+    ask(&to, "now", "exit 0", &["nothing was written"]);
+    ask(&from, &to, "exit 125", &["could not judge"]);
+    // That search is remembered; another question is not taken for it.
+    ask(&from, "now", "exit 125", &["asked with", "--restart"]);
+    agent.ctl(&["disable", "demo"]);
+    agent.ctl(&["enable", "demo"]);
+    fs::remove_file(&state).unwrap();
+    ask(&from, "now", "exit 0", &["not kept"]);
+    agent.stop();
+}

@@ -1,0 +1,107 @@
+//! Promise: a volume may be as small as 1 MiB, as large as 16 TiB (sparse), and of any number of sectors; memory does not grow with its size.
+
+use std::fs::File;
+use std::path::Path;
+
+use cdp_tests::nbd::Client;
+use cdp_tests::process::Agent;
+use cdp_tests::{Rng, now_ns};
+
+const TIB: u64 = 1 << 40;
+
+/// An agent with a second volume on a sparse file of `size` bytes in `folder`.
+fn agent_with(path: &Path, size: u64) -> Agent {
+    File::create(path).unwrap().set_len(size).unwrap();
+    let agent = Agent::dev("1MiB", "4GiB");
+    agent.ctl(&["edit", "demo", "--reserve-capacity", "300MiB"]);
+    agent.ctl(&["volume", "add", "sized", "--path", path.to_str().unwrap()]);
+    agent.ctl(&["edit", "sized", "--reserve-capacity", "3GiB", "--reserve-duration", "1h"]);
+    agent.ctl(&["enable", "sized"]);
+    assert_eq!(agent.info("sized")["size"], size);
+    agent
+}
+
+fn noise(seed: u64, len: usize) -> Vec<u8> {
+    let mut out = vec![0; len];
+    Rng::new(seed).fill(&mut out);
+    out
+}
+
+fn assert_pieces(client: &mut Client, pieces: &[(u64, Vec<u8>)], what: &str) {
+    for (offset, bytes) in pieces {
+        assert!(client.read(*offset, bytes.len() as u32).unwrap() == *bytes, "{what}: at {offset}");
+    }
+}
+
+/// Resident memory of the agent, bytes.
+fn resident(agent: &Agent) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{}/status", agent.pid())).unwrap();
+    let line = status.lines().find(|line| line.starts_with("VmRSS:")).unwrap();
+    line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() * 1024
+}
+
+#[test]
+fn sixteen_tebibytes_are_protected_viewed_and_reverted_in_bounded_memory() {
+    // Only a file system in memory takes a file of this size everywhere.
+    let folder = tempfile::tempdir_in("/dev/shm").unwrap();
+    let mut agent = agent_with(&folder.path().join("sized.img"), 16 * TIB);
+    let places = [0, 4 * TIB - 4096, 8 * TIB + 512, 16 * TIB - 65536];
+    let first: Vec<_> = places.iter().map(|at| (*at, noise(*at, 65536))).collect();
+    let second: Vec<_> = places.iter().map(|at| (*at, noise(*at + 1, 65536))).collect();
+    let mut client = agent.connect("sized");
+    for (offset, bytes) in &first {
+        client.write(*offset, bytes).unwrap();
+    }
+    let at = now_ns();
+    for (offset, bytes) in &second {
+        client.write(*offset, bytes).unwrap();
+    }
+    // Zeroes over 4 GiB, in the largest pieces that the protocol has. Each of their blocks is charged a before-image, holes or not.
+    let piece = 1_u64 << 31;
+    for i in 0..2 {
+        client.write_zeroes(8 * TIB + i * piece, piece as u32, 0).unwrap();
+    }
+    assert!(client.read(8 * TIB + 512, 65536).unwrap().iter().all(|byte| *byte == 0));
+    client.close();
+    agent.kill();
+    agent.start();
+    let view = agent.open_view("sized", at);
+    assert_pieces(&mut agent.connect(&view.id), &first, "the view, after a kill");
+    agent.close_view(&view);
+    let revert = agent.ctl(&["revert", "sized", "--at", &at.to_string(), "--wait"]);
+    assert_pieces(&mut agent.connect("sized"), &first, "after the revert");
+    let undo = (revert["results"][0]["time"].as_u64().unwrap() - 1).to_string();
+    agent.ctl(&["revert", "sized", "--at", &undo, "--wait"]);
+    let mut client = agent.connect("sized");
+    assert!(client.read(8 * TIB + 512, 65536).unwrap().iter().all(|byte| *byte == 0), "after it was undone");
+    assert_pieces(&mut client, &second[..2], "after it was undone");
+    client.close();
+    assert!(resident(&agent) < 512 << 20, "{} bytes of memory", resident(&agent));
+    agent.stop();
+}
+
+#[test]
+fn a_volume_that_ends_within_a_block_is_exact_to_its_last_sector() {
+    for size in [1_u64 << 20, (1 << 20) + 512, (1 << 20) + 7 * 512] {
+        let folder = cdp_tests::process::scratch();
+        let path = folder.path().join("sized.img");
+        let mut agent = agent_with(&path, size);
+        let mut image = noise(size, size as usize);
+        let mut client = agent.connect("sized");
+        client.write(0, &image).unwrap();
+        let (at, old) = (now_ns(), image.clone());
+        let tail = noise(size + 1, 1024);
+        let begin = size as usize - tail.len();
+        image[begin..].copy_from_slice(&tail);
+        client.write(begin as u64, &tail).unwrap();
+        assert!(client.write(size - 512, &[0; 1024]).is_err(), "past the end");
+        client.close();
+        assert!(agent.view_image("sized", at) == old, "{size} bytes: the view");
+        agent.kill();
+        agent.start();
+        assert!(agent.live_image("sized") == image, "{size} bytes: after a kill");
+        agent.ctl(&["revert", "sized", "--at", &at.to_string(), "--wait"]);
+        agent.stop();
+        assert!(std::fs::read(&path).unwrap() == old, "{size} bytes: the primary after a revert and a stop");
+    }
+}
