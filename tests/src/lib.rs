@@ -29,7 +29,7 @@ pub fn now_ns() -> u64 {
     u64::try_from(since.as_nanos()).expect("before the year 2554")
 }
 
-/// How often to repeat what `make test` repeats `rounds` times: `make soak` sets `CDP_SOAK` to a factor.
+/// How often to repeat what `make test` repeats `rounds` times: `CDP_SOAK` is a factor.
 pub fn rounds(rounds: usize) -> usize {
     let factor = std::env::var("CDP_SOAK").ok().and_then(|factor| factor.parse().ok()).unwrap_or(1_usize);
     rounds * factor.max(1)

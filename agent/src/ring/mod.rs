@@ -10,6 +10,7 @@
 //! * A full submission queue never blocks and never loses an entry: entries wait in `overflow`, in order.
 
 mod op;
+mod notice;
 mod remote;
 mod signal;
 
