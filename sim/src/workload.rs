@@ -180,6 +180,10 @@ pub enum Action {
         vol: usize,
         by: u64,
     },
+    /// The state directory takes nothing for so long; what it refuses may be there all the same.
+    FailStore {
+        ns: u64,
+    },
     /// One bit of a CDP disk flips at rest.
     Flip {
         disk: usize,
@@ -219,6 +223,8 @@ pub struct Setup {
     pub marker_interval_s: u64,
     /// CDP is enabled from the start.
     pub enabled: bool,
+    /// What each call of a primary takes longer, nanoseconds.
+    pub primary_slow_ns: u64,
 }
 
 /// A seed's history.
@@ -326,8 +332,20 @@ pub fn generate(seed: u64, profile: &str, ops: usize) -> Option<History> {
 }
 
 fn setup(profile: &Profile, rng: &Rng) -> Setup {
-    let volumes = if profile.many || (!profile.huge && rng.one_in(6)) { 2 } else { 1 };
-    let disks = if profile.many || rng.one_in(8) { 2 } else { 1 };
+    let volumes = if profile.many && rng.one_in(4) {
+        3
+    } else if profile.many || (!profile.huge && rng.one_in(6)) {
+        2
+    } else {
+        1
+    };
+    let disks = if profile.many && rng.one_in(6) {
+        3
+    } else if profile.many || rng.one_in(8) {
+        2
+    } else {
+        1
+    };
     let reserve_segments = if profile.big || profile.huge { rng.range(32, 34) } else { rng.range(34, 44) };
     let sectors = |_| {
         let blocks = match (profile.big, profile.huge) {
@@ -348,6 +366,8 @@ fn setup(profile: &Profile, rng: &Rng) -> Setup {
         flush_primary: rng.one_in(8),
         marker_interval_s: *rng.pick(&[1, 5, 60]),
         enabled: !rng.one_in(10),
+        // A destager that is far behind: what it still needs must have been counted.
+        primary_slow_ns: if profile.huge && rng.one_in(2) { rng.range(1, 30) * 1_000_000 } else { 0 },
     }
 }
 
@@ -492,9 +512,10 @@ fn switch(setup: &Setup, vol: usize, rng: &Rng) -> Action {
 
 fn fault(setup: &Setup, rng: &Rng) -> Action {
     let disk = rng.below(setup.disks.len() as u64) as usize;
-    match rng.below(6) {
+    match rng.below(7) {
         0 => Action::Gone { disk },
         1 | 2 => Action::Heal,
+        3 if rng.one_in(2) => Action::FailStore { ns: *rng.pick(&[1_000_000, 100_000_000, 3_000_000_000]) },
         _ => Action::Fault {
             disk,
             on: *rng.pick(&[FaultOn::Read, FaultOn::Write, FaultOn::Sync, FaultOn::Any]),
