@@ -79,8 +79,10 @@ impl Postgres {
     }
 
     fn start(&mut self) {
-        // On a copy of a running database's disk it names a process of somebody else.
-        let _ = fs::remove_file(self.data.join("postmaster.pid"));
+        // On a copy of a running database's disk they name a process of somebody else.
+        for name in ["postmaster.pid", ".s.PGSQL.5432.lock", ".s.PGSQL.5432"] {
+            let _ = fs::remove_file(self.data.join(name)); // not there after an orderly stop
+        }
         let log = self.data.join("log");
         self.must("pg_ctl", &["-D", text(&self.data), "-l", text(&log), "-w", "-t", "60", "-s", "start"]);
         self.runs = true;
