@@ -65,11 +65,12 @@ step format cargo fmt --all --check
 step lints cargo clippy --locked --workspace --all-targets -- -D warnings || finish
 step docs env RUSTDOCFLAGS="-D warnings" cargo doc --locked --workspace --no-deps --document-private-items
 step "unit tests" cargo test --locked --workspace --exclude cdp-tests --no-fail-fast
-step build cargo build --locked --release --workspace || finish
-# Fixed seeds, so that a change fails by its own fault; docs/testing.md names the profiles with open findings, which `make soak` runs.
-for profile in writes crash views switch many; do
-    step "simulator: $profile" target/release/cdp-sim --seed 1 --histories "${CDP_SIM_HISTORIES:-400}" --threads 2 --profile "$profile"
-done
+# Without the fuzz targets: their doors to the parsers are not for a product.
+step build cargo build --locked --release --workspace --exclude cdp-fuzz || finish
+# Fixed seeds, so that a change fails by its own fault; `make soak` takes others.
+step simulator target/release/cdp-sim --seed 1 --histories "${CDP_SIM_HISTORIES:-20000}" --threads 2
+step exhaustion target/release/cdp-sim --exhaust 2 --stride 5 --subsets 2 --threads 2
+step "deliberate faults" cargo test --locked -p cdp-sim --features mutations --test mutations
 export CDP_BIN="$PWD/target/release"
 step "whole-agent tests" cargo test --locked --release -p cdp-tests --no-fail-fast
 if command -v systemd-analyze >/dev/null; then

@@ -12,6 +12,9 @@ pub mod daemon;
 pub mod device;
 pub mod events;
 pub mod frontend;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod groups;
 pub mod grpc;
 pub mod listen;

@@ -335,6 +335,8 @@ struct FenceRecord {
     primary_size: u64,
     primary_id: String,
     primary_mtime_ns: u64,
+    #[serde(default)]
+    disk_clock_ns: u64,
     next_seq: u64,
     settings: Option<SettingsRecord>,
     on: bool,
@@ -370,6 +372,7 @@ impl FenceRecord {
             primary_size: fence.primary_size,
             primary_id: fence.primary_id.clone(),
             primary_mtime_ns: fence.primary_mtime_ns,
+            disk_clock_ns: fence.disk_clock_ns,
             next_seq: fence.next_seq,
             settings: fence.settings.map(|settings| SettingsRecord {
                 reserve_capacity: settings.reserve_capacity,
@@ -401,6 +404,7 @@ impl FenceRecord {
             primary_size: self.primary_size,
             primary_id: self.primary_id,
             primary_mtime_ns: self.primary_mtime_ns,
+            disk_clock_ns: self.disk_clock_ns,
             next_seq: self.next_seq,
             settings,
             on: self.on,
@@ -681,6 +685,7 @@ mod tests {
             primary_size: 1 << 30,
             primary_id: "file:1:2".to_owned(),
             primary_mtime_ns: u64::MAX,
+            disk_clock_ns: u64::MAX,
             next_seq: 3,
             settings: Some(Settings { reserve_capacity: 1 << 40, reserve_duration_s: 86400, priority: Priority::High }),
             on: true,

@@ -235,7 +235,9 @@ fn many_writes(agent: &Agent, writes: u64, broken: u64) {
 #[test]
 fn bisect_finds_the_write_among_very_many() {
     let optimised = binaries().ends_with("release");
-    let writes: u64 = if optimised { 1_000_000 } else { 30_000 };
+    // CDP_BISECT_WRITES: another number, to measure.
+    let asked = std::env::var("CDP_BISECT_WRITES").ok().and_then(|writes| writes.parse().ok());
+    let writes: u64 = asked.unwrap_or(if optimised { 1_000_000 } else { 30_000 });
     let mut agent = Agent::dev("16MiB", "4GiB");
     let mut rng = Rng::new(seed());
     agent.ctl(&["edit", "demo", "--reserve-capacity", "3GiB"]);

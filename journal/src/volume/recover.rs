@@ -183,6 +183,19 @@ impl Volume {
                     }
                     return self.refuse(Health::PrimaryChanged, EventKind::PrimaryChanged, what);
                 }
+                if disk.clock_high_water().0 < fence.disk_clock_ns {
+                    let reason = format!(
+                        "CDP disk {} is an older copy of itself (its clock stands at {}, it was at {}): newer acked writes may be missing",
+                        disk.path,
+                        disk.clock_high_water(),
+                        Instant(fence.disk_clock_ns)
+                    );
+                    if override_journal {
+                        self.go_on_without(&reason).await?;
+                        return self.drop_leftovers(engine).await;
+                    }
+                    return self.refuse(Health::NeedsJournal, EventKind::NeedsJournal, reason);
+                }
                 match self.recover(engine, &disk, &fence, undecided).await {
                     Ok(()) => Ok(()),
                     Err(error) if override_journal => {
@@ -779,8 +792,9 @@ impl Volume {
         disk.reserve(self.id, reserve, true)?;
         // A way out that was cut off stays one: part of the backlog went to the primary without before-images.
         let fence = if detaching { FenceState::Detaching } else { FenceState::Dirty };
-        self.put_fence(fence, disk.id, "").await?;
+        // The instant first: it raises the disk's clock mark, which the fence then tells from older copies of this disk.
         let now = engine.tick().await?;
+        self.put_fence(fence, disk.id, "").await?;
         let instant = reverted_at.unwrap_or(now);
         let (ticket, empty) = {
             let mut state = self.state.borrow_mut();
@@ -1321,4 +1335,31 @@ impl Window {
         let at = ((block - self.start) as u64 * BLOCK) as usize;
         Ok(&self.bytes[at..at + (u64::from(blocks) * BLOCK) as usize])
     }
+}
+
+/// What recovery does with the bytes of a frame, without a disk: for the fuzzers.
+#[cfg(feature = "fuzzing")]
+pub(crate) fn read_frame(bytes: &[u8], header: FrameHeader) {
+    let Some(parsed) = verified(bytes, header) else { return };
+    let mut scan = Scan {
+        segments: Vec::new(),
+        dead: Vec::new(),
+        runs: Vec::new(),
+        entries: Vec::new(),
+        side: Vec::new(),
+        frame_next: 0,
+        previous_crc: 0,
+        number_next: 0,
+        instant_last: Instant::ZERO,
+        watermark: Instant::ZERO,
+        hole: None,
+        claim_other: 0,
+    };
+    take_frame(parsed, header.segment.get(), header.block.get(), &mut scan);
+    let mut touched = Touched::default();
+    for entry in &scan.entries {
+        touched.insert_range(entry.block.get(), entry.blocks());
+    }
+    // A damaged record is an error; whatever else it says is taken as it is.
+    let _ = fold(&scan.side, 0, "frame", &[]);
 }

@@ -32,6 +32,13 @@ use crate::shard::ShardHandle;
 
 pub use transmission::{ClientStats, ExportSource, NbdSession};
 
+#[cfg(feature = "fuzzing")]
+pub(crate) mod fuzz {
+    //! What the fuzzers reach.
+    pub(crate) use super::handshake::plain;
+    pub(crate) use super::transmission::fuzz_request;
+}
+
 /// Longest read or write, announced as the maximum block size.
 pub const PAYLOAD_MAX: u32 = 32 << 20;
 /// Smallest unit of offsets and lengths, announced as the minimum block size.

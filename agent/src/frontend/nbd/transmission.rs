@@ -739,6 +739,23 @@ fn check(request: &Request, size: u64, read_only: bool, session: &NbdSession) ->
     Ok(command)
 }
 
+/// What is done with the 28 bytes of a request before anything of it is believed: for the fuzzers.
+#[cfg(feature = "fuzzing")]
+pub(crate) fn fuzz_request(head: &[u8; 28], size: u64, read_only: bool, structured: bool, allocation: bool) {
+    let request = Request::read_from_bytes(head).expect("as many bytes as a request has");
+    let contexts = if allocation { vec![MetaContext::Allocation] } else { vec![] };
+    let session = NbdSession::new(String::new(), structured, contexts);
+    let (offset, len) = (request.offset.get(), u64::from(request.len.get()));
+    match check(&request, size, read_only, &session) {
+        Ok(Command::Flush) | Err(_) => {}
+        Ok(command) => {
+            assert!(offset + len <= size && len > 0 && offset % SECTOR == 0 && len % SECTOR == 0, "{command:?}");
+            assert!(!read_only || !matches!(command, Command::Write | Command::Trim | Command::WriteZeroes { .. }));
+            assert!(len <= u64::from(PAYLOAD_MAX) || !matches!(command, Command::Read | Command::Write));
+        }
+    }
+}
+
 /// What the engine's errors are to a client. The only place where they are translated.
 fn errno_of(failure: &Error) -> u32 {
     match failure {
