@@ -743,7 +743,7 @@ fn check(request: &Request, size: u64, read_only: bool, session: &NbdSession) ->
 #[cfg(feature = "fuzzing")]
 pub(crate) fn fuzz_request(head: &[u8; 28], size: u64, read_only: bool, structured: bool, allocation: bool) {
     let request = Request::read_from_bytes(head).expect("as many bytes as a request has");
-    let contexts = if allocation { vec![ALLOCATION] } else { vec![] };
+    let contexts = if allocation { vec![MetaContext::Allocation] } else { vec![] };
     let session = NbdSession::new(String::new(), structured, contexts);
     let (offset, len) = (request.offset.get(), u64::from(request.len.get()));
     match check(&request, size, read_only, &session) {
