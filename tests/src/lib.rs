@@ -13,8 +13,8 @@
 
 pub mod faultfs;
 pub mod load;
-pub mod mount;
 pub mod local;
+pub mod mount;
 pub mod nbd;
 pub mod oracle;
 pub mod process;
