@@ -61,7 +61,11 @@ impl ExportSource for Nothing {
 
 impl ExportDirectory<Nothing> for Shelf {
     fn list(&self) -> BoxFuture<'_, Vec<ExportEntry>> {
-        async { vec![ExportEntry { name: "demo".to_owned(), description: "a volume".to_owned() }] }.boxed()
+        async { vec![ExportEntry {
+                name: "demo".to_owned(),
+                description: "a volume".to_owned(),
+                kind: crate::frontend::nbd::ExportKind::Volume,
+            }] }.boxed()
     }
 
     fn find<'a>(&'a self, _name: &'a str) -> BoxFuture<'a, Option<ExportInfo<Nothing>>> {
