@@ -481,6 +481,11 @@ impl CdpAgent for Agent {
         ok(v1::OverrideVolumeResponse { volume: Some(entry(&question.volume)) })
     }
 
+    async fn attach_volume(&self, request: Request<v1::AttachVolumeRequest>) -> Answer<v1::AttachVolumeResponse> {
+        let question = self.hear(request);
+        ok(v1::AttachVolumeResponse { volume: Some(entry(&question.volume)) })
+    }
+
     async fn init_disk(&self, request: Request<v1::InitDiskRequest>) -> Answer<v1::InitDiskResponse> {
         let question = self.hear(request);
         ok(v1::InitDiskResponse { disk: Some(disk(&question.path)) })
