@@ -554,6 +554,16 @@ def machine(b):
     }
 
 
+def priority():
+    """A machine that others use, too: whoever runs the bench may give its session more of the processor, peers and clients included."""
+    try:
+        with open("/proc/self/autogroup") as group:
+            nice = int(group.read().split()[-1])
+    except (OSError, ValueError, IndexError):
+        return ""
+    return f"; the session of the bench, all servers and clients in it, ran at autogroup nice {nice}" if nice else ""
+
+
 def report(b, load_before):
     about = machine(b)
     figures = {"about": about, "volume_mib": b.size, "rows": b.rows, "curves": b.curves, "facts": b.facts}
@@ -563,7 +573,7 @@ def report(b, load_before):
         out.write("\n")
     lines = ["# Benchmarks", "", f"Written by `{'QUICK=1 ' if b.args.quick else 'FULL=1 ' if b.args.full else ''}make bench` on {about['date']}; the raw figures are in "
              f"`benches/results/{about['mode']}.json`. Ratios are of turns side by side in one run on one disk; the", "median counts, the spread is from the lowest to the highest. "
-             "What stands behind the figures is in `docs/performance.md`.", "", f"- Machine: {about['machine']}; load average {load_before:.1f} before the run.",
+             "What stands behind the figures is in `docs/performance.md`.", "", f"- Machine: {about['machine']}; load average {load_before:.1f} before the run{priority()}.",
              f"- Versions: {about['versions']}; commit {about['commit']}.",
              f"- Volume: {b.size} MiB, written before, uniform random unless a row says otherwise; CDP disk {b.cdp_size} MiB, written before, so that the ring wraps"
              f" on blocks that are there. {b.seconds} s a turn, {b.pairs} to 5 pairs.", "", "| what | target | median | spread | met |", "|---|---|---|---|---|"]
