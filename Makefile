@@ -1,6 +1,6 @@
 # The commands of everyday: each does all that it needs, also on a fresh machine.
 
-.PHONY: demo test soak bench build man
+.PHONY: demo test soak bench bench-first build man
 
 build:            ## release binaries in target/release
 	cargo build --locked --release
@@ -19,5 +19,11 @@ SOAK_S ?= 600
 soak:             ## the random tests with fresh seeds, SOAK_S seconds long
 	scripts/soak.sh $(SOAK_S)
 
-bench:            ## a first figure: protected random writes beside qemu-nbd on the same disk
+BENCH_FLAGS = $(if $(QUICK),--quick) $(if $(FULL),--full) $(if $(SIZE),--size $(SIZE)) $(if $(DIR),--dir $(DIR))
+bench:            ## beside other block servers on the same disk: docs/benchmarks.md (QUICK=1: 3 minutes; FULL=1: all rows)
+	scripts/setup.sh --bench
+	cargo build --locked --release --bin cdp-agent --bin cdpctl --bin cdp-bench
+	python3 benches/bench.py $(BENCH_FLAGS)
+
+bench-first:      ## one figure only: protected random writes beside qemu-nbd
 	scripts/bench-first.sh

@@ -67,10 +67,10 @@ step docs env RUSTDOCFLAGS="-D warnings" cargo doc --locked --workspace --no-dep
 step "unit tests" cargo test --locked --workspace --exclude cdp-tests --no-fail-fast
 # Without the fuzz targets: their doors to the parsers are not for a product.
 step build cargo build --locked --release --workspace --exclude cdp-fuzz || finish
-# Fixed seeds, so that a change fails by its own fault; docs/testing.md names the profiles with open findings, which `make soak` runs.
-for profile in writes crash views switch many; do
-    step "simulator: $profile" target/release/cdp-sim --seed 1 --histories "${CDP_SIM_HISTORIES:-400}" --threads 2 --profile "$profile"
-done
+# Fixed seeds, so that a change fails by its own fault; `make soak` takes others.
+step simulator target/release/cdp-sim --seed 1 --histories "${CDP_SIM_HISTORIES:-20000}" --threads 2
+step exhaustion target/release/cdp-sim --exhaust 2 --stride 5 --subsets 2 --threads 2
+step "deliberate faults" cargo test --locked -p cdp-sim --features mutations --test mutations
 export CDP_BIN="$PWD/target/release"
 step "whole-agent tests" cargo test --locked --release -p cdp-tests --no-fail-fast
 if command -v systemd-analyze >/dev/null; then

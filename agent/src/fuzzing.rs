@@ -11,7 +11,7 @@ use uuid::Uuid;
 
 use crate::config::Config;
 use crate::frontend::nbd::fuzz::{fuzz_request, plain};
-use crate::frontend::nbd::{ExportDirectory, ExportEntry, ExportInfo, ExportSource};
+use crate::frontend::nbd::{ExportDirectory, ExportEntry, ExportInfo, ExportKind, ExportSource};
 
 /// The configuration file.
 pub fn config(data: &[u8]) {
@@ -61,7 +61,10 @@ impl ExportSource for Nothing {
 
 impl ExportDirectory<Nothing> for Shelf {
     fn list(&self) -> BoxFuture<'_, Vec<ExportEntry>> {
-        async { vec![ExportEntry { name: "demo".to_owned(), description: "a volume".to_owned() }] }.boxed()
+        async {
+            vec![ExportEntry { name: "demo".to_owned(), description: "a volume".to_owned(), kind: ExportKind::Volume }]
+        }
+        .boxed()
     }
 
     fn find<'a>(&'a self, _name: &'a str) -> BoxFuture<'a, Option<ExportInfo<Nothing>>> {

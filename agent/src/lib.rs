@@ -19,6 +19,7 @@ pub mod groups;
 pub mod grpc;
 pub mod listen;
 pub mod metrics;
+pub mod mounts;
 pub mod quiesce;
 pub mod revert;
 pub mod ring;

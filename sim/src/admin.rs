@@ -145,6 +145,16 @@ async fn other(world: &Rc<World>, action: &Action) {
             fault_begins(world, disk);
             world.disk(disk).set_gone(true);
         }
+        Action::FailStore { ns } => {
+            world.count(|counts| counts.faults += 1);
+            world.store_faulty.set(true);
+            for vol in &world.volumes {
+                vol.unprotect();
+            }
+            world.folder.set_failing(true);
+            let folder = Rc::clone(&world.folder);
+            world.running().executor.after(ns, move || folder.set_failing(false));
+        }
         Action::Heal => heal(world).await,
         Action::Flip { disk, pick } => {
             // Once a volume has been idle for a second, everything on its disk is vouched for by a later record.
@@ -200,6 +210,7 @@ async fn heal(world: &Rc<World>) {
 /// Ends this incarnation; the next one starts.
 pub fn leave(world: &World) {
     world.clock_ends();
+    world.folder.set_failing(false);
     let running = world.running.take();
     for vol in &world.volumes {
         vol.guard.take();

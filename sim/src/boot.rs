@@ -182,7 +182,7 @@ pub async fn open(world: &Rc<World>, vol: &Rc<Vol>) -> bool {
     match info.health {
         Health::Ok => {}
         Health::RevertIncomplete if world.any_fault() => return unserved(world, vol),
-        Health::Offline if world.cdp_faulty.get() => {}
+        Health::Offline if world.cdp_faulty.get() || world.store_faulty.get() => {}
         // An enable was cut off after its fence; protection comes on by itself.
         Health::Offline if vol.expect_on.get().is_none() || vol.cut_off.get() => vol.cut_off.set(true),
         Health::PrimaryFailing if world.primary_faulty.get() => {}

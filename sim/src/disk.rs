@@ -5,7 +5,7 @@
 //! sector (4 KiB) that an unsynced write covered only in part may come out as garbage. A kill of the process leaves what had
 //! completed and any part of what was in flight; it stays unsynced. Calls complete after a random time and out of order.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::rc::Rc;
@@ -164,6 +164,8 @@ pub struct SimDisk {
     pub is_file: bool,
     /// Part of the hash of events.
     pub number: u64,
+    /// What each call takes longer, nanoseconds.
+    slow_ns: Cell<u64>,
     state: RefCell<State>,
 }
 
@@ -186,6 +188,7 @@ impl SimDisk {
             physical,
             is_file,
             number,
+            slow_ns: Cell::new(0),
             state: RefCell::new(State {
                 size,
                 size_opened: size,
@@ -204,6 +207,11 @@ impl SimDisk {
                 has_dropped: false,
             }),
         })
+    }
+
+    /// From now on each call takes so much longer.
+    pub fn set_slow(&self, ns: u64) {
+        self.slow_ns.set(ns);
     }
 
     /// The device as one incarnation of the agent sees it.
@@ -552,7 +560,7 @@ impl Handle {
 
     /// Runs `effect` somewhere between now and the completion, and `complete` at the completion.
     fn schedule(&self, verdict: &Verdict, effect: impl FnOnce() + 'static, complete: impl FnOnce() + 'static) {
-        let latency = self.latency() + verdict.slow_ns;
+        let latency = self.latency() + verdict.slow_ns + self.disk.slow_ns.get();
         if verdict.hang {
             let executor = Rc::clone(&self.executor);
             self.disk.state.borrow_mut().hung.push(Box::new(move || {

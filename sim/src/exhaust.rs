@@ -69,6 +69,7 @@ fn setup() -> Setup {
         flush_primary: false,
         marker_interval_s: 60,
         enabled: true,
+        primary_slow_ns: 0,
     }
 }
 

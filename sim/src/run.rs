@@ -165,6 +165,7 @@ fn crash(world: &World, crash: Crash) {
         }
     }
     world.folder.crash(rng);
+    world.folder.set_failing(false);
     let kind = if crash.power { CrashKind::Power } else { CrashKind::Kill };
     for vol in &world.volumes {
         let now = world.now(vol);

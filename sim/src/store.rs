@@ -55,7 +55,7 @@ impl Folder {
     ) -> LocalFuture<'static, io::Result<()>> {
         Store { folder: Rc::clone(self), executor: Rc::clone(executor) }.put(Put::DecideRevert(group))
     }
-    /// From now on every `put` fails (or works again).
+    /// From now on every `put` fails (or works again); one that failed may have happened all the same.
     pub fn set_failing(&self, failing: bool) {
         self.failing.set(failing);
     }
@@ -93,6 +93,10 @@ impl Store {
         let (sender, folder) = (done.clone(), Rc::clone(&self.folder));
         let ns = self.executor.shared.rng.range(20_000, 2_000_000);
         if folder.failing.get() {
+            // The rename may have happened before the sync of the directory failed.
+            if self.executor.shared.rng.one_in(2) {
+                folder.apply(put);
+            }
             self.executor.after(ns, move || sender.complete(Err(io::Error::from_raw_os_error(5))));
             return Box::pin(done);
         }

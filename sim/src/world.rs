@@ -184,6 +184,8 @@ pub struct World {
     pub cdp_faulty: Cell<bool>,
     /// A primary has failed at some time: the guest may get its errors.
     pub primary_faulty: Cell<bool>,
+    /// The state directory has failed at some time: admins may get errors, guests may have to wait.
+    pub store_faulty: Cell<bool>,
     /// Bits were flipped: errors are right, wrong bytes are not.
     pub damaged: Cell<bool>,
     /// The CDP disks have their superblocks.
@@ -240,6 +242,7 @@ impl World {
         let volumes = setup.volumes.iter().enumerate().map(|(i, sectors)| {
             let size = sectors * 512;
             let primary = SimDisk::new(100 + i as u64, &format!("primary{i}"), size, setup.physical.1, setup.files);
+            primary.set_slow(setup.primary_slow_ns);
             let blocks = sectors.div_ceil(8);
             let initial: Vec<bool> = (0..blocks).map(|_| rng.one_in(2)).collect();
             for block in (0..blocks).filter(|block| initial[*block as usize]) {
@@ -287,6 +290,7 @@ impl World {
             cdp_faulty: Cell::new(false),
             primary_faulty: Cell::new(false),
             damaged: Cell::new(false),
+            store_faulty: Cell::new(false),
             initialised: Cell::new(false),
             finished: Cell::new(false),
             completed: Cell::new(false),
@@ -374,7 +378,7 @@ impl World {
 
     /// Some disk does not do what a disk should, or has not done so.
     pub fn any_fault(&self) -> bool {
-        self.cdp_faulty.get() || self.primary_faulty.get() || self.damaged.get()
+        self.cdp_faulty.get() || self.primary_faulty.get() || self.damaged.get() || self.store_faulty.get()
     }
 
     /// Records a violation (the first counts) and stops the run.

@@ -8,10 +8,12 @@
 //! * [`load`]: many verifying connections with many requests in flight, which reconnect;
 //! * [`mount`]: a file system of the kernel on a volume;
 //! * [`rig`]: an agent on such disks;
+//! * [`local`]: mounts and loop devices on this host, and their end;
 //! * [`tools`]: other people's NBD clients and file system tools.
 
 pub mod faultfs;
 pub mod load;
+pub mod local;
 pub mod mount;
 pub mod nbd;
 pub mod oracle;

@@ -198,11 +198,6 @@ impl Agent {
         assert_eq!(status.signal(), Some(9), "the agent ended before it was killed:\n{}", self.log_tail());
     }
 
-    /// Process id of the running agent.
-    pub fn pid(&self) -> u32 {
-        self.child.as_ref().expect("the agent runs").id()
-    }
-
     /// Sends a signal.
     pub fn signal(&self, signal: Signal) {
         let child = self.child.as_ref().expect("the agent runs");
@@ -402,6 +397,7 @@ impl View {
 impl Drop for Agent {
     fn drop(&mut self) {
         self.end();
+        crate::local::clean(&self.path);
         if std::thread::panicking()
             && let Some(dir) = self.dir.take()
         {

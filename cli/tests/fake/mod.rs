@@ -275,6 +275,7 @@ fn ok<T>(answer: T) -> Answer<T> {
 #[tonic::async_trait]
 impl CdpAgent for Agent {
     type WaitRevertStream = Answers<v1::RevertProgress>;
+    type UseViewStream = Answers<v1::UseViewResponse>;
     type WatchEventsStream = Answers<v1::Event>;
 
     async fn edit(&self, request: Request<v1::EditRequest>) -> Answer<v1::EditResponse> {
@@ -406,6 +407,10 @@ impl CdpAgent for Agent {
     async fn list_views(&self, request: Request<v1::ListViewsRequest>) -> Answer<v1::ListViewsResponse> {
         self.hear(request);
         ok(v1::ListViewsResponse { views: vec![view(NOW, "", true)] })
+    }
+
+    async fn use_view(&self, _: Request<v1::UseViewRequest>) -> Answer<Self::UseViewStream> {
+        Err(Status::permission_denied("this agent mounts nothing"))
     }
 
     async fn close_view(&self, request: Request<v1::CloseViewRequest>) -> Answer<v1::CloseViewResponse> {

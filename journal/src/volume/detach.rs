@@ -82,7 +82,7 @@ impl Volume {
     }
 
     /// Tries until the state directory holds the fence: without it no unprotected write may be acked.
-    async fn persist_fence(self: &Rc<Self>, fence: FenceState, disk: &Rc<Disk>, reason: &str) {
+    pub(crate) async fn persist_fence(self: &Rc<Self>, fence: FenceState, disk: &Rc<Disk>, reason: &str) {
         let mut pause = 10_000_000;
         while let Err(error) = self.put_fence(fence, disk.id, reason).await {
             tracing::error!(volume = %self.id, %error, "fence");

@@ -1047,6 +1047,8 @@ impl Volume {
                 let mut state = self.state.borrow_mut();
                 (state.settings, state.on, state.created_ns) = kept;
             }
+            // It may stand there all the same: nothing may be acked into a journal that a start would drop.
+            self.persist_fence(FenceState::Dirty, &disk, "").await;
             self.resume_journal();
             return Err(error);
         }

@@ -14,6 +14,7 @@ use crate::frame::{self, DESCRIPTOR_BYTES_MAX, FrameBuilder};
 use crate::info::EventKind;
 use crate::log::{Log, VolumePoint, frame_blocks_max, usable_bytes};
 use crate::mutation::{Mutation, active};
+use crate::signal::yield_now;
 use crate::types::{BLOCK, Instant, SECTOR};
 
 /// What admission decided.
@@ -253,7 +254,7 @@ impl Volume {
     }
 
     /// Waits for every frame up to `upto`, then syncs the journal; raises the durable point.
-    pub(crate) async fn sync_journal(self: &Rc<Self>, disk: &Rc<crate::disk::Disk>, upto: Instant) -> Result<()> {
+    pub(crate) async fn sync_journal(&self, disk: &Rc<crate::disk::Disk>, upto: Instant) -> Result<()> {
         if self.state.borrow().durable >= upto {
             return Ok(());
         }
@@ -267,7 +268,7 @@ impl Volume {
     }
 
     /// Makes durable whatever has completed, and remembers how far that is.
-    pub(crate) async fn sync_completed(self: &Rc<Self>, disk: &Rc<crate::disk::Disk>) -> Result<()> {
+    pub(crate) async fn sync_completed(&self, disk: &Rc<crate::disk::Disk>) -> Result<()> {
         let (completed, frames) = {
             let state = self.state.borrow();
             (state.completed, Self::completed_frames(&state))
@@ -701,6 +702,8 @@ impl Volume {
             frame.ticket.finish(Ok(()));
             self.changed.notify();
             self.work.notify();
+            // Whoever writes again at once shares the next frame: no wait, only the turn of tasks that are ready.
+            yield_now().await;
         }
         let abandoned = {
             let mut state = self.state.borrow_mut();
