@@ -191,6 +191,11 @@ impl Agent {
         (status, self.log_tail())
     }
 
+    /// Process id of the running agent.
+    pub fn pid(&self) -> u32 {
+        self.child.as_ref().expect("the agent runs").id()
+    }
+
     /// kill -9.
     pub fn kill(&mut self) {
         self.signal(Signal::SIGKILL);

@@ -40,14 +40,14 @@ impl Disk {
         let mut disk = Self { agent, partition: None, offset: 0, size: 0 };
         if partitioned {
             let table = disk.agent.file("table");
-            fs::write(&table, "label: gpt\nstart=2048, size=16384\nstart=20480\n").expect("write the table");
+            fs::write(&table, "label: gpt\nstart=2048, size=16384\nstart=20480, size=794624\n").expect("write the table");
             run(
                 "sh",
                 &["-c", &format!("sfdisk --quiet --no-reread --no-tell-kernel {} <{}", text(&file), text(&table))],
             );
             disk.partition = Some(2);
             disk.offset = 20480 * SECTOR;
-            disk.size = (SIZE - disk.offset - 34 * SECTOR) / 4096 * 4096;
+            disk.size = 794_624 * SECTOR;
             let boot = Loop::on(&file, 2048 * SECTOR, 16384 * SECTOR);
             run("mkfs.ext2", &["-q", "-F", "-L", "boot", &boot.0]);
         }
