@@ -40,7 +40,8 @@ impl Disk {
         let mut disk = Self { agent, partition: None, offset: 0, size: 0 };
         if partitioned {
             let table = disk.agent.file("table");
-            fs::write(&table, "label: gpt\nstart=2048, size=16384\nstart=20480, size=794624\n").expect("write the table");
+            fs::write(&table, "label: gpt\nstart=2048, size=16384\nstart=20480, size=794624\n")
+                .expect("write the table");
             run(
                 "sh",
                 &["-c", &format!("sfdisk --quiet --no-reread --no-tell-kernel {} <{}", text(&file), text(&table))],
