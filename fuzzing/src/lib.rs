@@ -49,7 +49,10 @@ fn words(data: &[u8]) {
     }
     let _ = parse::size_between(text, 4096, 1 << 40);
     let _ = parse::duration_ns(text);
-    if let Ok(seconds) = parse::duration_s(text) {
+    // Plain seconds go beyond what a text with units can say; nobody keeps history for 584 years.
+    if let Ok(seconds) = parse::duration_s(text)
+        && seconds <= u64::MAX / 1_000_000_000
+    {
         assert_eq!(
             parse::duration_s(&parse::duration_text(seconds)),
             Ok(seconds),

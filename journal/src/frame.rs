@@ -422,6 +422,8 @@ pub fn peek_frame(bytes: &[u8], log_id: u64, segment: u32, block: u32) -> Option
         && header.segment.get() == segment
         && header.block.get() == block
         && header.flags.get() == 0
+        // The next one has a number too.
+        && header.number.get() < u64::MAX
         && (1..=FrameHeader::HEADER_BLOCKS_MAX).contains(&blocks)
         && size_of::<FrameHeader>() + header.descriptor_bytes.get() as usize <= usize::from(blocks) * BLOCK as usize
         && header.payload_blocks.get() <= 65536;
