@@ -1,9 +1,13 @@
 # The commands of everyday: each does all that it needs, also on a fresh machine.
 
-.PHONY: demo test soak bench build
+.PHONY: demo test soak bench bench-first build man
 
 build:            ## release binaries in target/release
 	cargo build --locked --release
+
+man:              ## manual pages in target/man
+	cargo build --locked --release -p cdpctl
+	target/release/cdpctl man target/man
 
 demo:             ## protect a volume, damage it, look back, take it back (a minute after the build)
 	scripts/demo.sh
@@ -11,12 +15,15 @@ demo:             ## protect a volume, damage it, look back, take it back (a min
 test:             ## everything that must hold before a change lands
 	scripts/test.sh
 
-SOAK ?= 5
-soak:             ## the random tests, SOAK times as long, and all seeds of the acceptance script
-	scripts/setup.sh
-	cargo build --locked --release --workspace
-	target/release/cdp-sim --seed $$(date +%s) --seconds $$((60 * $(SOAK))) --threads 2
-	CDP_SOAK=$(SOAK) CDP_BIN=$(CURDIR)/target/release cargo test --locked --release -p cdp-tests --no-fail-fast -- --nocapture
+SOAK_S ?= 600
+soak:             ## the random tests with fresh seeds, SOAK_S seconds long
+	scripts/soak.sh $(SOAK_S)
 
-bench:            ## a first figure: protected random writes beside qemu-nbd on the same disk
+BENCH_FLAGS = $(if $(QUICK),--quick) $(if $(FULL),--full) $(if $(SIZE),--size $(SIZE)) $(if $(DIR),--dir $(DIR))
+bench:            ## beside other block servers on the same disk: docs/benchmarks.md (QUICK=1: 3 minutes; FULL=1: all rows)
+	scripts/setup.sh --bench
+	cargo build --locked --release --bin cdp-agent --bin cdpctl --bin cdp-bench
+	python3 benches/bench.py $(BENCH_FLAGS)
+
+bench-first:      ## one figure only: protected random writes beside qemu-nbd
 	scripts/bench-first.sh

@@ -2,7 +2,7 @@
 # Installs what the demo and the tests need and is not there yet (as root on Debian or Ubuntu); otherwise says what is missing
 # and ends with status 1. Called without change on every `make demo` and `make test`, so it is quick when all is there.
 #
-# usage: scripts/setup.sh [--demo]      --demo: only what the demo needs
+# usage: scripts/setup.sh [--demo | --bench]      --demo: only what the demo needs; --bench: what the benches need, too
 set -euo pipefail
 
 PATH="$PATH:/usr/sbin:/sbin"
@@ -25,6 +25,11 @@ qemu-img     qemu-utils
 qemu-nbd     qemu-utils
 fio          fio
 mkfs.xfs     xfsprogs
+mkfs.btrfs   btrfs-progs
+sfdisk       fdisk
+setpriv      util-linux
+pg_ctlcluster        postgresql
+qemu-system-x86_64   qemu-system-x86
 xfs_repair   xfsprogs
 e2fsck       e2fsprogs
 losetup      util-linux
@@ -33,8 +38,13 @@ fusermount3  fuse3
 python3      python3
 "
 
+bench_needs="
+qemu-storage-daemon qemu-system-common
+"
+
 needs=$demo_needs
 [ "${1:-}" = --demo ] || needs+=$test_needs
+[ "${1:-}" != --bench ] || needs+=$bench_needs
 
 packages=()
 while read -r command package; do

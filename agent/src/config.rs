@@ -35,6 +35,12 @@ pub struct Config {
     pub nbd: Listen,
     /// Most NBD connections at a time.
     pub nbd_connections_max: usize,
+    /// Where volumes and views are local files.
+    pub fuse: Fuse,
+    /// Most open views, of all volumes together.
+    pub views_max: usize,
+    /// Most scratch that open writable views, of all volumes together, may take.
+    pub views_scratch_bytes_max: u64,
     /// Where metrics are served; `None`: not at all.
     pub metrics: Option<SocketAddr>,
     /// CDP disks to open.
@@ -58,6 +64,17 @@ pub struct Listen {
     pub unix: Option<UnixListen>,
     /// TCP, when configured.
     pub tcp: Option<TcpListen>,
+}
+
+/// Whether and where volumes and views are local files.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Fuse {
+    /// Not at all.
+    Off,
+    /// Beside the gRPC socket.
+    BesideSocket,
+    /// In this directory.
+    Dir(PathBuf),
 }
 
 /// A unix socket.
@@ -131,6 +148,9 @@ impl Default for Config {
             grpc: Listen { unix: Some(UnixListen::at("/run/cdp-agent/agent.sock")), tcp: None },
             nbd: Listen { unix: Some(UnixListen::at("/run/cdp-agent/nbd.sock")), tcp: None },
             nbd_connections_max: 1024,
+            fuse: Fuse::BesideSocket,
+            views_max: 256,
+            views_scratch_bytes_max: 8 << 30,
             metrics: Some(SocketAddr::from(([127, 0, 0, 1], 9187))),
             disks: Vec::new(),
             volumes: Vec::new(),
@@ -172,6 +192,15 @@ impl fmt::Display for ConfigError {
 impl std::error::Error for ConfigError {}
 
 impl Config {
+    /// The directory below which volumes and views are files; `None`: they are not.
+    pub fn fuse_dir(&self) -> Option<PathBuf> {
+        match &self.fuse {
+            Fuse::Off => None,
+            Fuse::BesideSocket => self.grpc.unix.as_ref()?.path.parent().map(Path::to_owned),
+            Fuse::Dir(dir) => Some(dir.clone()),
+        }
+    }
+
     /// Reads and checks a file.
     pub fn load(path: &Path) -> Result<Self, ConfigError> {
         let file = path.display().to_string();
@@ -215,6 +244,24 @@ fn read_root(root: &mut Section<'_>, config: &mut Config) -> Result<(), ConfigEr
         read_listen(&mut section, &mut config.nbd)?;
         if let Some(max) = section.integer("connections_max", 1, 65536)? {
             config.nbd_connections_max = usize::try_from(max).expect("at most 65536");
+        }
+        section.finish()?;
+    }
+    if let Some(mut section) = root.section("fuse")? {
+        if let Some(value) = section.string("dir")? {
+            config.fuse = match value.text.as_str() {
+                "off" => Fuse::Off,
+                _ => section.path("dir")?.map_or(Fuse::BesideSocket, Fuse::Dir),
+            };
+        }
+        section.finish()?;
+    }
+    if let Some(mut section) = root.section("views")? {
+        if let Some(max) = section.integer("max", 1, 65536)? {
+            config.views_max = usize::try_from(max).expect("at most 65536");
+        }
+        if let Some(bytes) = section.size("scratch_total", 1 << 20, 1 << 50)? {
+            config.views_scratch_bytes_max = bytes;
         }
         section.finish()?;
     }
@@ -842,7 +889,7 @@ mod tests {
             ("[[group]]\nname = \"a\"\nvolumes = \"x\"", 3, &["group[0].volumes", "a list"]),
             (
                 "[[group]]\nname=\"a\"\nvolumes=[\"a\"]\n[[volume]]\nname=\"a\"\npath=\"/a\"",
-                2,
+                1,
                 &["the name of a volume"],
             ),
             ("[[disk]]\npath=\"/a\"\n[[volume]]\nname=\"b\"\npath=\"/a\"", 3, &["its own journal"]),

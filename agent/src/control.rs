@@ -16,10 +16,8 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use cdp_journal::clock::HostClock;
-use cdp_journal::info::{DiskInfo, Health, ViewInfo, VolumeInfo, VolumeStats};
-use cdp_journal::{
-    Device, Engine, EngineConfig, Error, Export, InitOptions, Instant, Result, View, Volume, VolumeSpec,
-};
+use cdp_journal::info::{DiskInfo, Health, VolumeInfo, VolumeStats};
+use cdp_journal::{Device, Engine, EngineConfig, Error, Export, InitOptions, Instant, Result, Volume, VolumeSpec};
 use cdp_proto::v1::EventKind;
 use futures::future::{BoxFuture, FutureExt as _, join_all};
 use parking_lot::RwLock;
@@ -29,12 +27,15 @@ use crate::config::Config;
 use crate::copying::{self, Copying};
 use crate::device::{Disk, DiskFile, OpenError};
 use crate::events::{EventHub, wall_ns};
-use crate::frontend::nbd::{ExportDirectory, ExportEntry, ExportInfo, ExportSource};
+use crate::frontend::nbd::{ExportDirectory, ExportEntry, ExportInfo, ExportKind, ExportSource};
 use crate::groups::Group;
 use crate::shard::ShardHandle;
 use crate::state::{DiskRecord, Saved, ShardStore, StateDir, ViewRecord, VolumeRecord};
 
+mod local;
 mod signature;
+
+pub use local::{MountWish, Terms, ViewStatus};
 
 /// A predecessor that was killed keeps its disks locked until the kernel has ended its last requests; the lock on the state
 /// directory, which we have by then, says that it is gone.
@@ -117,6 +118,12 @@ pub struct Control {
     pub(crate) changing: tokio::sync::Mutex<()>,
     /// How fast reverts are copied.
     pub(crate) copying: Arc<Copying>,
+    /// Where views are files, while they are.
+    local: RwLock<Option<PathBuf>>,
+    pub(crate) mounting: tokio::sync::Mutex<()>,
+    recording: tokio::sync::Mutex<()>,
+    views_max: usize,
+    views_scratch_bytes_max: u64,
 }
 
 #[derive(Default)]
@@ -197,6 +204,11 @@ impl Control {
             engine_config: config.engine.clone(),
             registry: RwLock::default(),
             changing: tokio::sync::Mutex::new(()),
+            local: RwLock::default(),
+            mounting: tokio::sync::Mutex::new(()),
+            recording: tokio::sync::Mutex::new(()),
+            views_max: config.views_max,
+            views_scratch_bytes_max: config.views_scratch_bytes_max,
             copying: Arc::default(),
         });
         let deadline = tokio::time::Instant::now() + PREDECESSOR_PATIENCE;
@@ -397,6 +409,7 @@ impl Control {
 
     /// Stops serving a volume.
     pub async fn remove_volume(&self, volume: Uuid, force: bool, clean: bool) -> Result<VolumeStatus> {
+        let _mounting = self.mounting.lock().await;
         let _changing = self.changing.lock().await;
         let status = self.volume(volume).await?;
         if status.record.configured {
@@ -422,6 +435,7 @@ impl Control {
                 return Err(Error::State(text));
             }
             for view in views {
+                self.unmount(view.id, force).await?;
                 self.close_view_locked(view.id).await?;
             }
             if clean && info.settings.is_some() {
@@ -781,95 +795,30 @@ impl Control {
 
     // ---- views ----
 
-    /// Opens a view, or answers the one that is open.
-    pub async fn open_view(
-        &self,
-        volume: Uuid,
-        time: Instant,
-        name: String,
-        writable: bool,
-    ) -> Result<(ViewInfo, u64)> {
-        let _changing = self.changing.lock().await;
-        self.open_view_locked(volume, time, name, writable).await
-    }
-
-    pub(crate) async fn open_view_locked(
-        &self,
-        volume: Uuid,
-        time: Instant,
-        name: String,
-        writable: bool,
-    ) -> Result<(ViewInfo, u64)> {
-        if writable {
-            // The engine answers an open read-only view again by itself; this is the same for writable ones.
-            let open = |(view, _): &(ViewInfo, u64)| view.writable && view.time == time && view.lost.is_none();
-            if let Some(view) = self.views(Some(volume)).await.into_iter().find(open) {
-                return Ok(view);
-            }
-        }
-        let (info, size) = self
-            .on_volume(volume, move |volume| async move {
-                let view = volume.open_view(time, &name, writable).await?;
-                Ok(info_and_size(&view))
-            })
-            .await?;
-        let known = {
-            let mut registry = self.registry.write();
-            let shard = registry.volumes.get(&volume).map_or(0, |slot| slot.shard);
-            registry.views.insert(info.id, ViewSlot { record: view_record(&info), shard }).is_some()
-        };
-        if !known && let Err(error) = self.record_views().await {
-            let id = info.id;
-            self.registry.write().views.remove(&id);
-            self.on_volume(volume, move |volume| async move { volume.close_view(id).await }).await?;
-            return Err(error);
-        }
-        Ok((info, size))
-    }
-
-    /// Closes a view by its id.
-    pub async fn close_view(&self, id: Uuid) -> Result<(ViewInfo, u64)> {
-        let _changing = self.changing.lock().await;
-        self.close_view_locked(id).await
-    }
-
-    pub(crate) async fn close_view_locked(&self, id: Uuid) -> Result<(ViewInfo, u64)> {
-        let volume = self.registry.read().views.get(&id).map(|slot| slot.record.volume);
-        let volume = volume.ok_or_else(|| Error::NotFound { what: "view", name: id.to_string() })?;
+    pub(crate) async fn close_view_locked(&self, id: Uuid) -> Result<ViewStatus> {
+        let record = self.registry.read().views.get(&id).map(|slot| slot.record.clone());
+        let record = record.ok_or_else(|| Error::NotFound { what: "view", name: id.to_string() })?;
+        let volume = record.volume;
         let shard = self.shard_of(volume)?;
         let closed = shard.call(move |local, _| async move {
             let view = local.engine.view(id).ok_or_else(|| Error::NotFound { what: "view", name: id.to_string() })?;
-            let (info, size) = info_and_size(&view);
+            let info = view.info();
             drop(view);
             let volume = local.engine.volume(volume).ok_or_else(stopping)?;
             volume.close_view(id).await?;
-            Ok((info, size))
+            Ok(info)
         });
         let closed = closed.await.unwrap_or_else(|_| Err(stopping()));
         if matches!(closed, Ok(_) | Err(Error::NotFound { .. })) {
             self.registry.write().views.remove(&id);
             self.record_views().await?;
         }
-        closed
-    }
-
-    /// Open views with their sizes, by time of opening.
-    pub async fn views(&self, of: Option<Uuid>) -> Vec<(ViewInfo, u64)> {
-        let places: Vec<(Uuid, usize)> = {
-            let registry = self.registry.read();
-            let wanted = registry.views.iter().filter(|(_, slot)| of.is_none_or(|volume| slot.record.volume == volume));
-            wanted.map(|(id, slot)| (*id, slot.shard)).collect()
-        };
-        let asked = places.into_iter().map(|(id, shard)| {
-            self.shards[shard]
-                .call(move |local, _| async move { local.engine.view(id).map(|view| info_and_size(&view)) })
-        });
-        let mut views: Vec<_> = join_all(asked).await.into_iter().flatten().flatten().collect();
-        views.sort_by_key(|(info, _)| (info.opened_ns, info.id));
-        views
+        closed.map(|info| ViewStatus { info, record })
     }
 
     async fn record_views(&self) -> Result<()> {
+        // One after the other, so that what was changed last is written last.
+        let _recording = self.recording.lock().await;
         let records: Vec<_> = self.registry.read().views.values().map(|slot| slot.record.clone()).collect();
         self.recorded("views", self.state.put_views(&records).await)
     }
@@ -877,12 +826,30 @@ impl Control {
     async fn reopen_views(&self, records: Vec<ViewRecord>) -> anyhow::Result<()> {
         for record in records {
             let (id, volume, time) = (record.id, record.volume, Instant(record.time_ns));
+            // What was made for its mount; where something is in it or on it, it stays.
+            let unmade = record.mount.iter().filter(|mount| mount.made).map(|mount| mount.dir.clone()).next();
+            let gone = || {
+                if let Some(dir) = &unmade {
+                    let _ = std::fs::remove_dir(dir);
+                }
+            };
             let lost = |why: String| {
                 let message = format!("view {id} at {time} did not come back after the restart: {why}");
                 self.events.publish_now(EventKind::ViewLost, Some(volume), None, message);
             };
+            if record.temporary {
+                gone();
+                continue; // the call that it belonged to is gone
+            }
+            if record.expires_ns.is_some_and(|end| end <= wall_ns()) {
+                let message = format!("view {id} at {time}: its time was over while the agent was not there");
+                self.events.publish_now(EventKind::ViewExpired, Some(volume), None, message);
+                gone();
+                continue;
+            }
             if record.writable {
                 lost("it was writable, and its scratch ended with the agent".to_owned());
+                gone();
                 continue;
             }
             let name = record.snapshot_name.clone();
@@ -895,6 +862,7 @@ impl Control {
                 Err(Error::State(why)) => tracing::warn!(view = %id, %volume, why, "the view waits for its volume"),
                 Err(error) => {
                     lost(error.to_string());
+                    gone();
                     continue;
                 }
             }
@@ -984,6 +952,7 @@ impl ExportDirectory<Local> for Control {
         let served = registry.volumes.values().filter(|slot| slot.failed.is_none());
         let mut entries: Vec<ExportEntry> = served
             .map(|slot| ExportEntry {
+                kind: ExportKind::Volume,
                 name: slot.record.name.clone(),
                 description: format!("volume {}", slot.record.uuid),
             })
@@ -991,7 +960,11 @@ impl ExportDirectory<Local> for Control {
         entries.sort_by(|a, b| a.name.cmp(&b.name));
         entries.extend(registry.views.iter().map(|(id, slot)| {
             let volume = registry.volumes.get(&slot.record.volume).map_or("?", |volume| &volume.record.name);
-            ExportEntry { name: id.to_string(), description: format!("view of {volume} at {}", slot.record.time_ns) }
+            ExportEntry {
+                kind: ExportKind::View,
+                name: id.to_string(),
+                description: format!("view of {volume} at {}", slot.record.time_ns),
+            }
         }));
         async move { entries }.boxed()
     }
@@ -999,27 +972,30 @@ impl ExportDirectory<Local> for Control {
     fn find<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Option<ExportInfo<Local>>> {
         let found = {
             let registry = self.registry.read();
-            let volume =
-                |slot: &VolumeSlot| (slot.record.name.clone(), slot.record.uuid, slot.shard, "volume".to_owned());
+            let volume = |slot: &VolumeSlot| {
+                let kind = ExportKind::Volume;
+                (kind, slot.record.name.clone(), slot.record.uuid, slot.shard, "volume".to_owned())
+            };
             let mut served = registry.volumes.values().filter(|slot| slot.failed.is_none());
             match (name, Uuid::parse_str(name)) {
                 // The default export is the only volume, where there is just one.
                 ("", _) => served.next().filter(|_| registry.volumes.len() == 1).map(volume),
                 (_, Ok(id)) => served.find(|slot| slot.record.uuid == id).map(volume).or_else(|| {
                     let view = registry.views.get(&id)?;
-                    Some((id.to_string(), id, view.shard, format!("view at {}", view.record.time_ns)))
+                    let description = format!("view at {}", view.record.time_ns);
+                    Some((ExportKind::View, id.to_string(), id, view.shard, description))
                 }),
                 (name, Err(_)) => served.find(|slot| slot.record.name == name).map(volume),
             }
         };
         async move {
-            let (name, key, shard, description) = found?;
+            let (kind, name, key, shard, description) = found?;
             let shard = Arc::clone(&self.shards[shard]);
             let asked = shard.call(move |local, _| async move {
                 local.export(key).map(|export| (export.size(), export.read_only()))
             });
             let (size, read_only) = asked.await.ok().flatten()?;
-            Some(ExportInfo { name, description, size, read_only, shard, key })
+            Some(ExportInfo { kind, name, description, size, read_only, shard, key })
         }
         .boxed()
     }
@@ -1031,20 +1007,6 @@ fn health_word(health: Health) -> String {
 
 pub(crate) fn stopping() -> Error {
     Error::Gone("the agent is stopping".to_owned())
-}
-
-fn info_and_size(view: &Rc<View>) -> (ViewInfo, u64) {
-    (view.info(), view.export().size())
-}
-
-fn view_record(info: &ViewInfo) -> ViewRecord {
-    ViewRecord {
-        id: info.id,
-        volume: info.volume,
-        time_ns: info.time.0,
-        snapshot_name: info.snapshot_name.clone(),
-        writable: info.writable,
-    }
 }
 
 fn absent_disk(slot: &DiskSlot) -> DiskInfo {

@@ -16,13 +16,14 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use crate::config::{Config, Listen, UnixListen};
-use crate::control::{Control, NewVolume, VolumeStatus};
+use crate::control::{Control, Local, NewVolume, VolumeStatus};
 use crate::events::{EventHub, wall_ns};
-use crate::frontend::nbd::{Listener, NbdConfig, NbdServer};
+use crate::frontend::fuse::{self, FuseServer};
+use crate::frontend::nbd::{ExportDirectory, ExportKind, Listener, NbdConfig, NbdServer};
 use crate::grpc::convert::Place;
 use crate::grpc::{About, Service};
-use crate::state::StateDir;
-use crate::{listen, metrics};
+use crate::state::{StateDir, ViewRecord};
+use crate::{listen, metrics, mounts};
 
 /// Clients get so long for the rest of their answers.
 const DRAIN_GRACE: Duration = Duration::from_secs(10);
@@ -103,12 +104,13 @@ pub async fn run(config: Config, config_path: Option<&Path>, dev: Option<Dev>) -
     let (stop, stopping) = watch::channel(false);
     watch_signals(stop.clone())?;
     let (state, saved) = StateDir::open(&config.state_dir)?;
+    let files = take_files(&config, &saved.views).await;
     let events = Arc::new(EventHub::default());
     let begun = std::time::Instant::now();
     let control = Control::start(&config, state, saved, events).await?;
     tracing::info!(ms = begun.elapsed().as_millis(), "recovered");
 
-    let served = match serve(&config, config_path, dev.as_ref(), start_ns, &control, &stopping).await {
+    let served = match serve(&config, config_path, dev.as_ref(), files, start_ns, &control, &stopping).await {
         Ok(served) => served,
         Err(error) => {
             // What was opened is closed in order, also when a socket is taken.
@@ -118,6 +120,7 @@ pub async fn run(config: Config, config_path: Option<&Path>, dev: Option<Dev>) -
     };
     ready(&control).await;
     let watchdog = tokio::spawn(watch_shards(Arc::clone(&control)));
+    let expiry = tokio::spawn(Arc::clone(&control).expire_views());
     if let Some(dev) = &dev {
         println!("{}", usage(dev, &demo_state(&control).await));
     }
@@ -127,7 +130,8 @@ pub async fn run(config: Config, config_path: Option<&Path>, dev: Option<Dev>) -
     notify(&[NotifyState::Stopping, NotifyState::Status("draining")]);
     tracing::info!("stopping: no new clients; draining");
     watchdog.abort();
-    served.stop().await;
+    expiry.abort();
+    served.stop(&control).await;
     let result = control.stop(DRAIN_GRACE).await;
     tracing::info!("stopped");
     drop(stop);
@@ -138,6 +142,8 @@ pub async fn run(config: Config, config_path: Option<&Path>, dev: Option<Dev>) -
 struct Served {
     listeners: JoinSet<()>,
     grpc: tokio::task::JoinHandle<std::result::Result<(), tonic::transport::Error>>,
+    /// Unmounted when dropped.
+    files: Option<FuseServer>,
     /// Removed when dropped.
     _sockets: Vec<listen::SocketFile>,
     _metrics_file: Option<MetricsFile>,
@@ -145,7 +151,7 @@ struct Served {
 
 impl Served {
     /// Ends the listeners; connections that reached their shard are the shard's to drain.
-    async fn stop(mut self) {
+    async fn stop(mut self, control: &Control) {
         self.listeners.shutdown().await;
         match tokio::time::timeout(CALLS_GRACE, &mut self.grpc).await {
             Ok(Ok(Ok(()))) => {}
@@ -155,6 +161,10 @@ impl Served {
                 tracing::warn!("gRPC calls under way were cut off");
                 self.grpc.abort();
             }
+        }
+        if let Some(files) = self.files.take() {
+            control.take_local().await;
+            drop(files);
         }
     }
 }
@@ -172,6 +182,7 @@ async fn serve(
     config: &Config,
     config_path: Option<&Path>,
     dev: Option<&Dev>,
+    files: Option<fuse::Place>,
     start_ns: u64,
     control: &Arc<Control>,
     stopping: &watch::Receiver<bool>,
@@ -182,7 +193,14 @@ async fn serve(
     let mut listeners = JoinSet::new();
     let mut sockets = Vec::new();
     let mut place =
-        Place { host_uuid: control.state().host_uuid().to_string(), host_name: host_name(), nbd: Vec::new() };
+        Place { host_uuid: control.state().host_uuid().to_string(), host_name: host_name(), ..Place::default() };
+
+    let files = files.and_then(|files| serve_files(files, control));
+    if let Some(files) = &files {
+        place.volumes = Some(files.volumes().to_owned());
+        place.views = Some(files.views().to_owned());
+        control.give_local(files.views()).await;
+    }
 
     let nbd_config = NbdConfig { connections_max: config.nbd_connections_max, ..NbdConfig::default() };
     let server = NbdServer::new(nbd_config, Arc::clone(control) as _);
@@ -230,7 +248,46 @@ async fn serve(
     let about = About { place, start_ns, endpoints, config_path };
     let service = Service::new(Arc::clone(control), about, stopping.clone());
     let grpc = tokio::spawn(service.serve(incoming));
-    Ok(Served { listeners, grpc, _sockets: sockets, _metrics_file: metrics_file })
+    Ok(Served { listeners, grpc, files, _sockets: sockets, _metrics_file: metrics_file })
+}
+
+/// Takes the directory of local files, and away what an earlier agent left attached there. Without it the agent goes on.
+async fn take_files(config: &Config, views: &[ViewRecord]) -> Option<fuse::Place> {
+    let dir = config.fuse_dir()?;
+    let ids: Vec<String> = views.iter().map(|view| view.id.to_string()).collect();
+    let taken = tokio::task::spawn_blocking(move || {
+        let images = fuse::directory_of(&dir, ExportKind::View);
+        let swept = mounts::sweep(|file| {
+            // Also of a view that was opened and not recorded any more.
+            file.parent() == Some(&images) || ids.iter().any(|id| mounts::lies_in(file, &images, id))
+        });
+        for dir in swept {
+            tracing::warn!(dir = %dir.display(), "a view of an agent that is gone was mounted there: it is unmounted");
+        }
+        fuse::Place::take(&dir)
+    });
+    match taken.await {
+        Ok(Ok(place)) => Some(place),
+        Ok(Err(error)) => {
+            tracing::warn!(%error, "volumes and views are not served as local files");
+            None
+        }
+        Err(_) => None, // the runtime ends
+    }
+}
+
+fn serve_files(place: fuse::Place, control: &Arc<Control>) -> Option<FuseServer> {
+    let dir = place.dir().display().to_string();
+    match FuseServer::start(place, &(Arc::clone(control) as Arc<dyn ExportDirectory<Local>>)) {
+        Ok(server) => {
+            tracing::info!(dir, "volumes and views are local files");
+            Some(server)
+        }
+        Err(error) => {
+            tracing::warn!(dir, %error, "volumes and views are not served as local files: FUSE is not to be had");
+            None
+        }
+    }
 }
 
 /// Makes what is missing of the demo; what is there goes on as it is.
@@ -311,6 +368,7 @@ fn usage(dev: &Dev, state: &str) -> String {
 Everything is in {dir}; stop with Ctrl-C, start again with the same --dev.
 
   look at it      nbdinfo 'nbd+unix:///{DEMO}?socket={dir}/nbd.sock'
+  as a file       {dir}/volumes/{DEMO}
   write to it     nbdcopy some.img 'nbd+unix:///{DEMO}?socket={dir}/nbd.sock'
   boot from it    qemu-system-x86_64 -drive driver=nbd,server.type=unix,server.path={dir}/nbd.sock,export={DEMO},if=virtio
 

@@ -32,9 +32,9 @@ const QEMU_USED_BASE: i64 = 100;
 const QEMU_UNSHARED_BASE: i64 = 200;
 /// consistent-read, write, write-unchanged, resize; the names that QEMU prints.
 const QEMU_PERMISSIONS: [&str; 4] = ["consistent read", "write", "write unchanged", "resize"];
-/// How long somebody else may hold a disk before it is refused. A killed agent's ring lets go of its files only when the last
-/// of its requests has ended, which is after the process is gone; and udev holds a block device's lock while it probes.
-const CLAIM_TRIES: u32 = 100;
+/// How long somebody else may hold a disk before it is refused: udev holds a block device's lock while it probes. (A killed
+/// agent, whose last requests end after its process is gone, is waited for at start, by the caller.)
+const CLAIM_TRIES: u32 = 10;
 const CLAIM_RETRY: Duration = Duration::from_millis(50);
 /// Most steps of one allocation query. Each is a system call made on the shard's thread, about a microsecond when the extent
 /// map is in memory; the rest of the range is answered as data.
@@ -561,6 +561,18 @@ impl Device for Disk {
         Box::pin(async move {
             loop {
                 match disk.ring.sync_data(&disk.shared.main).await {
+                    Err(error) if error.raw_os_error() == Some(libc::EINTR) => {}
+                    result => return result,
+                }
+            }
+        })
+    }
+
+    fn sync_all(&self) -> LocalFuture<'static, io::Result<()>> {
+        let disk = self.clone();
+        Box::pin(async move {
+            loop {
+                match disk.ring.sync_all(&disk.shared.main).await {
                     Err(error) if error.raw_os_error() == Some(libc::EINTR) => {}
                     result => return result,
                 }

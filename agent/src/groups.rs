@@ -1,13 +1,12 @@
 //! Groups: several volumes under one name, such as the disks of one VM. Any list of volumes can be marked, viewed and reverted at one instant; a
 //! group only spares naming them.
 
-use cdp_journal::info::ViewInfo;
 use cdp_journal::{Error, Instant, Result};
 use futures::future::join_all;
 use uuid::Uuid;
 
 use crate::config::GroupConfig;
-use crate::control::{Control, Resolved};
+use crate::control::{Control, Resolved, Terms, ViewStatus};
 use crate::state::GroupRecord;
 
 /// A group.
@@ -142,17 +141,18 @@ impl Control {
         time: Instant,
         name: &str,
         writable: bool,
-    ) -> Result<Vec<(ViewInfo, u64)>> {
+        terms: &Terms,
+    ) -> Result<Vec<ViewStatus>> {
         let _changing = self.changing.lock().await;
         let before = join_all(volumes.iter().map(|volume| self.views(Some(volume.uuid)))).await;
-        let was_open = |id: Uuid| before.iter().flatten().any(|(view, _)| view.id == id);
-        let mut views: Vec<(ViewInfo, u64)> = Vec::new();
+        let was_open = |id: Uuid| before.iter().flatten().any(|view| view.info.id == id);
+        let mut views: Vec<ViewStatus> = Vec::new();
         for volume in volumes {
-            match self.open_view_locked(volume.uuid, time, name.to_owned(), writable).await {
+            match self.open_view_locked(volume.uuid, time, name.to_owned(), writable, terms.clone()).await {
                 Ok(view) => views.push(view),
                 Err(error) => {
                     // A part of a group would be taken for all of it.
-                    for (view, _) in views.iter().filter(|(view, _)| !was_open(view.id)) {
+                    for view in views.iter().map(|view| &view.info).filter(|view| !was_open(view.id)) {
                         if let Err(failure) = self.close_view_locked(view.id).await {
                             tracing::warn!(view = %view.id, %failure, "a view of a group that could not be opened stays");
                         }

@@ -12,10 +12,14 @@ pub mod daemon;
 pub mod device;
 pub mod events;
 pub mod frontend;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod groups;
 pub mod grpc;
 pub mod listen;
 pub mod metrics;
+pub mod mounts;
 pub mod quiesce;
 pub mod revert;
 pub mod ring;

@@ -132,10 +132,38 @@ pub fn acceptor(files: &TlsFiles, protocols: &[&[u8]]) -> Result<TlsAcceptor> {
     Ok(TlsAcceptor::from(Arc::new(config)))
 }
 
+/// Who is at the other end, as far as the system says.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Peer {
+    /// The user, on the unix socket.
+    pub uid: Option<u32>,
+}
+
+impl Peer {
+    /// Refuses whoever is not root on this host, or the agent's own user.
+    pub fn may_mount(&self) -> std::result::Result<(), tonic::Status> {
+        match self.uid {
+            Some(uid) if uid == 0 || uid == nix::unistd::geteuid().as_raw() => Ok(()),
+            _ => {
+                Err(tonic::Status::permission_denied("mounting is for root on the agent's host, over the unix socket"))
+            }
+        }
+    }
+
+    /// Whose something is: as it was said, else who the connection says.
+    pub fn owner(&self, said: String) -> String {
+        match (said.is_empty(), self.uid) {
+            (false, _) => said,
+            (true, Some(uid)) => format!("uid {uid}"),
+            (true, None) => "a client over the network".to_owned(),
+        }
+    }
+}
+
 /// A connection to the gRPC service.
 pub enum Connection {
-    /// Over the unix socket.
-    Unix(UnixStream),
+    /// Over the unix socket, with the user at its other end.
+    Unix(UnixStream, Option<u32>),
     /// Over TCP without TLS.
     Tcp(TcpStream),
     /// Over TCP with TLS.
@@ -143,8 +171,13 @@ pub enum Connection {
 }
 
 impl Connected for Connection {
-    type ConnectInfo = ();
-    fn connect_info(&self) {}
+    type ConnectInfo = Peer;
+    fn connect_info(&self) -> Peer {
+        match self {
+            Self::Unix(_, uid) => Peer { uid: *uid },
+            Self::Tcp(_) | Self::Tls(_) => Peer::default(),
+        }
+    }
 }
 
 /// Accepts on a unix socket and logs who connects.
@@ -158,7 +191,9 @@ pub fn accept_unix(listener: UnixListener) -> ReceiverStream<io::Result<Connecti
             };
             match connection {
                 Ok((stream, _)) => {
-                    match stream.peer_cred() {
+                    let peer = stream.peer_cred();
+                    let uid = peer.as_ref().ok().map(|peer| peer.uid());
+                    match peer {
                         Ok(peer) => {
                             tracing::info!(
                                 pid = peer.pid(),
@@ -169,7 +204,7 @@ pub fn accept_unix(listener: UnixListener) -> ReceiverStream<io::Result<Connecti
                         }
                         Err(error) => tracing::warn!(%error, "gRPC client connected; the system does not say who"),
                     }
-                    if accepted.send(Ok(Connection::Unix(stream))).await.is_err() {
+                    if accepted.send(Ok(Connection::Unix(stream, uid))).await.is_err() {
                         return;
                     }
                 }
@@ -230,7 +265,7 @@ pub fn accept_tcp(listener: TcpListener, acceptor: Option<TlsAcceptor>) -> Recei
 impl AsyncRead for Connection {
     fn poll_read(self: Pin<&mut Self>, cx: &mut TaskContext<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         match self.get_mut() {
-            Connection::Unix(stream) => Pin::new(stream).poll_read(cx, buf),
+            Connection::Unix(stream, _) => Pin::new(stream).poll_read(cx, buf),
             Connection::Tcp(stream) => Pin::new(stream).poll_read(cx, buf),
             Connection::Tls(stream) => Pin::new(stream).poll_read(cx, buf),
         }
@@ -240,7 +275,7 @@ impl AsyncRead for Connection {
 impl AsyncWrite for Connection {
     fn poll_write(self: Pin<&mut Self>, cx: &mut TaskContext<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         match self.get_mut() {
-            Connection::Unix(stream) => Pin::new(stream).poll_write(cx, buf),
+            Connection::Unix(stream, _) => Pin::new(stream).poll_write(cx, buf),
             Connection::Tcp(stream) => Pin::new(stream).poll_write(cx, buf),
             Connection::Tls(stream) => Pin::new(stream).poll_write(cx, buf),
         }
@@ -248,7 +283,7 @@ impl AsyncWrite for Connection {
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut TaskContext<'_>) -> Poll<io::Result<()>> {
         match self.get_mut() {
-            Connection::Unix(stream) => Pin::new(stream).poll_flush(cx),
+            Connection::Unix(stream, _) => Pin::new(stream).poll_flush(cx),
             Connection::Tcp(stream) => Pin::new(stream).poll_flush(cx),
             Connection::Tls(stream) => Pin::new(stream).poll_flush(cx),
         }
@@ -256,7 +291,7 @@ impl AsyncWrite for Connection {
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut TaskContext<'_>) -> Poll<io::Result<()>> {
         match self.get_mut() {
-            Connection::Unix(stream) => Pin::new(stream).poll_shutdown(cx),
+            Connection::Unix(stream, _) => Pin::new(stream).poll_shutdown(cx),
             Connection::Tcp(stream) => Pin::new(stream).poll_shutdown(cx),
             Connection::Tls(stream) => Pin::new(stream).poll_shutdown(cx),
         }

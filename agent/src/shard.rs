@@ -14,6 +14,7 @@ use std::thread::JoinHandle;
 use tokio::sync::{mpsc, oneshot};
 use uuid::Uuid;
 
+use crate::frontend::fuse::files::{self, Files};
 use crate::frontend::nbd::transmission::{Claimed, Clients};
 use crate::frontend::nbd::{ClientStats, ExportSource, NbdSession};
 use crate::ring::Ring;
@@ -31,6 +32,7 @@ struct Context<S> {
     state: S,
     ring: Ring,
     clients: Rc<Clients>,
+    files: Rc<Files>,
 }
 
 type Work<S> = Box<dyn FnOnce(&Context<S>) + Send>;
@@ -74,11 +76,13 @@ impl<S: Clone + 'static> ShardHandle<S> {
             let handle = ring.clone();
             ring.run(async move {
                 let clients = Clients::new(handle.clone(), stats);
-                let context = Context { state: build(handle.clone()), ring: handle, clients };
+                let files = Files::new(handle.clone());
+                let context = Context { state: build(handle.clone()), ring: handle, clients, files };
                 while let Some(Message::Run(run)) = received.recv().await {
                     run(&context);
                 }
                 context.clients.drain(STOP_GRACE_NS).await;
+                context.files.drain().await;
             });
         })?;
         let heartbeat =
@@ -131,9 +135,11 @@ impl<S: Clone + 'static> ShardHandle<S> {
         let (answer, answered) = oneshot::channel();
         let grace_ns = u64::try_from(grace.as_nanos()).unwrap_or(u64::MAX);
         self.send(move |context| {
-            let clients = Rc::clone(&context.clients);
+            let (clients, files) = (Rc::clone(&context.clients), Rc::clone(&context.files));
             context.ring.spawn(async move {
-                let _ = answer.send(clients.drain(grace_ns).await);
+                let cut = clients.drain(grace_ns).await;
+                files.drain().await;
+                let _ = answer.send(cut); // nobody waits any more: so be it
             });
         })?;
         answered.await.map_err(|_| ShardGone)
@@ -178,6 +184,35 @@ impl<S: ExportSource + Clone + 'static> ShardHandle<S> {
     }
 }
 
+impl<S: ExportSource + Clone + 'static> ShardHandle<S> {
+    /// Opens an export as a file. The inner error is the engine's refusal.
+    ///
+    /// # Errors
+    /// [`ShardGone`].
+    pub(crate) async fn open_file(
+        &self,
+        key: Uuid,
+        write: bool,
+    ) -> Result<cdp_journal::Result<files::Opened>, ShardGone> {
+        let (answer, answered) = oneshot::channel();
+        self.send(move |context| {
+            let opened = context.files.open(&context.state, key, write);
+            if let Err(Ok(unwanted)) = answer.send(opened) {
+                context.files.request(unwanted.ticket, files::Request::Close);
+            }
+        })?;
+        answered.await.map_err(|_| ShardGone)
+    }
+
+    /// Has something done with an open file; the request carries its answer's way.
+    ///
+    /// # Errors
+    /// [`ShardGone`]; the request was dropped, which answers it.
+    pub(crate) fn file_request(&self, ticket: u64, request: files::Request) -> Result<(), ShardGone> {
+        self.send(move |context| context.files.request(ticket, request))
+    }
+}
+
 /// A client's hold on an export, on its way through the handshake. Dropped, it is given back; adopted, it lasts as long as the
 /// connection.
 pub struct ExportClaim<S: 'static> {
@@ -219,11 +254,19 @@ impl<S: 'static> Drop for ExportClaim<S> {
 /// The kernel may come to this thread to get dirty pages written back (a guest's disk can be mounted on this very host): its
 /// own allocations must then not wait for that write-back. Needs CAP_SYS_RESOURCE; without it the risk stays.
 #[allow(unsafe_code)]
-fn protect_from_writeback() {
+pub(crate) fn protect_from_writeback() {
     const PR_SET_IO_FLUSHER: libc::c_int = 57;
+    static TOLD: std::sync::Once = std::sync::Once::new();
     // SAFETY: this prctl takes plain numbers and only sets flags of the calling thread.
     if unsafe { libc::prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0) } != 0 {
-        tracing::debug!(error = %io::Error::last_os_error(), "the thread is not marked as an I/O flusher");
+        let error = io::Error::last_os_error();
+        TOLD.call_once(|| {
+            tracing::warn!(
+                %error,
+                "the data path is not marked as an I/O flusher (it wants CAP_SYS_RESOURCE): file systems that this host has \
+                 mounted on its own volumes can hang when the agent's memory cgroup is full"
+            );
+        });
     }
 }
 

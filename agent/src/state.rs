@@ -108,6 +108,37 @@ pub struct ViewRecord {
     pub snapshot_name: String,
     /// It was writable: its scratch is lost with the agent, which is told once.
     pub writable: bool,
+    /// Whose it is, in words.
+    #[serde(default)]
+    pub owner: String,
+    /// When it was opened (wall clock, nanoseconds); 0: not known.
+    #[serde(default)]
+    pub opened_ns: u64,
+    /// When it ends (wall clock, nanoseconds); `None`: when it is closed.
+    #[serde(default)]
+    pub expires_ns: Option<u64>,
+    /// It belongs to a call, and does not come back.
+    #[serde(default)]
+    pub temporary: bool,
+    /// Where it is mounted; written before it is, and until it is not any more.
+    #[serde(default)]
+    pub mount: Option<MountRecord>,
+}
+
+/// Where a view is mounted.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MountRecord {
+    /// The directory.
+    pub dir: PathBuf,
+    /// The agent made it, and takes it away.
+    pub made: bool,
+    /// Number of the partition; 0: the whole; `None`: the only file system there is.
+    pub partition: Option<u32>,
+    /// The loop device; empty: not mounted yet.
+    pub device: String,
+    /// Type of the file system.
+    pub kind: String,
 }
 
 /// A group of volumes that was added.
@@ -304,6 +335,8 @@ struct FenceRecord {
     primary_size: u64,
     primary_id: String,
     primary_mtime_ns: u64,
+    #[serde(default)]
+    disk_clock_ns: u64,
     next_seq: u64,
     settings: Option<SettingsRecord>,
     on: bool,
@@ -339,6 +372,7 @@ impl FenceRecord {
             primary_size: fence.primary_size,
             primary_id: fence.primary_id.clone(),
             primary_mtime_ns: fence.primary_mtime_ns,
+            disk_clock_ns: fence.disk_clock_ns,
             next_seq: fence.next_seq,
             settings: fence.settings.map(|settings| SettingsRecord {
                 reserve_capacity: settings.reserve_capacity,
@@ -370,6 +404,7 @@ impl FenceRecord {
             primary_size: self.primary_size,
             primary_id: self.primary_id,
             primary_mtime_ns: self.primary_mtime_ns,
+            disk_clock_ns: self.disk_clock_ns,
             next_seq: self.next_seq,
             settings,
             on: self.on,
@@ -583,8 +618,11 @@ struct Writer {
 impl Writer {
     fn start(high_water: Instant) -> io::Result<Self> {
         let (jobs, received) = crossbeam_channel::unbounded();
-        let thread =
-            std::thread::Builder::new().name("cdp-state".into()).spawn(move || write_all(&received, high_water.0))?;
+        let thread = std::thread::Builder::new().name("cdp-state".into()).spawn(move || {
+            // Writes wait for what it writes (the clock's mark), so it must not wait for writes.
+            crate::shard::protect_from_writeback();
+            write_all(&received, high_water.0);
+        })?;
         Ok(Self { jobs: Some(jobs), thread: Some(thread) })
     }
 
@@ -647,6 +685,7 @@ mod tests {
             primary_size: 1 << 30,
             primary_id: "file:1:2".to_owned(),
             primary_mtime_ns: u64::MAX,
+            disk_clock_ns: u64::MAX,
             next_seq: 3,
             settings: Some(Settings { reserve_capacity: 1 << 40, reserve_duration_s: 86400, priority: Priority::High }),
             on: true,
@@ -677,7 +716,18 @@ mod tests {
             let volume = VolumeRecord { uuid: id, name: "v".into(), path: "/p".into(), size: 512, configured: false };
             block_on(state.put_volumes(&[volume])).expect("put");
             block_on(state.put_disks(&[DiskRecord { path: "/d".into() }])).expect("put");
-            let view = ViewRecord { id, volume: id, time_ns: u64::MAX, snapshot_name: "ü\n".into(), writable: false };
+            let view = ViewRecord {
+                id,
+                volume: id,
+                time_ns: u64::MAX,
+                snapshot_name: "ü\n".into(),
+                writable: false,
+                owner: "root".into(),
+                opened_ns: 1,
+                expires_ns: Some(2),
+                temporary: false,
+                mount: None,
+            };
             block_on(state.put_views(&[view])).expect("put");
             state.host_uuid()
         };

@@ -130,10 +130,12 @@ pub enum Command {
     /// Find the write that broke it, with a command that tells good from bad
     #[command(after_help = "Examples:\n  \
         cdpctl bisect vm1-root --from '1h ago' --to now -- ./check.sh\n  \
+        cdpctl bisect vm1-root --from '1h ago' --to now --mount -- sh -c 'test -e \"$CDP_VIEW_MOUNT/etc/passwd\"'\n  \
         cdpctl bisect vm1-root --from good --to bad -- qemu-io -r -f raw -c 'read -P 0 0 512' nbd+unix:///x\n\n\
         The command is run on views between the two instants, at most log2 of the writes + 2 times. It ends with 0 where the volume is good, \
         with 1 to 124 where it is bad, with 125 or more where it cannot tell, which stops the search; the same command line goes on from there. \
-        It finds the view by CDP_VIEW_NBD_URI, CDP_VIEW_ID, CDP_VIEW_TIME and CDP_VIEW_VOLUME in its environment.")]
+        It finds the view by CDP_VIEW_NBD_URI, CDP_VIEW_FILE (where the agent serves files), CDP_VIEW_MOUNT (with --mount), CDP_VIEW_ID, CDP_VIEW_TIME and \
+        CDP_VIEW_VOLUME in its environment.")]
     Bisect(Bisect),
     /// Copy an instant to a file, or only what changed up to it
     #[command(after_help = "Examples:\n  \
@@ -434,8 +436,11 @@ pub enum View {
     /// Open a volume as it was; prints where to read it
     #[command(
         after_help = "Examples:\n  cdpctl view open vm1-root --at '5m ago'\n  cdpctl view open vm1-root --at before-upgrade --writable\n  \
+        cdpctl view open vm1-root --at '2h ago' --mount /mnt/old --ttl 8h\n  \
+        cdpctl view open vm1-root --at now --writable --mount /mnt/try --partition 2\n  \
         nbdcopy \"$(cdpctl --output json view open vm1-root --at now | jq -r .nbd_uri)\" copy.img\n\n\
-        Opening the same instant again answers the same view."
+        Opening the same instant again answers the same view. --mount wants root on the agent's host. Without --writable the file \
+        system is mounted as a crash would have left it, nothing is replayed; with it, it brings itself in order on scratch."
     )]
     Open(ViewOpen),
     /// List open views
@@ -444,12 +449,57 @@ pub enum View {
         /// Only views of this volume, by uuid or name
         volume: Option<String>,
     },
-    /// Close a view; clients that have it open are disconnected
+    /// Close a view: it is unmounted, its loop device goes, clients that have it open are disconnected
     #[command(after_help = "Examples:\n  cdpctl view close 7c1f0a52-5d0e-4a53-9d0c-0f0f5c3f4d11")]
     Close {
         /// Id of the view
         id: String,
+        /// Also when programs use its mount; they get errors
+        #[arg(long)]
+        force: bool,
     },
+    /// List a directory of a file system in a volume as it was
+    #[command(after_help = "Examples:\n  cdpctl view ls vm1-root --at '1h ago' /etc\n  \
+        cdpctl view ls vm1-disk --at before-upgrade --partition 2 /home\n\n\
+        Opens a view of its own, mounts it, and takes both away again. Wants root on the agent's host.")]
+    Ls(ViewLs),
+    /// Copy a file or directory out of a file system in a volume as it was
+    #[command(after_help = "Examples:\n  cdpctl view cp vm1-root --at '1h ago' /etc/fstab fstab.old\n  \
+        cdpctl view cp vm1-root --at before-upgrade /home/anna /srv/restored\n\n\
+        Owners, permissions, times, links and holes are kept, as by `cp -a`. Wants root on the agent's host.")]
+    Cp(ViewCp),
+}
+
+/// Which file system of which instant.
+#[derive(Debug, Args)]
+pub struct ViewFiles {
+    /// Volume, by uuid or name
+    pub volume: String,
+    /// The instant
+    #[arg(long, value_name = "WHEN", value_parser = when)]
+    pub at: When,
+    /// Number of the partition, 0 for the whole disk; not needed where there is one file system only
+    #[arg(long, value_name = "N")]
+    pub partition: Option<u32>,
+}
+
+#[derive(Debug, Args)]
+pub struct ViewLs {
+    #[command(flatten)]
+    pub files: ViewFiles,
+    /// Directory or file inside of the file system
+    #[arg(default_value = "/")]
+    pub path: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub struct ViewCp {
+    #[command(flatten)]
+    pub files: ViewFiles,
+    /// Directory or file inside of the file system
+    pub path: PathBuf,
+    /// Where to: a new name, or a directory that is there
+    pub dest: PathBuf,
 }
 
 #[derive(Debug, Args)]
@@ -463,6 +513,18 @@ pub struct ViewOpen {
     /// Take writes, onto a scratch overlay that vanishes with the view
     #[arg(long)]
     pub writable: bool,
+    /// Mount its file system at this directory, through a loop device; `view close` undoes it
+    #[arg(long, value_name = "DIR")]
+    pub mount: Option<PathBuf>,
+    /// With --mount: number of the partition, 0 for the whole disk; not needed where there is one file system only
+    #[arg(long, value_name = "N", requires = "mount")]
+    pub partition: Option<u32>,
+    /// Close it by itself after so long
+    #[arg(long, value_name = "DURATION", value_parser = ttl)]
+    pub ttl: Option<u64>,
+    /// Whose it is, in words; without it, your user's name
+    #[arg(long, value_name = "WORDS")]
+    pub owner: Option<String>,
 }
 
 #[derive(Debug, Args)]
@@ -552,6 +614,12 @@ pub struct Bisect {
     /// Where runs and the command's output are logged [default: beside the state, .log]
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub log: Option<PathBuf>,
+    /// Mount each view for the command, which finds it by CDP_VIEW_MOUNT (as root, on the agent's host)
+    #[arg(long)]
+    pub mount: bool,
+    /// With --mount: number of the partition, 0 for the whole disk; not needed where there is one file system only
+    #[arg(long, value_name = "N", requires = "mount")]
+    pub partition: Option<u32>,
     /// Forget a search that was interrupted
     #[arg(long)]
     pub restart: bool,
@@ -643,6 +711,14 @@ fn when(text: &str) -> Result<When, String> {
         Ok(When::At(0)) => Err("instant 0 is not valid: must be at least 1 nanosecond after the epoch".into()),
         Ok(when) => Ok(when),
         Err(error) => Err(error.to_string()),
+    }
+}
+
+fn ttl(text: &str) -> Result<u64, String> {
+    const TTL_S_MAX: u64 = 10 * 365 * 86400;
+    match parse::duration_s(text).map_err(|error| error.to_string())? {
+        seconds @ 1..=TTL_S_MAX => Ok(seconds),
+        _ => Err(format!("ttl {text:?} is not valid: must be from 1s to {TTL_S_MAX}s")),
     }
 }
 

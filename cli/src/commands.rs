@@ -7,6 +7,7 @@ mod completion;
 mod disk;
 mod events;
 mod export;
+mod files;
 mod group;
 mod info;
 mod list;
@@ -62,7 +63,9 @@ pub async fn run(cli: Cli) -> Result<Answer, Failure> {
         Command::Mark(args) => mark::mark(agent, args).await,
         Command::View(View::Open(args)) => view::open(agent, args).await,
         Command::View(View::List { volume }) => view::list(agent, volume).await,
-        Command::View(View::Close { id }) => view::close(agent, id).await,
+        Command::View(View::Close { id, force }) => view::close(agent, id, force).await,
+        Command::View(View::Ls(args)) => files::list(agent, args).await,
+        Command::View(View::Cp(args)) => files::copy(agent, args).await,
         Command::Revert(args) => revert::revert(agent, args).await,
         Command::Release(args) => revert::release(agent, args).await,
         Command::Clean(args) => clean::clean(agent, args).await,

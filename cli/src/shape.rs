@@ -112,6 +112,14 @@ pub fn view(view: &v1::ViewInfo) -> Value {
         "opened": view.opened,
         "clients": view.clients,
         "lost": view.lost,
+        "path": view.path,
+        "owner": view.owner,
+        "expires": view.expires,
+        "mount": view.mount,
+        "fstype": view.fstype,
+        "partition": view.partition,
+        "device": view.device,
+        "temporary": view.temporary,
     })
 }
 

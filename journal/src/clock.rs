@@ -5,6 +5,9 @@
 //! host. A high-water mark, reserved ahead and durable on each CDP disk and in the state directory, keeps that true across a
 //! restart: no instant at or past the mark is given out before the mark was raised durably.
 
+#[cfg(loom)]
+use loom::sync::atomic::{AtomicU64, Ordering};
+#[cfg(not(loom))]
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::types::Instant;

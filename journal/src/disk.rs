@@ -721,7 +721,7 @@ fn table_page(id: Uuid, page: u64, generation: u64, entries: &[TableEntry]) -> S
     buf.share()
 }
 
-fn parse_table_page(bytes: &[u8], id: Uuid, page: u64) -> Option<(u64, Vec<TableEntry>)> {
+pub(crate) fn parse_table_page(bytes: &[u8], id: Uuid, page: u64) -> Option<(u64, Vec<TableEntry>)> {
     let (header, rest) = TablePageHeader::read_from_prefix(bytes).ok()?;
     let whole = header.magic == TablePageHeader::MAGIC
         && header.version.get() == format::VERSION

@@ -461,7 +461,8 @@ impl Volume {
             ticket.wait().await?;
             disk.sync().await?;
         }
-        self.primary.sync().await.map_err(|e| Error::device("sync", self.path(), &e))?;
+        // The fence tells the primary's mtime: one that a power cut takes back would look like somebody else's write.
+        self.primary.sync_all().await.map_err(|e| Error::device("sync", self.path(), &e))?;
         // Looked at in one step, and only now: what the destager did meanwhile counts.
         let clean = {
             let state = self.state.borrow();

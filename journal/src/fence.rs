@@ -22,6 +22,9 @@ pub struct Fence {
     pub primary_id: String,
     /// mtime of the primary (a file) in the state `Clean`, nanoseconds; 0 otherwise.
     pub primary_mtime_ns: u64,
+    /// The CDP disk's clock mark when the fence was written: a disk whose mark is lower is an older copy of itself, and lacks
+    /// acked writes.
+    pub disk_clock_ns: u64,
     /// Log seqs below this were given out and are never used again, not even after clean.
     pub next_seq: u64,
     /// CDP settings, so that protection comes back on another CDP disk after a restart; `None`: the volume has no CDP.

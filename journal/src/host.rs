@@ -57,6 +57,10 @@ pub trait Device {
     fn write_zeroes(&self, offset: u64, len: u64, punch: bool) -> LocalFuture<'static, io::Result<()>>;
     /// Makes everything durable that had completed when this was called.
     fn sync(&self) -> LocalFuture<'static, io::Result<()>>;
+    /// The same, and of a file its modification time too: a start compares it after a clean stop.
+    fn sync_all(&self) -> LocalFuture<'static, io::Result<()>> {
+        self.sync()
+    }
     /// The allocation map of a range, in order and without gaps. A device that cannot tell answers one piece of data.
     fn allocation(&self, offset: u64, len: u64) -> LocalFuture<'static, io::Result<Vec<Allocation>>>;
 }

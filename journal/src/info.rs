@@ -211,6 +211,8 @@ pub struct ViewInfo {
     pub time: Instant,
     /// The marker it was opened by; empty when by instant.
     pub snapshot_name: String,
+    /// Bytes: the volume's size at that instant.
+    pub size: u64,
     /// Writes go to a scratch overlay.
     pub writable: bool,
     /// Bytes of scratch in use.

@@ -13,6 +13,9 @@ mod error;
 mod fence;
 pub mod format;
 mod frame;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod group;
 pub mod host;
 pub mod index;

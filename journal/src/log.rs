@@ -18,7 +18,7 @@ use crate::format::{
 };
 use crate::frame::{FrameBuilder, FramePoint};
 use crate::host::{Host, LocalFuture};
-use crate::index::{self, MemIndex, PageSink, Run, RunBuilder, Source, Touched, layout_footer, pages_for};
+use crate::index::{self, Filter, MemIndex, PageSink, Run, RunBuilder, Source, Touched, layout_footer, pages_for};
 use crate::mutation::{Mutation, active};
 use crate::overlay::{ExtentMap, Overlay};
 use crate::signal::{Signal, yield_now};
@@ -41,8 +41,8 @@ pub fn usable_bytes(segment_size: u64) -> u64 {
 enum Part {
     /// Of a full segment whose footer is being written.
     Frozen(u32, Rc<MemIndex>),
-    /// On disk.
-    Run(Run),
+    /// On disk, with what it may hold where that is in memory: of a log that is not sealed.
+    Run(Run, Option<Rc<Filter>>),
 }
 
 /// The index of a stream: what is in memory (the open segment), and runs, oldest first.
@@ -64,9 +64,9 @@ impl LogIndex {
     }
 
     /// Adds a run that was found at recovery.
-    pub fn push_run(&mut self, run: Run) {
+    pub fn push_run(&mut self, run: Run, filter: Option<Filter>) {
         if run.root.entries.get() > 0 {
-            self.parts.push(Part::Run(run));
+            self.parts.push(Part::Run(run, filter.map(Rc::new)));
         }
     }
 
@@ -80,7 +80,7 @@ impl LogIndex {
     /// Replaces everything by one run.
     pub fn replace(&mut self, run: Option<Run>) {
         self.mem = MemIndex::default();
-        self.parts = run.into_iter().map(Part::Run).collect();
+        self.parts = run.into_iter().map(|run| Part::Run(run, None)).collect();
     }
 
     /// Closes what is in memory as the index of segment `number` and answers it.
@@ -92,9 +92,13 @@ impl LogIndex {
 
     /// The frozen index of segment `number` is on disk now.
     fn thaw(&mut self, number: u32, run: Run) {
-        let part = self.parts.iter_mut().find(|p| matches!(p, Part::Frozen(n, _) if *n == number));
-        if let Some(part) = part {
-            *part = Part::Run(run);
+        for part in &mut self.parts {
+            if let Part::Frozen(n, mem) = part
+                && *n == number
+            {
+                *part = Part::Run(run, Some(Rc::new(Filter::of(mem.iter()))));
+                return;
+            }
         }
     }
 
@@ -105,7 +109,7 @@ impl LogIndex {
             .iter()
             .map(|part| match part {
                 Part::Frozen(_, mem) => Source::Mem(Rc::clone(mem)),
-                Part::Run(run) => Source::Run(*run),
+                Part::Run(run, _) => Source::Run(*run),
             })
             .collect();
         if !self.mem.is_empty() {
@@ -119,7 +123,7 @@ impl LogIndex {
         self.parts
             .iter()
             .filter_map(|part| match part {
-                Part::Run(run) => Some(*run),
+                Part::Run(run, _) => Some(*run),
                 Part::Frozen(..) => None,
             })
             .collect()
@@ -132,7 +136,7 @@ impl LogIndex {
             .iter()
             .filter_map(|part| match part {
                 Part::Frozen(_, mem) => Some(Rc::clone(mem)),
-                Part::Run(_) => None,
+                Part::Run(..) => None,
             })
             .collect();
         if !self.mem.is_empty() {
@@ -661,6 +665,7 @@ impl Log {
                 match part {
                     // In-memory parts newer than every run are searched at once, others in their turn.
                     Part::Frozen(_, mem) if older.is_empty() => mem.lookup(block, upto, missing, out),
+                    Part::Run(_, Some(filter)) if !filter.may_hold(block, upto) => {}
                     other => older.push(other.clone()),
                 }
             }
@@ -672,7 +677,7 @@ impl Log {
             }
             match part {
                 Part::Frozen(_, mem) => mem.lookup(block, upto, missing, out),
-                Part::Run(run) => run.lookup(&*self.disk, block, upto, missing, out).await?,
+                Part::Run(run, _) => run.lookup(&*self.disk, block, upto, missing, out).await?,
             }
         }
         Ok(())

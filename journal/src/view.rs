@@ -131,6 +131,7 @@ impl View {
             volume: self.volume.id(),
             time: self.time,
             snapshot_name: self.snapshot_name.clone(),
+            size: self.size,
             writable: self.writable,
             scratch_bytes: self.scratch.borrow().bytes(),
             scratch_bytes_max: if self.writable { self.scratch_bytes_max } else { 0 },

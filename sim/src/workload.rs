@@ -323,7 +323,7 @@ pub fn generate(seed: u64, profile: &str, ops: usize) -> Option<History> {
     let place = match profile {
         "all" => match (seed % PROFILES.len() as u64) as usize {
             // Its histories take ten times as long as others: three of four turns are given to the mixed ones.
-            place if PROFILES[place].huge && seed / PROFILES.len() as u64 % 4 > 0 => 0,
+            place if PROFILES[place].huge && !(seed / PROFILES.len() as u64).is_multiple_of(4) => 0,
             place => place,
         },
         name => PROFILES.iter().position(|profile| profile.name == name)?,

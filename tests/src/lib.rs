@@ -4,13 +4,21 @@
 //! * [`process`]: an agent as a child process, and `cdpctl` calls on it;
 //! * [`nbd`]: an NBD client that knows nothing of the agent's code;
 //! * [`oracle`]: what may be read, now or at an instant, given what was sent and what was acked;
+//! * [`faultfs`]: disks that fail when told to, and remember what was done to them;
 //! * [`load`]: many verifying connections with many requests in flight, which reconnect;
+//! * [`mount`]: a file system of the kernel on a volume;
+//! * [`rig`]: an agent on such disks;
+//! * [`local`]: mounts and loop devices on this host, and their end;
 //! * [`tools`]: other people's NBD clients and file system tools.
 
+pub mod faultfs;
 pub mod load;
+pub mod local;
+pub mod mount;
 pub mod nbd;
 pub mod oracle;
 pub mod process;
+pub mod rig;
 pub mod tools;
 
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -21,7 +29,7 @@ pub fn now_ns() -> u64 {
     u64::try_from(since.as_nanos()).expect("before the year 2554")
 }
 
-/// How often to repeat what `make test` repeats `rounds` times: `make soak` sets `CDP_SOAK` to a factor.
+/// How often to repeat what `make test` repeats `rounds` times: `CDP_SOAK` is a factor.
 pub fn rounds(rounds: usize) -> usize {
     let factor = std::env::var("CDP_SOAK").ok().and_then(|factor| factor.parse().ok()).unwrap_or(1_usize);
     rounds * factor.max(1)

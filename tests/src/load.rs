@@ -86,9 +86,9 @@ struct Shared {
 
 #[derive(Debug)]
 enum Pending {
-    Write(OpId, u64),
+    Write { op: OpId, len: u64, fua: bool },
     Read { offset: u64, submit: u64 },
-    Flush,
+    Flush { submit: u64 },
 }
 
 #[derive(Debug, Default)]
@@ -241,7 +241,11 @@ impl Shared {
         let plan = &self.plan;
         let kind = rng.below(100);
         if kind < plan.flush_percent {
-            return (Request { command: CMD_FLUSH, flags: 0, offset: 0, len: 0 }, Vec::new(), Pending::Flush);
+            return (
+                Request { command: CMD_FLUSH, flags: 0, offset: 0, len: 0 },
+                Vec::new(),
+                Pending::Flush { submit: now_ns() },
+            );
         }
         let (offset, len) = self.place(rng);
         let wire_len = u32::try_from(len).expect("a request of less than 4 GiB");
@@ -250,17 +254,18 @@ impl Shared {
             return (request, Vec::new(), Pending::Read { offset, submit: now_ns() });
         }
         self.begun.fetch_add(1, Ordering::Relaxed);
-        let flags = if rng.percent(plan.fua_percent) { FLAG_FUA } else { 0 };
+        let fua = rng.percent(plan.fua_percent);
+        let flags = if fua { FLAG_FUA } else { 0 };
         if kind < plan.flush_percent + plan.reads_percent + plan.zeroes_percent {
             let op = lock(&self.oracle).begin_zeroes(offset, len);
             let request = Request { command: CMD_WRITE_ZEROES, flags, offset, len: wire_len };
-            return (request, Vec::new(), Pending::Write(op, len));
+            return (request, Vec::new(), Pending::Write { op, len, fua });
         }
         let mut oracle = lock(&self.oracle);
         let op = oracle.begin_write(offset, len);
         let data = oracle.data(op);
         drop(oracle);
-        (Request { command: CMD_WRITE, flags, offset, len: wire_len }, data, Pending::Write(op, len))
+        (Request { command: CMD_WRITE, flags, offset, len: wire_len }, data, Pending::Write { op, len, fua })
     }
 
     /// Half of all requests go to a sixteenth of the region, so that blocks are overwritten; small ones fall between blocks.
@@ -292,8 +297,14 @@ impl Shared {
                 break;
             };
             match (pending, reply.error) {
-                (Pending::Write(op, len), 0) => {
-                    lock(&self.oracle).ack(op);
+                (Pending::Write { op, len, fua }, 0) => {
+                    let mut oracle = lock(&self.oracle);
+                    if fua {
+                        oracle.ack_durable(op)
+                    } else {
+                        oracle.ack(op)
+                    }
+                    drop(oracle);
                     self.acked.fetch_add(1, Ordering::Relaxed);
                     self.acked_bytes.fetch_add(len, Ordering::Relaxed);
                 }
@@ -303,12 +314,12 @@ impl Shared {
                         self.fail(wrong);
                     }
                 }
-                (Pending::Flush, 0) => {}
+                (Pending::Flush { submit }, 0) => lock(&self.oracle).flushed(submit),
                 (pending, error) => {
                     if self.plan.errors_fail {
                         self.fail(format!("{pending:?} was answered with errno {error}: {}", reply.message));
                     }
-                    if let Pending::Write(op, _) = pending {
+                    if let Pending::Write { op, .. } = pending {
                         lock(&self.oracle).fail(op);
                     }
                 }

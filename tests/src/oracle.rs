@@ -6,7 +6,7 @@
 //!
 //! Every sector says which write it comes from, so a wrong one names its origin.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use crate::now_ns;
 
@@ -33,6 +33,8 @@ struct Op {
     end: u64,
     first: u32,
     sectors: u32,
+    /// Its ack said that it is durable.
+    durable: bool,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -47,6 +49,8 @@ pub struct Oracle {
     seed: u32,
     ops: Vec<Op>,
     sectors: Vec<Vec<Version>>,
+    /// Flushes that were acked: when each was sent, and when its ack came.
+    flushes: Vec<(u64, u64)>,
 }
 
 impl Oracle {
@@ -54,9 +58,9 @@ impl Oracle {
     pub fn new(seed: u64, size: u64) -> Self {
         let sectors = usize::try_from(size).expect("fits memory") / SECTOR;
         // Operation 0 never happens: its number means zeroes.
-        let nothing = Op { submit: 0, ack: 0, end: 0, first: 0, sectors: 0 };
+        let nothing = Op { submit: 0, ack: 0, end: 0, first: 0, sectors: 0, durable: false };
         let seed = u32::try_from(seed & 0xFFFF_FFFF).expect("32 bits");
-        Self { seed, ops: vec![nothing], sectors: vec![Vec::new(); sectors] }
+        Self { seed, ops: vec![nothing], sectors: vec![Vec::new(); sectors], flushes: Vec::new() }
     }
 
     /// Bytes of the volume.
@@ -89,6 +93,62 @@ impl Oracle {
         let op = &mut self.ops[op as usize];
         op.ack = now;
         op.end = now;
+    }
+
+    /// Notes that an operation that carried FUA was acked, just now.
+    pub fn ack_durable(&mut self, op: OpId) {
+        self.ack(op);
+        self.ops[op as usize].durable = true;
+    }
+
+    /// Notes the ack of a flush that was sent at `submit`.
+    pub fn flushed(&mut self, submit: u64) {
+        self.flushes.push((submit, now_ns()));
+    }
+
+    /// Checks what a power cut at `cut` left: what was flushed is there, nothing that was sent later is, and of the rest a prefix
+    /// in the order of the journal: a write that is there has all those with it that were acked before it was sent. Small
+    /// writes are there whole. Answers the time up to which everything acked is known to be there.
+    pub fn check_power_cut(&self, image: &[u8], cut: u64) -> Result<u64, String> {
+        if image.len() as u64 != self.size() {
+            return Err(format!("an image of {} bytes, expected {}", image.len(), self.size()));
+        }
+        let shown: HashSet<u32> = image.chunks_exact(SECTOR).map(decode).collect();
+        let known = |content: &&u32| (**content as usize) < self.ops.len() && **content != ZEROES;
+        let newest = shown.iter().filter(known).map(|op| self.ops[*op as usize].submit).filter(|at| *at <= cut).max();
+        let flushed = self.flushes.iter().filter(|(_, ack)| *ack <= cut).map(|(submit, _)| *submit).max();
+        let safe = newest.max(flushed).unwrap_or(0);
+        let certain = |id: OpId| {
+            let op = self.ops[id as usize];
+            let whole = u64::from(op.sectors) * SECTOR as u64 <= ATOMIC_BYTES_MAX;
+            op.ack <= safe || op.durable && op.ack <= cut || whole && id != ZEROES && shown.contains(&id)
+        };
+        let mut expected = [0; SECTOR];
+        for (sector, bytes) in image.chunks_exact(SECTOR).enumerate() {
+            let versions = &self.sectors[sector];
+            let floor = versions.iter().filter(|v| certain(v.op)).map(|v| self.ops[v.op as usize].submit).max();
+            let floor = floor.unwrap_or(0);
+            let content = decode(bytes);
+            let possible = floor == 0 && content == ZEROES
+                || versions.iter().any(|v| {
+                    let op = self.ops[v.op as usize];
+                    v.content == content && op.submit <= cut && op.end >= floor
+                });
+            expected.fill(0);
+            if content != ZEROES {
+                fill(self.seed, content, u32::try_from(sector).expect("a small volume"), &mut expected);
+            }
+            if !possible || bytes != expected {
+                let what = self.describe(sector, bytes, bytes == expected, safe, cut);
+                return Err(format!("a power cut at {cut}, everything acked by {safe} must be there: {what}"));
+            }
+        }
+        Ok(safe)
+    }
+
+    /// Checks a view of `at` after a power cut, when everything acked by `safe` is known to be there.
+    pub fn check_view_after_cut(&self, image: &[u8], at: u64, safe: u64) -> Result<(), String> {
+        self.check(0, image, at.min(safe), at)
     }
 
     /// Notes that an operation was answered with an error: it may have happened in part, and nothing more will.
@@ -141,7 +201,7 @@ impl Oracle {
             }
             let content = decode(bytes);
             let op = *op.get_or_insert_with(|| {
-                self.ops.push(Op { submit: from, ack: now, end: now, first: 0, sectors: 0 });
+                self.ops.push(Op { submit: from, ack: now, end: now, first: 0, sectors: 0, durable: false });
                 u32::try_from(self.ops.len() - 1).expect("fewer than 2^32 operations")
             });
             self.sectors[sector].push(Version { op, content });
@@ -154,7 +214,7 @@ impl Oracle {
     /// as the view of the target).
     pub fn reverted(&mut self, image: &[u8], submit: u64) {
         let now = now_ns();
-        self.ops.push(Op { submit, ack: now, end: now, first: 0, sectors: 0 });
+        self.ops.push(Op { submit, ack: now, end: now, first: 0, sectors: 0, durable: false });
         let op = u32::try_from(self.ops.len() - 1).expect("fewer than 2^32 operations");
         for (versions, bytes) in self.sectors.iter_mut().zip(image.chunks_exact(SECTOR)) {
             versions.push(Version { op, content: decode(bytes) });
@@ -169,6 +229,7 @@ impl Oracle {
             end: u64::MAX,
             first: u32::try_from(first).expect("a small volume"),
             sectors: u32::try_from(sectors).expect("a small volume"),
+            durable: false,
         });
         u32::try_from(self.ops.len() - 1).expect("fewer than 2^32 operations")
     }
@@ -380,6 +441,31 @@ mod tests {
         oracle.check_image(&without, now, now).unwrap();
         let with = image_of(&oracle, &[old, new]);
         assert!(oracle.check_image(&with, now, now).is_err(), "a cut-off write came back");
+    }
+
+    #[test]
+    fn a_power_cut_may_lose_a_suffix_of_what_was_not_flushed() {
+        let mut oracle = Oracle::new(1, 1 << 20);
+        let write = |oracle: &mut Oracle, at: u64| {
+            let op = oracle.begin_write(at, 4096);
+            oracle.ack(op);
+            op
+        };
+        let flushed = write(&mut oracle, 0);
+        let submit = now_ns();
+        oracle.flushed(submit);
+        let (second, third) = (write(&mut oracle, 4096), write(&mut oracle, 8192));
+        let cut = now_ns();
+        let late = write(&mut oracle, 12288);
+        for good in [&[flushed][..], &[flushed, second], &[flushed, second, third]] {
+            oracle.check_power_cut(&image_of(&oracle, good), cut).unwrap();
+        }
+        for bad in [&[][..], &[second], &[flushed, third], &[flushed, second, third, late]] {
+            assert!(oracle.check_power_cut(&image_of(&oracle, bad), cut).is_err(), "{bad:?}");
+        }
+        let mut half = image_of(&oracle, &[flushed, second]);
+        half[4096..4608].fill(0);
+        assert!(oracle.check_power_cut(&half, cut).is_err(), "by halves");
     }
 
     #[test]

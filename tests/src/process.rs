@@ -198,11 +198,6 @@ impl Agent {
         assert_eq!(status.signal(), Some(9), "the agent ended before it was killed:\n{}", self.log_tail());
     }
 
-    /// Process id of the running agent.
-    pub fn pid(&self) -> u32 {
-        self.child.as_ref().expect("the agent runs").id()
-    }
-
     /// Sends a signal.
     pub fn signal(&self, signal: Signal) {
         let child = self.child.as_ref().expect("the agent runs");
@@ -227,6 +222,15 @@ impl Agent {
             }
             assert!(begun.elapsed() < PATIENCE, "the agent does not end:\n{}", self.log_tail());
             std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// Ends the process, if it runs, without a word.
+    pub fn end(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            // Either it still runs, or there is nothing left to end.
+            let _ = child.kill();
+            let _ = child.wait();
         }
     }
 
@@ -289,6 +293,16 @@ impl Agent {
             return Ok(Value::Null);
         }
         Ok(serde_json::from_str(&text).unwrap_or_else(|e| panic!("cdpctl {}: no JSON ({e}): {text}", args.join(" "))))
+    }
+
+    /// `disk check` of a disk that no agent uses; its JSON, also when damage was found.
+    pub fn check_disk(&self, path: &str) -> Value {
+        let output = Command::new(binaries().join("cdpctl"))
+            .args(["--output", "json", "disk", "check", path])
+            .stdin(Stdio::null())
+            .output()
+            .expect("run cdpctl");
+        serde_json::from_slice(&output.stdout).unwrap_or_else(|e| panic!("disk check: no JSON ({e}): {output:?}"))
     }
 
     /// Connects to an export.
@@ -382,11 +396,8 @@ impl View {
 
 impl Drop for Agent {
     fn drop(&mut self) {
-        if let Some(mut child) = self.child.take() {
-            // Either it still runs, or there is nothing left to end.
-            let _ = child.kill();
-            let _ = child.wait();
-        }
+        self.end();
+        crate::local::clean(&self.path);
         if std::thread::panicking()
             && let Some(dir) = self.dir.take()
         {

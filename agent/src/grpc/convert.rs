@@ -1,16 +1,18 @@
 //! What the engine tells, as messages.
 
+use std::path::PathBuf;
+
 use cdp_journal::info::{
     CdpState, Change, ChangeKind, DiskInfo, Health, Interval, LogInfo, Marker, MarkerKind, RevertPoint, RevertProgress,
-    Settings, ViewInfo, VolumeInfo,
+    Settings, VolumeInfo,
 };
 use cdp_proto::v1;
 
 use crate::config::priority_word;
-use crate::control::{DiskStatus, VolumeStatus};
+use crate::control::{DiskStatus, ViewStatus, VolumeStatus};
 
 /// Where things are served and by whom, for the messages that say so.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Place {
     /// Uuid of this host.
     pub host_uuid: String,
@@ -18,6 +20,10 @@ pub struct Place {
     pub host_name: String,
     /// URIs of the NBD server with `{}` where the export name goes; the first is the one to use.
     pub nbd: Vec<String>,
+    /// Where volumes are local files, if they are.
+    pub volumes: Option<PathBuf>,
+    /// Where views are local files, if they are.
+    pub views: Option<PathBuf>,
 }
 
 impl Place {
@@ -174,7 +180,7 @@ pub fn progress(id: uuid::Uuid, name: &str, revert: Option<&RevertProgress>) -> 
 }
 
 /// All about a volume.
-pub fn info(info: &VolumeInfo, views: &[(ViewInfo, u64)], all: bool, place: &Place) -> v1::InfoResponse {
+pub fn info(info: &VolumeInfo, views: &[ViewStatus], all: bool, place: &Place) -> v1::InfoResponse {
     let shown = |log: &&LogInfo| all || (!log.thin && log.recording);
     v1::InfoResponse {
         cdp_info: info.logs.iter().filter(shown).map(|entry| log(entry, &info.markers, place)).collect(),
@@ -186,13 +192,16 @@ pub fn info(info: &VolumeInfo, views: &[(ViewInfo, u64)], all: bool, place: &Pla
         primary_size: info.primary_size,
         window_forecast_s: info.window_forecast_s,
         now: info.now.0,
-        views: views.iter().map(|(info_of_view, size)| view(info_of_view, *size, &info.name, place)).collect(),
+        views: views.iter().map(|status| view(status, &info.name, place)).collect(),
         ..v1::InfoResponse::default()
     }
 }
 
 /// A view.
-pub fn view(info: &ViewInfo, size: u64, volume_name: &str, place: &Place) -> v1::ViewInfo {
+pub fn view(status: &ViewStatus, volume_name: &str, place: &Place) -> v1::ViewInfo {
+    let ViewStatus { info, record } = status;
+    let mount = record.mount.as_ref().filter(|mount| !mount.device.is_empty());
+    let path = place.views.as_ref().map(|views| views.join(info.id.to_string()).display().to_string());
     v1::ViewInfo {
         id: info.id.to_string(),
         volume_uuid: info.volume.to_string(),
@@ -206,7 +215,15 @@ pub fn view(info: &ViewInfo, size: u64, volume_name: &str, place: &Place) -> v1:
         clients: info.clients,
         lost: info.lost.clone().unwrap_or_default(),
         nbd_uri: place.nbd_uri(&info.id.to_string()),
-        size,
+        size: info.size,
+        path: path.unwrap_or_default(),
+        owner: record.owner.clone(),
+        expires: record.expires_ns.unwrap_or(0),
+        mount: mount.map(|mount| mount.dir.display().to_string()).unwrap_or_default(),
+        fstype: mount.map(|mount| mount.kind.clone()).unwrap_or_default(),
+        partition: mount.and_then(|mount| mount.partition).unwrap_or(0),
+        device: mount.map(|mount| mount.device.clone()).unwrap_or_default(),
+        temporary: record.temporary,
     }
 }
 

@@ -7,6 +7,7 @@
 pub mod convert;
 pub mod request;
 pub mod status;
+mod views;
 mod when;
 
 use std::collections::HashSet;
@@ -16,7 +17,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use cdp_journal::info::{Marker, ViewInfo, VolumeInfo};
+use cdp_journal::info::{Marker, VolumeInfo};
 use cdp_journal::{Error, InitOptions, Instant, Result, Volume};
 use cdp_proto::v1::cdp_agent_server::{CdpAgent, CdpAgentServer};
 use cdp_proto::{FILE_DESCRIPTOR_SET, v1};
@@ -30,7 +31,7 @@ use tonic::transport::Server;
 use tonic::{Code, Request, Response, Status};
 use uuid::Uuid;
 
-use crate::control::{Control, NewVolume, Resolved};
+use crate::control::{Control, NewVolume, Resolved, Terms, ViewStatus};
 use crate::groups::Group;
 use crate::listen::Connection;
 use crate::quiesce;
@@ -172,13 +173,8 @@ impl Service {
         .await
     }
 
-    async fn views_of(&self, volume: Uuid) -> Vec<(ViewInfo, u64)> {
+    async fn views_of(&self, volume: Uuid) -> Vec<ViewStatus> {
         self.control.views(Some(volume)).await
-    }
-
-    fn view_message(&self, (info, size): &(ViewInfo, u64)) -> v1::ViewInfo {
-        let name = self.control.resolved(info.volume).map(|volume| volume.name).unwrap_or_default();
-        convert::view(info, *size, &name, &self.about.place)
     }
 }
 
@@ -413,43 +409,13 @@ impl CdpAgent for Service {
     }
 
     async fn view(&self, call: Request<v1::ViewRequest>) -> Answer<v1::ViewResponse> {
-        let (metadata, _, wire) = call.into_parts();
-        let this = self.clone();
-        self.run(&metadata, async move {
-            let asked = request::View::try_from(&wire).map_err(|error| status(&error))?;
-            let volume = this.resolve(&wire.volume)?;
-            let view = match asked.off {
-                false => {
-                    let time = this.instant_of(&volume, &asked.at).await.map_err(|error| status(&error))?;
-                    let opened = this.control.open_view(volume.uuid, time, wire.snapshot_name, asked.writable).await;
-                    Some(opened.map_err(|error| status(&error))?)
-                }
-                true => {
-                    let views = this.views_of(volume.uuid).await;
-                    // A marker may have aged out since the view was opened: then the view is found by the marker's name.
-                    let time = match this.instant_of(&volume, &asked.at).await {
-                        Err(Error::NotFound { what: "marker", .. }) => None,
-                        found => Some(found.map_err(|error| status(&error))?),
-                    };
-                    let meant = |view: &ViewInfo| match time {
-                        Some(time) => view.time == time,
-                        None => view.snapshot_name == wire.snapshot_name,
-                    };
-                    match views.iter().find(|(view, _)| view.writable == asked.writable && meant(view)) {
-                        Some((view, _)) => match this.control.close_view(view.id).await {
-                            Err(Error::NotFound { .. }) => None, // somebody else closed it just now
-                            closed => Some(closed.map_err(|error| status(&error))?),
-                        },
-                        None => None,
-                    }
-                }
-            };
-            Ok(v1::ViewResponse {
-                host_uuid: this.about.place.host_uuid.clone(),
-                view: view.as_ref().map(|view| this.view_message(view)),
-            })
-        })
-        .await
+        self.view_call(call).await
+    }
+
+    type UseViewStream = Streaming<v1::UseViewResponse>;
+
+    async fn use_view(&self, call: Request<v1::UseViewRequest>) -> Answer<Self::UseViewStream> {
+        self.use_view_call(call).await
     }
 
     async fn list_views(&self, call: Request<v1::ListViewsRequest>) -> Answer<v1::ListViewsResponse> {
@@ -467,14 +433,7 @@ impl CdpAgent for Service {
     }
 
     async fn close_view(&self, call: Request<v1::CloseViewRequest>) -> Answer<v1::CloseViewResponse> {
-        let (metadata, _, wire) = call.into_parts();
-        let this = self.clone();
-        self.run(&metadata, async move {
-            let id = request::view_id(&wire.id).map_err(|error| status(&error))?;
-            let closed = this.control.close_view(id).await.map_err(|error| status(&error))?;
-            Ok(v1::CloseViewResponse { view: Some(this.view_message(&closed)) })
-        })
-        .await
+        self.close_view_call(call).await
     }
 
     async fn revert(&self, call: Request<v1::RevertRequest>) -> Answer<v1::RevertResponse> {
@@ -814,9 +773,11 @@ impl Service {
         if asked.off {
             for volume in volumes {
                 let open = self.views_of(volume.uuid).await;
-                let meant = open.iter().find(|(view, _)| view.writable == asked.writable && view.time == time);
+                let meant = open.iter().find(|view| {
+                    view.info.writable == asked.writable && view.info.time == time && !view.record.temporary
+                });
                 match meant {
-                    Some((view, _)) => match self.control.close_view(view.id).await {
+                    Some(view) => match self.control.close_view(view.info.id, false).await {
                         Err(Error::NotFound { .. }) => {} // somebody else closed it just now
                         closed => views.push(closed?),
                     },
@@ -824,7 +785,8 @@ impl Service {
                 }
             }
         } else {
-            views = self.control.open_views(volumes, time, snapshot_name, asked.writable).await?;
+            let terms = Terms { owner: asked.owner.clone(), ttl: asked.ttl, temporary: false };
+            views = self.control.open_views(volumes, time, snapshot_name, asked.writable, &terms).await?;
         }
         Ok(v1::ViewGroupResponse { time: time.0, views: views.iter().map(|view| self.view_message(view)).collect() })
     }

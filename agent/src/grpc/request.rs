@@ -22,6 +22,10 @@ const VOLUMES_MAX: usize = 1024;
 /// Most changes of one answer.
 const CHANGES_MAX: u32 = 10_000;
 const WAIT_INTERVAL_MS_DEFAULT: u32 = 200;
+/// Longest life of a view that has an end: ten years.
+const VIEW_TTL_S_MAX: u64 = 10 * 365 * 86400;
+/// Most bytes of a view's owner.
+const OWNER_BYTES_MAX: usize = 255;
 
 /// What `Edit` changes; the rest stays.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -161,6 +165,14 @@ pub struct View {
     pub at: At,
     /// Onto scratch.
     pub writable: bool,
+    /// It ends after so long.
+    pub ttl: Option<std::time::Duration>,
+    /// Whose it is; empty: not said.
+    pub owner: String,
+    /// Where it is to be mounted.
+    pub mount: Option<PathBuf>,
+    /// Which partition.
+    pub partition: Option<u32>,
 }
 
 impl TryFrom<&v1::ViewRequest> for View {
@@ -180,11 +192,51 @@ impl TryFrom<&v1::ViewRequest> for View {
                 "not with op \"off\": name the view by timestamp or snapshot_name",
             ));
         }
+        if wire.ttl_s > VIEW_TTL_S_MAX {
+            return Err(Error::invalid("ttl_s", wire.ttl_s, format!("at most {VIEW_TTL_S_MAX}")));
+        }
+        let ttl = Some(wire.ttl_s).filter(|ttl| *ttl > 0).map(std::time::Duration::from_secs);
+        let mount = match wire.mount.as_str() {
+            "" => None,
+            path => Some(mount_dir(path)?),
+        };
+        if let (None, Some(partition)) = (&mount, wire.partition) {
+            return Err(Error::invalid("partition", partition, "only together with mount"));
+        }
         if off && wire.flush_before {
             return Err(Error::invalid("flush_before", true, "not with op \"off\": name the view by its own instant"));
         }
-        Ok(Self { off, at: at.with(wire.flush_before), writable: wire.writable })
+        let (writable, partition, at) = (wire.writable, wire.partition, at.with(wire.flush_before));
+        Ok(Self { off, at, writable, ttl, owner: owner(&wire.owner)?, mount, partition })
     }
+}
+
+impl TryFrom<&v1::UseViewRequest> for At {
+    type Error = Error;
+
+    fn try_from(wire: &v1::UseViewRequest) -> Result<Self> {
+        Ok(Self::new(&wire.snapshot_name, wire.timestamp, wire.ago_ns)?.with(wire.flush_before))
+    }
+}
+
+/// Whose a view is: words for people.
+pub fn owner(text: &str) -> Result<String> {
+    if text.len() > OWNER_BYTES_MAX || text.chars().any(char::is_control) {
+        let bound = format!("at most {OWNER_BYTES_MAX} bytes, no control characters");
+        return Err(Error::invalid("owner", format!("{text:?}"), bound));
+    }
+    Ok(text.to_owned())
+}
+
+/// A directory to mount at.
+fn mount_dir(text: &str) -> Result<PathBuf> {
+    use std::path::{Component, Path};
+    let path = Path::new(text);
+    let plain = path.components().all(|part| matches!(part, Component::RootDir | Component::Normal(_)));
+    if !path.is_absolute() || !plain || path == Path::new("/") || text.contains('\0') {
+        return Err(Error::invalid("mount", format!("{text:?}"), "an absolute path without \"..\", not \"/\""));
+    }
+    Ok(path.components().collect())
 }
 
 impl TryFrom<&v1::ViewGroupRequest> for View {
@@ -199,6 +251,7 @@ impl TryFrom<&v1::ViewGroupRequest> for View {
             writable: wire.writable,
             ago_ns: wire.ago_ns,
             flush_before: wire.flush_before,
+            ..v1::ViewRequest::default()
         })
     }
 }
@@ -443,6 +496,24 @@ mod tests {
         assert!(!view("", 0).expect("valid").off && view("off", 0).expect("valid").off);
         refused(view("toggle", 0), &["op", "toggle"]);
         refused(view("off", 5), &["ago_ns", "off"]);
+    }
+
+    #[test]
+    fn a_view_is_mounted_only_where_a_path_is_plain() {
+        let view = |mount: &str, partition, ttl_s| {
+            let mount = mount.to_owned();
+            View::try_from(&v1::ViewRequest { timestamp: 9, mount, partition, ttl_s, ..Default::default() })
+        };
+        let plain = view("/mnt//old/", Some(2), 60).expect("valid");
+        assert_eq!((plain.mount, plain.partition), (Some(PathBuf::from("/mnt/old")), Some(2)));
+        assert_eq!(plain.ttl, Some(std::time::Duration::from_secs(60)));
+        for path in ["mnt", "/", "/mnt/../etc", "/mnt/\0"] {
+            refused(view(path, None, 0), &["mount"]);
+        }
+        refused(view("", Some(1), 0), &["partition", "mount"]);
+        refused(view("/mnt", None, u64::MAX), &["ttl_s"]);
+        refused(owner(&"x".repeat(256)), &["owner", "255"]);
+        refused(owner("a\nb"), &["owner"]);
     }
 
     #[test]

@@ -9,6 +9,7 @@
 //! * Tasks are polled, and dropped, on the ring's thread only; wakers may be used from any thread (`remote.rs`).
 //! * A full submission queue never blocks and never loses an entry: entries wait in `overflow`, in order.
 
+mod notice;
 mod op;
 mod remote;
 mod signal;

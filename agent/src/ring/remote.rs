@@ -8,11 +8,13 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use async_task::Runnable;
 use crossbeam_channel::{Receiver, Sender};
 use nix::sys::eventfd::{EfdFlags, EventFd};
+
+use super::notice::Notice;
 
 thread_local! {
     static READY: RefCell<VecDeque<Runnable>> = const { RefCell::new(VecDeque::new()) };
@@ -26,8 +28,8 @@ static EXECUTOR_NEXT: AtomicU64 = AtomicU64::new(1);
 pub(super) struct Remote {
     executor: u64,
     inbox: Sender<Runnable>,
-    /// Something was put into the inbox and not yet looked at. The first to set it writes the eventfd.
-    noticed: AtomicBool,
+    /// Something was put into the inbox and not yet looked at.
+    noticed: Notice,
     eventfd: EventFd,
 }
 
@@ -41,7 +43,7 @@ impl Remote {
         let executor = EXECUTOR_NEXT.fetch_add(1, Ordering::Relaxed);
         let (inbox, received) = crossbeam_channel::unbounded();
         EXECUTOR.set(executor);
-        Ok((Arc::new(Self { executor, inbox, noticed: AtomicBool::new(false), eventfd }), received))
+        Ok((Arc::new(Self { executor, inbox, noticed: Notice::default(), eventfd }), received))
     }
 
     /// Makes a task ready, from any thread.
@@ -51,7 +53,7 @@ impl Remote {
         }
         match self.inbox.send(runnable) {
             Ok(()) => {
-                if !self.noticed.swap(true, Ordering::AcqRel) {
+                if self.noticed.raise() {
                     // It can fail only when the counter is full, and then the reader is awake anyway.
                     let _ = self.eventfd.write(1);
                 }
@@ -63,7 +65,7 @@ impl Remote {
 
     /// Whether the inbox is worth a look. Called before the look, so that nothing put in after it goes unseen.
     pub(super) fn take_notice(&self) -> bool {
-        self.noticed.load(Ordering::Relaxed) && self.noticed.swap(false, Ordering::AcqRel)
+        self.noticed.take()
     }
 
     /// A second descriptor of the eventfd, for the ring to read.

@@ -183,7 +183,7 @@ pub async fn export(agent: &Agent, args: Export) -> Result<Answer, Failure> {
     let result = tokio::task::spawn_blocking(move || job.run(known)).await;
     // A view that was open before is somebody else's.
     if !before.iter().any(|known| known.id == view.id) {
-        let question = v1::CloseViewRequest { id: view.id.clone() };
+        let question = v1::CloseViewRequest { id: view.id.clone(), force: false };
         let closed =
             agent.call("view close", question, |mut client, question| async move { client.close_view(question).await });
         if let Err(failure) = closed.await {

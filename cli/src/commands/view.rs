@@ -1,6 +1,9 @@
 //! `view open`, `view list`, `view close`.
 
-use cdp_proto::{parse::size_text, v1};
+use cdp_proto::{
+    parse::{duration_text, size_text},
+    v1,
+};
 use serde_json::json;
 
 use super::{missing, when::Fields};
@@ -18,6 +21,9 @@ pub async fn open(agent: &Agent, args: ViewOpen) -> Result<Answer, Failure> {
     let what = format!("view {names} at {}", args.at);
     let Fields { snapshot_name, timestamp, ago_ns, flush_before } = args.at.into();
     let [volume] = args.volumes.as_slice() else {
+        if args.mount.is_some() {
+            return Err(Failure::Usage("--mount goes with one volume: mount the members one by one".into()));
+        }
         let question = v1::ViewGroupRequest {
             volumes: args.volumes,
             op: "on".into(),
@@ -29,7 +35,15 @@ pub async fn open(agent: &Agent, args: ViewOpen) -> Result<Answer, Failure> {
         };
         return open_group(agent, what, question).await;
     };
+    let mount = match &args.mount {
+        Some(dir) => super::path_for(agent, "--mount", dir)?,
+        None => String::new(),
+    };
     let question = v1::ViewRequest {
+        ttl_s: args.ttl.unwrap_or(0),
+        owner: args.owner.unwrap_or_else(user),
+        mount,
+        partition: args.partition,
         volume: volume.clone(),
         op: "on".into(),
         snapshot_name: snapshot_name.clone(),
@@ -40,7 +54,11 @@ pub async fn open(agent: &Agent, args: ViewOpen) -> Result<Answer, Failure> {
     };
     let asked = agent.call(what.clone(), question, |mut client, question| async move { client.view(question).await });
     let answer = match asked.await {
-        Err(failure) if failure.exit() == Exit::NotFound && super::group::is_one(agent, volume).await => {
+        Err(failure)
+            if failure.exit() == Exit::NotFound
+                && args.mount.is_none()
+                && super::group::is_one(agent, volume).await =>
+        {
             let question = v1::ViewGroupRequest {
                 volumes: args.volumes,
                 op: "on".into(),
@@ -70,6 +88,9 @@ pub async fn open(agent: &Agent, args: ViewOpen) -> Result<Answer, Failure> {
             },
         ),
         ("Read it at", view.nbd_uri.clone()),
+        ("As a file", view.path.clone()),
+        ("Mounted at", mounted(&view)),
+        ("Until", if view.expires == 0 { String::new() } else { instant(view.expires) }),
         ("Close with", format!("cdpctl view close {}", view.id)),
     ]);
     Ok(Answer::done(json, text))
@@ -100,9 +121,9 @@ pub async fn list(agent: &Agent, volume: Option<String>) -> Result<Answer, Failu
     Ok(Answer::done(json, table(&answer.views)))
 }
 
-pub async fn close(agent: &Agent, id: String) -> Result<Answer, Failure> {
+pub async fn close(agent: &Agent, id: String, force: bool) -> Result<Answer, Failure> {
     let what = format!("view close {id}");
-    let question = v1::CloseViewRequest { id };
+    let question = v1::CloseViewRequest { id, force };
     let answer = agent
         .call(what.clone(), question, |mut client, question| async move { client.close_view(question).await })
         .await?;
@@ -111,6 +132,35 @@ pub async fn close(agent: &Agent, id: String) -> Result<Answer, Failure> {
         shape::view(&view),
         format!("closed view {} of {} at {}\n", view.id, view.volume_name, instant(view.time)),
     ))
+}
+
+/// Where and what; empty: nowhere.
+fn mounted(view: &v1::ViewInfo) -> String {
+    match (view.mount.as_str(), view.partition) {
+        ("", _) => String::new(),
+        (dir, 0) => format!("{dir} ({})", view.fstype),
+        (dir, partition) => format!("{dir} ({}, partition {partition})", view.fstype),
+    }
+}
+
+/// How long it has been open, and how long it still will be.
+fn age(view: &v1::ViewInfo) -> String {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default().as_secs();
+    let open = duration_text(now.saturating_sub(view.opened / 1_000_000_000));
+    match view.expires {
+        0 => open,
+        end => format!("{open}, ends in {}", duration_text((end / 1_000_000_000).saturating_sub(now))),
+    }
+}
+
+/// Who asks, for `view list`.
+pub fn user() -> String {
+    let found = nix::unistd::User::from_uid(nix::unistd::geteuid());
+    let name = found.ok().flatten().map(|user| user.name).unwrap_or_default();
+    match std::env::var("SUDO_USER") {
+        Ok(real) if !real.is_empty() && name == "root" => format!("{real} (root)"),
+        _ => name,
+    }
 }
 
 /// Views for people.
@@ -127,9 +177,16 @@ pub fn table(views: &[v1::ViewInfo]) -> String {
             instant(view.time),
             if view.snapshot_name.is_empty() { "-".into() } else { view.snapshot_name.clone() },
             view.clients.to_string(),
+            if view.owner.is_empty() { "-".into() } else { view.owner.clone() },
+            age(view),
             mode,
+            mounted(view),
         ]
     };
     let rows: Vec<_> = views.iter().map(row).collect();
-    output::table(&["ID", "VOLUME", "TIME", "MARKER", ">CLIENTS", "STATE"], &rows, "no open views")
+    output::table(
+        &["ID", "VOLUME", "TIME", "MARKER", ">CLIENTS", "OWNER", "AGE", "STATE", "MOUNTED AT"],
+        &rows,
+        "no open views",
+    )
 }

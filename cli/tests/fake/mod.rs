@@ -275,6 +275,7 @@ fn ok<T>(answer: T) -> Answer<T> {
 #[tonic::async_trait]
 impl CdpAgent for Agent {
     type WaitRevertStream = Answers<v1::RevertProgress>;
+    type UseViewStream = Answers<v1::UseViewResponse>;
     type WatchEventsStream = Answers<v1::Event>;
 
     async fn edit(&self, request: Request<v1::EditRequest>) -> Answer<v1::EditResponse> {
@@ -408,6 +409,10 @@ impl CdpAgent for Agent {
         ok(v1::ListViewsResponse { views: vec![view(NOW, "", true)] })
     }
 
+    async fn use_view(&self, _: Request<v1::UseViewRequest>) -> Answer<Self::UseViewStream> {
+        Err(Status::permission_denied("this agent mounts nothing"))
+    }
+
     async fn close_view(&self, request: Request<v1::CloseViewRequest>) -> Answer<v1::CloseViewResponse> {
         let question = self.hear(request);
         if question.id != VIEW {
@@ -469,6 +474,11 @@ impl CdpAgent for Agent {
             size: question.size.unwrap_or(2 << 30),
             primary_size: 2 << 30,
         })
+    }
+
+    async fn attach_volume(&self, request: Request<v1::AttachVolumeRequest>) -> Answer<v1::AttachVolumeResponse> {
+        let question = self.hear(request);
+        ok(v1::AttachVolumeResponse { volume: Some(entry(&question.volume)) })
     }
 
     async fn override_volume(&self, request: Request<v1::OverrideVolumeRequest>) -> Answer<v1::OverrideVolumeResponse> {

@@ -18,6 +18,8 @@ type Key = (u8, u64, u64);
 pub(super) struct RunError {
     /// Segment and block of the page.
     pub at: (u32, u32),
+    /// The page is not there or not whole, as a power cut may leave one that was not synced.
+    pub torn: bool,
     pub what: String,
 }
 
@@ -40,7 +42,7 @@ pub(super) fn walk(
 ) -> Result<(), RunError> {
     let root = run.root;
     let root_at = (root.segment.get(), root.block.get());
-    let fail = |at, what: &str| Err(RunError { at, what: what.to_owned() });
+    let fail = |at, what: &str| Err(RunError { at, torn: false, what: what.to_owned() });
     if root.entries.get() == 0 {
         return if *root == RunRoot::default() { Ok(()) } else { fail(root_at, "root of an empty run is not zero") };
     }
@@ -91,7 +93,7 @@ pub(super) fn walk(
             entries += 1;
             levels |= 1 << key.0;
             tally.index_entries += 1;
-            on_entry(source, entry).map_err(|what| RunError { at, what })?;
+            on_entry(source, entry).map_err(|what| RunError { at, torn: false, what })?;
         }
     }
     if entries != root.entries.get() {
@@ -112,7 +114,7 @@ fn read_page(
     sum: u32,
     tally: &mut Tally,
 ) -> Result<Vec<u8>, RunError> {
-    let fail = |what: String| RunError { at, what };
+    let fail = |what: String| RunError { at, torn: false, what };
     if !(run.allowed)(at.0, at.1) {
         return Err(fail("pointer to an index page leads out of the log".into()));
     }
@@ -121,13 +123,17 @@ fn read_page(
     let Ok((head, _)) = IndexPageHeader::read_from_prefix(&page) else {
         return Err(fail("index page is too short".into()));
     };
-    let what = if head.magic.get() != IndexPageHeader::MAGIC {
-        "is none"
-    } else if head.crc.get() != crc(&page[8..]) {
-        "has a wrong checksum"
-    } else if head.crc.get() != sum {
-        "is not the one that its parent names"
-    } else if head.log_id.get() != run.log_id {
+    let torn = |what: &str| Err(RunError { at, torn: true, what: format!("index page {what}") });
+    if head.magic.get() != IndexPageHeader::MAGIC {
+        return torn("is none");
+    }
+    if head.crc.get() != crc(&page[8..]) {
+        return torn("has a wrong checksum");
+    }
+    if head.crc.get() != sum {
+        return torn("is not the one that its parent names");
+    }
+    let what = if head.log_id.get() != run.log_id {
         "belongs to another log"
     } else if head.kind != run.kind as u8 {
         "is of the other kind"

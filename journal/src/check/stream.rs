@@ -112,8 +112,27 @@ struct Pending {
     number: u64,
     /// Of frames (a tail if not proven), or of a footer (derived data: noted if not proven).
     frames: bool,
+    /// Of a footer: it looks like a write that a power cut tore. That proves nothing, whatever later frames say: footers come
+    /// from the frames and are not synced with them, and a start that does not find one whole reads the frames.
+    torn: bool,
     place: String,
     what: String,
+}
+
+/// What is wrong with a footer, or with what it names.
+struct Bad {
+    torn: bool,
+    what: String,
+}
+
+impl Bad {
+    fn torn(what: impl Into<String>) -> Self {
+        Self { torn: true, what: what.into() }
+    }
+
+    fn whole(what: impl Into<String>) -> Self {
+        Self { torn: false, what: what.into() }
+    }
 }
 
 /// What block 0 of a segment turned out to be.
@@ -347,7 +366,12 @@ impl Walk<'_> {
         let last = state.expected.saturating_sub(1);
         match footer {
             Ok(None) => {}
-            Err(what) => self.doubt(state, last, false, place(s, segment_blocks - 1), what),
+            Err(Bad { torn, what }) => {
+                self.doubt_of(
+                    state,
+                    Pending { number: last, frames: false, torn, place: place(s, segment_blocks - 1), what },
+                );
+            }
             Ok(Some(footer)) if footer_counts => {
                 let proven_by = footer.frame_next.get().saturating_sub(1);
                 if sum.whole && (footer.frame_next.get() != state.expected || footer.frames_end.get() != block) {
@@ -364,9 +388,8 @@ impl Walk<'_> {
                     let what = "footer names another last frame".to_owned();
                     self.doubt(state, proven_by, false, place(s, segment_blocks - 1), what);
                 }
-                for (at, what, torn) in self.footer_content(s, &footer, &sum) {
-                    // No frame vouches for the pages that a footer names: they are written behind it, and a power cut may take some of them.
-                    self.doubt(state, if torn { u64::MAX } else { proven_by }, false, place(s, at), what);
+                for (at, Bad { torn, what }) in self.footer_content(s, &footer, &sum) {
+                    self.doubt_of(state, Pending { number: proven_by, frames: false, torn, place: place(s, at), what });
                 }
             }
             Ok(Some(_)) => {}
@@ -495,36 +518,36 @@ impl Walk<'_> {
     }
 
     /// The segment's footer: `None` when it has none (or a leftover), an error when it is this segment's and does not check out.
-    fn footer(&mut self, s: &Owned) -> Result<Option<SegmentFooter>, String> {
+    fn footer(&mut self, s: &Owned) -> Result<Option<SegmentFooter>, Bad> {
         let last = self.layout.segment_blocks() - 1;
         let bytes = self
             .source
             .block(self.layout.geometry.at(s.segment, last))
-            .map_err(|error| format!("footer cannot be read: {error}"))?;
+            .map_err(|error| Bad::whole(format!("footer cannot be read: {error}")))?;
         let Ok((raw, _)) = SegmentFooter::read_from_prefix(&bytes) else { return Ok(None) };
         let ours = raw.magic == SegmentFooter::MAGIC && raw.log_id.get() == s.log_id && raw.segment.get() == s.segment;
         let Some(footer) = format::open_block::<SegmentFooter>(&bytes, &SegmentFooter::MAGIC, 8) else {
-            return if ours { Err("footer has a wrong checksum".into()) } else { Ok(None) };
+            return if ours { Err(Bad::torn("footer has a wrong checksum")) } else { Ok(None) };
         };
         if !ours || footer.lap.get() != s.lap {
             return Ok(None);
         }
         if footer.version.get() != format::VERSION || footer.flags.get() != 0 {
-            return Err("footer has an unknown version or flag".into());
+            return Err(Bad::whole("footer has an unknown version or flag"));
         }
         let copy_blocks = u64::from(footer.descriptor_bytes.get()).div_ceil(BLOCK);
         let fits = footer.frames_end.get() >= 1
             && footer.frames_end.get() <= footer.descriptors_at.get()
             && u64::from(footer.descriptors_at.get()) + copy_blocks <= u64::from(last);
         if !fits {
-            return Err("footer has impossible places".into());
+            return Err(Bad::whole("footer has impossible places"));
         }
         self.tally.bytes += BLOCK;
         Ok(Some(footer))
     }
 
-    /// What a valid footer names: the copy of descriptors, and the index. Of each problem: whether a page that never reached the disk explains it.
-    fn footer_content(&mut self, s: &Owned, footer: &SegmentFooter, sum: &SegmentSum) -> Vec<(u32, String, bool)> {
+    /// What a valid footer names: the copy of descriptors, and the index.
+    fn footer_content(&mut self, s: &Owned, footer: &SegmentFooter, sum: &SegmentSum) -> Vec<(u32, Bad)> {
         let mut problems = Vec::new();
         let mut copy = crc32fast::Hasher::new();
         let mut left = u64::from(footer.descriptor_bytes.get());
@@ -533,22 +556,19 @@ impl Walk<'_> {
             let n = left.min(BLOCK);
             match self.source.get(self.layout.geometry.at(s.segment, block), BLOCK as usize) {
                 Ok(bytes) => copy.update(&bytes[..n as usize]),
-                Err(error) => problems.push((block, format!("copied descriptors cannot be read: {error}"), false)),
+                Err(error) => problems.push((block, Bad::whole(format!("copied descriptors cannot be read: {error}")))),
             }
             left -= n;
             block += 1;
         }
         if copy.finalize() != footer.descriptor_crc.get() {
-            problems.push((footer.descriptors_at.get(), "copied descriptors have a wrong checksum".into(), true));
+            problems.push((footer.descriptors_at.get(), Bad::torn("copied descriptors have a wrong checksum")));
         } else {
             self.tally.bytes += u64::from(footer.descriptor_bytes.get());
             let frames = (sum.side_bytes, sum.side.clone().finalize());
             if sum.whole && frames != (u64::from(footer.descriptor_bytes.get()), footer.descriptor_crc.get()) {
-                problems.push((
-                    footer.descriptors_at.get(),
-                    "copied descriptors are not those of the frames".into(),
-                    false,
-                ));
+                problems
+                    .push((footer.descriptors_at.get(), Bad::whole("copied descriptors are not those of the frames")));
             }
         }
         let Some(kind) = StreamKind::from_byte(s.kind) else { return problems };
@@ -563,16 +583,17 @@ impl Walk<'_> {
             data += 1;
             let found = sum.sums.get(usize::from(entry.page.get())).copied();
             let same = entry.segment.get() == s.segment && found == Some((entry.crc.get(), entry.kind_level & 15));
-            if same || !sum.whole { Ok(()) } else { Err(STRAY_PAYLOAD.into()) }
+            if same || !sum.whole { Ok(()) } else { Err("index entry names a payload that no frame has".into()) }
         });
         match walked {
+            // A page that is not there, or not whole; what whole pages say wrongly no power cut made.
             Err(error) => {
-                let torn = error.what != STRAY_PAYLOAD;
-                problems.push((error.at.1, format!("index of the segment: {}", error.what), torn));
+                let what = format!("index of the segment: {}", error.what);
+                problems.push((error.at.1, Bad { torn: error.torn, what }));
             }
             Ok(()) if sum.whole && data != sum.data_blocks => {
                 let what = format!("index of the segment has {data} data entries for {} blocks", sum.data_blocks);
-                problems.push((self.layout.segment_blocks() - 1, what, false));
+                problems.push((self.layout.segment_blocks() - 1, Bad::whole(what)));
             }
             Ok(()) => {}
         }
@@ -581,11 +602,16 @@ impl Walk<'_> {
 
     /// Something does not check out: damage once a frame proves that frame `number` was durable.
     fn doubt(&mut self, state: &mut State, number: u64, frames: bool, place: String, what: String) {
+        self.doubt_of(state, Pending { number, frames, torn: false, place, what });
+    }
+
+    fn doubt_of(&mut self, state: &mut State, pending: Pending) {
+        let frames = pending.frames;
         if state.pending.iter().all(|p| !p.frames) && frames {
             (self.listener)(Event::Doubt);
         }
         if state.pending.iter().filter(|p| p.frames == frames).count() < PENDING_MAX {
-            state.pending.push(Pending { number, frames, place, what });
+            state.pending.push(pending);
         }
     }
 
@@ -598,11 +624,11 @@ impl Walk<'_> {
         let findings = &mut *self.findings;
         let mut proven = false;
         state.pending.retain(|p| {
-            if p.number < durable {
+            if p.number < durable && !p.torn {
                 proven = true;
                 findings.damage(p.place.clone(), p.what.clone());
             }
-            p.number >= durable
+            p.number >= durable || p.torn
         });
         state.damage |= proven;
         if in_doubt && state.pending.iter().all(|p| !p.frames) {
@@ -611,8 +637,6 @@ impl Walk<'_> {
     }
 }
 
-/// Said of an index entry.
-const STRAY_PAYLOAD: &str = "index entry names a payload that no frame has";
 /// Said of a block that holds no frame of the log.
 const NO_FRAME: &str = "is not there";
 

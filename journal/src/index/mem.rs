@@ -54,7 +54,7 @@ impl MemIndex {
     }
 
     /// All entries by key.
-    pub fn iter(&self) -> impl DoubleEndedIterator<Item = &IndexEntry> {
+    pub fn iter(&self) -> impl DoubleEndedIterator<Item = &IndexEntry> + ExactSizeIterator {
         self.entries.values()
     }
 

@@ -3,6 +3,7 @@
 //! * [`MemIndex`]: what the open segment holds, sorted in memory.
 //! * [`Run`]: an immutable sorted tree of 4 KiB pages: one in each full segment's footer ([`layout_footer`]), merged to one
 //!   per sealed log ([`merge`], [`RunBuilder`]). Pages come through a [`PageReader`], kept by a bounded [`PageCache`].
+//! * [`Filter`]: which blocks a run may hold, for the many runs of a log that is not sealed yet.
 //! * [`Touched`]: the blocks that a log touched, so that logs that never saw a block are not asked.
 //!
 //! An entry of level `l` stands for `16^l` blocks aligned to that, so a zeroed disk is a few dozen entries. All lookups answer
@@ -11,6 +12,7 @@
 mod build;
 mod cache;
 mod entry;
+mod filter;
 mod mem;
 mod page;
 mod run;
@@ -19,6 +21,7 @@ mod touched;
 pub use build::{PAGES_PER_APPEND, RunBuilder, Source, layout_footer, merge, pages_for};
 pub use cache::PageCache;
 pub use entry::{Key, LEVEL_MAX, aligned, split_extent};
+pub use filter::Filter;
 pub use mem::MemIndex;
 pub use page::{IndexPage, PageReader, PageSink};
 pub use run::{Run, RunCursor};

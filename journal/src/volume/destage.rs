@@ -917,10 +917,9 @@ impl Volume {
         // What it overwrote is known from its own records only while they are scanned.
         self.store_lost_blocks().await?;
         let point = self.volume_point();
+        // Damage too: a log that cannot be sealed keeps every later one from being destaged, and in the end the guest from writing.
         let fail = |error: Error| {
-            if !matches!(error, Error::Damaged { .. }) {
-                disk.fail(format!("seal log: {error}"));
-            }
+            disk.fail(format!("seal log: {error}"));
             error
         };
         let writes_root = if recording {

@@ -46,6 +46,8 @@ use crate::view::View;
 pub(crate) use history::CloseReason;
 pub use history::auto_names;
 pub(crate) use recover::open;
+#[cfg(feature = "fuzzing")]
+pub(crate) use recover::read_frame;
 
 /// How requests are served.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -411,6 +413,10 @@ impl Volume {
             primary_size: self.primary.current_size().unwrap_or(0),
             primary_id: identity.id,
             primary_mtime_ns: if fence_state == FenceState::Clean { identity.mtime_ns } else { 0 },
+            disk_clock_ns: {
+                let disks = self.engine.upgrade().map(|e| e.disk_list()).unwrap_or_default();
+                disks.iter().find(|d| d.id == disk).map_or(0, |d| d.clock_high_water().0)
+            },
             // With a journal the disk knows better; ahead of it, so that no seq is used twice even when that disk is lost.
             next_seq: state.next_seq + if fence_state == FenceState::Detached { 0 } else { SEQS_AHEAD },
             settings: state.settings,

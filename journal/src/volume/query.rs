@@ -315,12 +315,18 @@ impl Volume {
         // What is in memory may not be in a frame that has completed; all else is on the disk.
         let covered =
             |instant: Instant| parts.iter().any(|p| p.log.start <= instant && p.end.is_none_or(|end| instant < end));
+        let oldest = recent.front().map(|(instant, _)| *instant);
         let recent = recent.iter().filter(|(instant, clean)| *clean && covered(*instant)).map(|(instant, _)| *instant);
         let recent: BTreeSet<Instant> = recent.collect();
         let mut near = FlushNear {
             before: recent.range(..=at).next_back().copied(),
             after: recent.range(at.after()..).next().copied(),
         };
+        // Memory has all of them from its first one on.
+        let all_after = oldest.is_some_and(|oldest| oldest <= at);
+        if all_after && near.before.is_some() {
+            return Ok(near);
+        }
         let clean = |d: &&Descriptor| d.kind == DescriptorKind::FlushPoint && d.header.count.get() == 1;
         'before: for part in parts.iter().rev().filter(|p| p.log.start <= at) {
             let end = part.segments_upto(at).await?;
@@ -333,7 +339,7 @@ impl Volume {
                 }
             }
         }
-        'after: for part in parts.iter().filter(|p| p.end.is_none_or(|end| end > at)) {
+        'after: for part in parts.iter().filter(|p| !all_after && p.end.is_none_or(|end| end > at)) {
             let start = match part.log.start <= at {
                 true => part.segments_between(at.after(), Instant::MAX).await?.start,
                 false => 0,

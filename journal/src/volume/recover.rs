@@ -24,7 +24,7 @@ use crate::format::{
     SegmentFooter, SegmentHeader, StreamKind, crc, log_flags,
 };
 use crate::frame::{self, Descriptor, ParsedFrame};
-use crate::index::{Key, Run, Touched};
+use crate::index::{Filter, Key, Run, Touched};
 use crate::info::{EventKind, Health, Marker, Priority, Settings, VolumeStats};
 use crate::log::{Log, PendingRevert, Stream};
 use crate::mutation::{Mutation, active};
@@ -182,6 +182,19 @@ impl Volume {
                         return self.drop_leftovers(engine).await;
                     }
                     return self.refuse(Health::PrimaryChanged, EventKind::PrimaryChanged, what);
+                }
+                if disk.clock_high_water().0 < fence.disk_clock_ns {
+                    let reason = format!(
+                        "CDP disk {} is an older copy of itself (its clock stands at {}, it was at {}): newer acked writes may be missing",
+                        disk.path,
+                        disk.clock_high_water(),
+                        Instant(fence.disk_clock_ns)
+                    );
+                    if override_journal {
+                        self.go_on_without(&reason).await?;
+                        return self.drop_leftovers(engine).await;
+                    }
+                    return self.refuse(Health::NeedsJournal, EventKind::NeedsJournal, reason);
                 }
                 match self.recover(engine, &disk, &fence, undecided).await {
                     Ok(()) => Ok(()),
@@ -353,10 +366,10 @@ impl Volume {
                 if state.thin {
                     dead.extend(segments(StreamKind::Writes));
                 } else {
-                    state.writes_index.push_run(run(row.writes_root, StreamKind::Writes));
+                    state.writes_index.push_run(run(row.writes_root, StreamKind::Writes), None);
                     state.writes.segments = segments(StreamKind::Writes);
                 }
-                state.before_index.push_run(run(row.before_root, StreamKind::Before));
+                state.before_index.push_run(run(row.before_root, StreamKind::Before), None);
                 state.before.segments = segments(StreamKind::Before);
             } else {
                 let writes = match base_scan.take_if(|_| seq == base_seq && id == base_id) {
@@ -378,15 +391,22 @@ impl Volume {
                 let mut touched = Touched::default();
                 let mut imaged = Touched::default();
                 let mut io = (Instant::MAX, Instant::ZERO);
-                for_each_entry(disk, id, StreamKind::Writes, &writes, |entry| {
-                    touched.insert_range(entry.block.get(), entry.blocks());
+                // Checksums say that these are the bytes that were written, not that they make sense.
+                let end = self.primary.size().div_ceil(BLOCK);
+                let mut inside = true;
+                let writes_filters = for_each_entry(disk, id, StreamKind::Writes, &writes, |entry| {
+                    inside &= touch(&mut touched, entry, end);
                     io = (io.0.min(Instant(entry.instant.get())), io.1.max(Instant(entry.instant.get())));
                 })
                 .await?;
-                for_each_entry(disk, id, StreamKind::Before, &before, |entry| {
-                    imaged.insert_range(entry.block.get(), entry.blocks());
+                let before_filters = for_each_entry(disk, id, StreamKind::Before, &before, |entry| {
+                    inside &= touch(&mut imaged, entry, end);
                 })
                 .await?;
+                if !inside {
+                    let place = format!("{} log {seq}", disk.path);
+                    return Err(Error::Damaged { what: "journal: a record lies past the volume's end", place });
+                }
                 let mut state = log.state.borrow_mut();
                 state.closed = true;
                 state.close_reason = if has(log_flags::CLOSED) {
@@ -402,7 +422,9 @@ impl Volume {
                 state.charged = touched.len() * 2 * BLOCK;
                 state.touched = touched;
                 state.imaged = Some(imaged);
-                for (scan, kind) in [(&writes, StreamKind::Writes), (&before, StreamKind::Before)] {
+                for (scan, filters, kind) in
+                    [(&writes, writes_filters, StreamKind::Writes), (&before, before_filters, StreamKind::Before)]
+                {
                     dead.extend(&scan.dead);
                     let stream =
                         Stream::resume(scan.segments.clone(), scan.number_next, scan.frame_next, scan.previous_crc);
@@ -412,8 +434,8 @@ impl Volume {
                         StreamKind::Before => (&mut state.before, &mut state.before_index),
                     };
                     *slot = stream;
-                    for run in &scan.runs {
-                        index.push_run(Run { root: *run, log_id: id, kind });
+                    for (run, filter) in scan.runs.iter().zip(filters) {
+                        index.push_run(Run { root: *run, log_id: id, kind }, Some(filter));
                     }
                     for entry in &scan.entries {
                         index.insert(*entry);
@@ -777,8 +799,9 @@ impl Volume {
         disk.reserve(self.id, reserve, true)?;
         // A way out that was cut off stays one: part of the backlog went to the primary without before-images.
         let fence = if detaching { FenceState::Detaching } else { FenceState::Dirty };
-        self.put_fence(fence, disk.id, "").await?;
+        // The instant first: it raises the disk's clock mark, which the fence then tells from older copies of this disk.
         let now = engine.tick().await?;
+        self.put_fence(fence, disk.id, "").await?;
         let instant = reverted_at.unwrap_or(now);
         let (ticket, empty) = {
             let mut state = self.state.borrow_mut();
@@ -983,30 +1006,35 @@ struct Scan {
     claim_other: u64,
 }
 
-/// Calls `f` for every entry that a scan found.
+/// Calls `f` for every entry that a scan found. Answers a filter for each run.
 async fn for_each_entry(
     disk: &Rc<Disk>,
     log_id: u64,
     kind: StreamKind,
     scan: &Scan,
     mut f: impl FnMut(&IndexEntry),
-) -> Result<()> {
+) -> Result<Vec<Filter>> {
+    let mut filters = Vec::with_capacity(scan.runs.len());
     for root in &scan.runs {
+        let mut filter = Filter::new(root.entries.get());
         if root.entries.get() == 0 {
+            filters.push(filter);
             continue;
         }
         let mut cursor = Run { root: *root, log_id, kind }.cursor(Key { level: 0, block: 0, instant: 0 });
         let mut n = 0u32;
         while let Some(entry) = cursor.next(&**disk).await? {
             f(&entry);
+            filter.insert(&entry);
             n += 1;
             if n.is_multiple_of(4096) {
                 yield_now().await;
             }
         }
+        filters.push(filter);
     }
     scan.entries.iter().for_each(f);
-    Ok(())
+    Ok(filters)
 }
 
 /// Scans one stream of a log.
@@ -1248,6 +1276,15 @@ fn take_frame(parsed: ParsedFrame, segment: u32, block: u32, scan: &mut Scan) {
     }
 }
 
+/// Notes the blocks of an entry; false when they lie past `end`: so much memory is not there for what cannot be.
+fn touch(touched: &mut Touched, entry: &IndexEntry, end: u64) -> bool {
+    let inside = entry.block.get().checked_add(entry.blocks()).is_some_and(|last| last <= end);
+    if inside {
+        touched.insert_range(entry.block.get(), entry.blocks());
+    }
+    inside
+}
+
 /// Whether every page of a run can be read.
 async fn whole_run(disk: &Rc<Disk>, log_id: u64, kind: StreamKind, root: format::RunRoot) -> bool {
     if root.entries.get() == 0 {
@@ -1314,4 +1351,32 @@ impl Window {
         let at = ((block - self.start) as u64 * BLOCK) as usize;
         Ok(&self.bytes[at..at + (u64::from(blocks) * BLOCK) as usize])
     }
+}
+
+/// What recovery does with the bytes of a frame, without a disk: for the fuzzers.
+#[cfg(feature = "fuzzing")]
+pub(crate) fn read_frame(bytes: &[u8], header: FrameHeader) {
+    let Some(parsed) = verified(bytes, header) else { return };
+    let mut scan = Scan {
+        segments: Vec::new(),
+        dead: Vec::new(),
+        runs: Vec::new(),
+        entries: Vec::new(),
+        side: Vec::new(),
+        frame_next: 0,
+        previous_crc: 0,
+        number_next: 0,
+        instant_last: Instant::ZERO,
+        watermark: Instant::ZERO,
+        hole: None,
+        claim_other: 0,
+    };
+    take_frame(parsed, header.segment.get(), header.block.get(), &mut scan);
+    let mut touched = Touched::default();
+    for entry in &scan.entries {
+        // A volume of 16 TiB.
+        touch(&mut touched, entry, 1 << 32);
+    }
+    // A damaged record is an error; whatever else it says is taken as it is.
+    let _ = fold(&scan.side, 0, "frame", &[]);
 }

@@ -14,6 +14,7 @@ use crate::frame::{self, DESCRIPTOR_BYTES_MAX, FrameBuilder};
 use crate::info::EventKind;
 use crate::log::{Log, VolumePoint, frame_blocks_max, usable_bytes};
 use crate::mutation::{Mutation, active};
+use crate::signal::yield_now;
 use crate::types::{BLOCK, Instant, SECTOR};
 
 /// What admission decided.
@@ -701,6 +702,8 @@ impl Volume {
             frame.ticket.finish(Ok(()));
             self.changed.notify();
             self.work.notify();
+            // Whoever writes again at once shares the next frame: no wait, only the turn of tasks that are ready.
+            yield_now().await;
         }
         let abandoned = {
             let mut state = self.state.borrow_mut();

@@ -67,7 +67,7 @@ impl MetaContext {
 }
 
 /// Negotiates in the clear. `None`: the client left.
-pub(super) async fn plain<S, T>(
+pub(crate) async fn plain<S, T>(
     stream: &mut T,
     directory: &dyn ExportDirectory<S>,
 ) -> io::Result<Option<(ExportClaim<S>, NbdSession)>>

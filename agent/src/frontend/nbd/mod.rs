@@ -32,6 +32,13 @@ use crate::shard::ShardHandle;
 
 pub use transmission::{ClientStats, ExportSource, NbdSession};
 
+#[cfg(feature = "fuzzing")]
+pub(crate) mod fuzz {
+    //! What the fuzzers reach.
+    pub(crate) use super::handshake::plain;
+    pub(crate) use super::transmission::fuzz_request;
+}
+
 /// Longest read or write, announced as the maximum block size.
 pub const PAYLOAD_MAX: u32 = 32 << 20;
 /// Smallest unit of offsets and lengths, announced as the minimum block size.
@@ -59,6 +66,9 @@ pub struct NbdConfig {
     pub inflight_requests_max: u32,
     /// Most bytes of payload in flight on a connection. One request is always let in.
     pub inflight_bytes_max: u64,
+    /// Bytes of payload in flight on a shard, over all of its connections: each may hold as much as it leaves free. One request, and 128 KiB,
+    /// are let in always.
+    pub shard_bytes_max: u64,
 }
 
 impl Default for NbdConfig {
@@ -68,13 +78,25 @@ impl Default for NbdConfig {
             handshake_timeout: Duration::from_secs(10),
             inflight_requests_max: 128,
             inflight_bytes_max: 64 << 20,
+            shard_bytes_max: 256 << 20,
         }
     }
+}
+
+/// What an export shows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ExportKind {
+    /// A volume as it is.
+    Volume,
+    /// A volume as it was.
+    View,
 }
 
 /// An export in a list.
 #[derive(Clone, Debug)]
 pub struct ExportEntry {
+    /// What it shows.
+    pub kind: ExportKind,
     /// The name to ask for it by.
     pub name: String,
     /// Words for people; may be empty.
@@ -83,6 +105,8 @@ pub struct ExportEntry {
 
 /// An export and where it is served.
 pub struct ExportInfo<S> {
+    /// What it shows.
+    pub kind: ExportKind,
     /// Canonical name.
     pub name: String,
     /// Words for people; may be empty.

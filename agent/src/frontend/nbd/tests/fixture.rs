@@ -197,8 +197,11 @@ struct Directory {
 
 impl ExportDirectory<State> for Directory {
     fn list(&self) -> BoxFuture<'_, Vec<ExportEntry>> {
-        let entry =
-            |name: &str, description: &str| ExportEntry { name: name.to_owned(), description: description.to_owned() };
+        let entry = |name: &str, description: &str| ExportEntry {
+            kind: ExportKind::Volume,
+            name: name.to_owned(),
+            description: description.to_owned(),
+        };
         std::future::ready(vec![entry("disk", "the disk"), entry("read-only", "")]).boxed()
     }
     fn find<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Option<ExportInfo<State>>> {
@@ -213,6 +216,7 @@ impl ExportDirectory<State> for Directory {
             _ => None,
         };
         let info = key.map(|(key, read_only)| ExportInfo {
+            kind: ExportKind::Volume,
             name: if name.is_empty() { "disk" } else { name }.to_owned(),
             description: "words".to_owned(),
             size: SIZE,

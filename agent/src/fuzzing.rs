@@ -1,0 +1,73 @@
+//! Doors for the fuzzers: each takes any bytes, as a client or a file may hold them, through the agent's own parsers. Nothing else
+//! uses them.
+
+use std::pin::pin;
+use std::rc::Rc;
+use std::task::{Context, Poll, Waker};
+
+use cdp_journal::Export;
+use futures::future::{BoxFuture, FutureExt as _};
+use uuid::Uuid;
+
+use crate::config::Config;
+use crate::frontend::nbd::fuzz::{fuzz_request, plain};
+use crate::frontend::nbd::{ExportDirectory, ExportEntry, ExportInfo, ExportKind, ExportSource};
+
+/// The configuration file.
+pub fn config(data: &[u8]) {
+    if let Ok(text) = std::str::from_utf8(data)
+        && let Err(error) = Config::parse("config.toml", text)
+    {
+        // Its line is a line of the text.
+        assert!(error.line <= text.lines().count().max(1), "{error}");
+        assert!(!error.message.is_empty());
+    }
+}
+
+/// An NBD client's side of the handshake.
+pub fn handshake(data: &[u8]) {
+    let mut stream = tokio::io::join(data, tokio::io::sink());
+    let ended = pin!(plain(&mut stream, &Shelf)).poll(&mut Context::from_waker(Waker::noop()));
+    // All bytes are there, so nothing is waited for; and nothing can be served.
+    match ended {
+        Poll::Ready(Ok(served)) => assert!(served.is_none()),
+        Poll::Ready(Err(_)) => {}
+        Poll::Pending => panic!("the handshake waits for something"),
+    }
+}
+
+/// Requests, one after the other, to an export whose kind the first bytes choose.
+pub fn requests(data: &[u8]) {
+    let Some((kind, data)) = data.split_first() else { return };
+    let Some((size, data)) = data.split_first_chunk::<8>() else { return };
+    let size = u64::from_le_bytes(*size) >> (kind >> 3);
+    for head in data.chunks_exact(28) {
+        let head = head.try_into().expect("28 bytes");
+        fuzz_request(head, size, kind & 1 != 0, kind & 2 != 0, kind & 4 != 0);
+    }
+}
+
+/// Lists an export and never finds one.
+struct Shelf;
+
+#[derive(Clone)]
+struct Nothing;
+
+impl ExportSource for Nothing {
+    fn export(&self, _key: Uuid) -> Option<Rc<dyn Export>> {
+        None
+    }
+}
+
+impl ExportDirectory<Nothing> for Shelf {
+    fn list(&self) -> BoxFuture<'_, Vec<ExportEntry>> {
+        async {
+            vec![ExportEntry { name: "demo".to_owned(), description: "a volume".to_owned(), kind: ExportKind::Volume }]
+        }
+        .boxed()
+    }
+
+    fn find<'a>(&'a self, _name: &'a str) -> BoxFuture<'a, Option<ExportInfo<Nothing>>> {
+        async { None }.boxed()
+    }
+}

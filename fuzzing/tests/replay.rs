@@ -1,0 +1,46 @@
+//! Promise: whatever bytes come from outside, no parser panics, overflows, hangs or asks for much memory.
+
+use cdp_fuzz::{TARGETS, inputs, largest_since, mutate};
+
+/// One input asks for no more memory at once than this.
+const ALLOCATION_MAX: usize = 64 << 20;
+
+fn run(name: &str, target: fn(&[u8]), what: &str, data: &[u8]) {
+    largest_since();
+    let ended = std::panic::catch_unwind(|| target(data));
+    assert!(ended.is_ok(), "{name}: {what} panics");
+    let largest = largest_since();
+    assert!(largest <= ALLOCATION_MAX, "{name}: {what} asks for {largest} bytes at once");
+}
+
+#[test]
+fn every_input_of_the_corpus_is_taken() {
+    for (name, target) in TARGETS {
+        let inputs = inputs(name);
+        assert!(!inputs.is_empty(), "{name} has no corpus");
+        for (file, data) in inputs {
+            run(name, *target, &file, &data);
+        }
+    }
+}
+
+/// Seeds are fixed: a change fails by its own fault. `make soak` draws new ones.
+#[test]
+fn mutated_inputs_are_taken() {
+    for (name, target) in TARGETS {
+        let inputs = inputs(name);
+        for number in 0..20_000 {
+            let data = mutate(&inputs, 1, number);
+            run(name, *target, &format!("seed 1, input {number}"), &data);
+        }
+    }
+}
+
+/// The corpus reaches behind the checks: without this a target that refuses everything would pass.
+#[test]
+fn the_corpus_holds_what_parsers_accept() {
+    let frames = inputs("frame").iter().filter(|(_, data)| data.len() > 8000).count();
+    assert!(frames > 0, "frames with payload");
+    let configs = inputs("config");
+    assert!(configs.iter().any(|(name, _)| name.starts_with("sample")), "the sample configuration");
+}
