@@ -24,7 +24,7 @@ const FAULTS: [(Mutation, &str, &str, u64); 20] = [
     (Mutation::BeforeImageSkipped, "I4", "views", 0),
     (Mutation::RevertNotDurable, "I5", "revert", 3),
     (Mutation::RevertNotRedirected, "I5", "revert", 0),
-    (Mutation::UndecidedCounts, "I5", "group", 0),
+    (Mutation::UndecidedCounts, "I5", "group", 12),
     (Mutation::NoRecheck, "I6", "views", 1),
     (Mutation::PayloadUnchecked, "I7", "damage", 2),
     (Mutation::HoleAccepted, "I7", "damage", 3),
