@@ -388,6 +388,9 @@ impl Log {
     /// holds.
     pub fn segments_bound(&self) -> u64 {
         let state = self.state.borrow();
+        if active(Mutation::BeforeImagesUncounted) {
+            return state.writes.segment_count() + 1;
+        }
         if state.sealed {
             return state.writes.segment_count() + state.before.segment_count();
         }
@@ -397,7 +400,6 @@ impl Log {
         // The merged run of a stream costs 33 bytes an entry; its entries are at most the blocks written.
         let run = |bytes: u64| (bytes / BLOCK + 1) * 40;
         let writes_more = state.unframed + run(state.charged);
-        let touched = if active(Mutation::BeforeImagesUncounted) { 0 } else { touched };
         let before_more = touched.saturating_sub(imaged) * (BLOCK + 64) + run(touched * BLOCK);
         let more = |stream: &Stream, bytes: u64| stream.segment_count() + bytes.div_ceil(usable) + 1;
         more(&state.writes, writes_more) + more(&state.before, before_more)
