@@ -445,6 +445,16 @@ impl Volume {
         // The answer may be shorter than the question: the client asks again from there.
         let end = (offset + len).min(offset - offset % BLOCK + STATUS_BLOCKS * BLOCK);
         let row = Row::of(&self.state.borrow());
+        let (first, count) = blocks_of(offset, end - offset);
+        // The newest state is resolved before the map is asked: what moves from the overlay to the primary in between is in the map. An older state
+        // after it: what still rests on the primary then had not changed there before.
+        let mut live = Vec::new();
+        if matches!(point, Point::Live) {
+            for block in first..first + count {
+                live.push(self.resolve_live(&row, block).await?);
+            }
+        }
+        let mut live = live.into_iter();
         let primary_end = end.min(self.primary.size());
         let holes = if primary_end > offset {
             self.primary.allocation(offset, primary_end - offset).await.map_err(device)?
@@ -452,12 +462,11 @@ impl Volume {
             Vec::new()
         };
         let (mut piece, mut piece_end) = (0, offset + holes.first().map_or(0, |p| p.len));
-        let (first, count) = blocks_of(offset, end - offset);
         for block in first..first + count {
             let from = offset.max(block * BLOCK);
             let until = end.min((block + 1) * BLOCK);
             let layers = match point {
-                Point::Live => self.resolve_live(&row, block).await?,
+                Point::Live => live.next().expect("one for each block"),
                 Point::At(instant, log) => {
                     let h =
                         row.position(log).ok_or_else(|| Error::Gone("the log of this instant was evicted".into()))?;

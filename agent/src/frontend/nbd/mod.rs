@@ -66,6 +66,9 @@ pub struct NbdConfig {
     pub inflight_requests_max: u32,
     /// Most bytes of payload in flight on a connection. One request is always let in.
     pub inflight_bytes_max: u64,
+    /// Bytes of payload in flight on a shard, over all of its connections: each may hold as much as it leaves free. One request, and 128 KiB,
+    /// are let in always.
+    pub shard_bytes_max: u64,
 }
 
 impl Default for NbdConfig {
@@ -75,6 +78,7 @@ impl Default for NbdConfig {
             handshake_timeout: Duration::from_secs(10),
             inflight_requests_max: 128,
             inflight_bytes_max: 64 << 20,
+            shard_bytes_max: 256 << 20,
         }
     }
 }

@@ -48,6 +48,9 @@ const REFUSED_PAYLOAD_MAX: u32 = 2 * PAYLOAD_MAX;
 /// A batch of replies is closed when it holds so many pieces or bytes.
 const BATCH_PIECES: usize = 900;
 const BATCH_BYTES: usize = 4 << 20;
+/// Payload that a connection may always have in flight, whatever the others of its shard hold: clients that take their answers slowly, or
+/// never, must not slow down the small requests of others.
+pub const SHARE_MIN: u64 = 128 << 10;
 /// How often a drain looks whether all have left.
 const DRAIN_LOOK_NS: u64 = 2_000_000;
 /// How long a TCP client that goes on sending may take to see that the connection has ended.
@@ -78,19 +81,29 @@ pub struct NbdSession {
     contexts: Vec<MetaContext>,
     inflight_requests_max: u32,
     inflight_bytes_max: u64,
+    shard_bytes_max: u64,
     _seat: Option<Seat>,
 }
 
 impl NbdSession {
     pub(super) fn new(export_name: String, structured: bool, contexts: Vec<MetaContext>) -> Self {
-        let NbdConfig { inflight_requests_max, inflight_bytes_max, .. } = NbdConfig::default();
-        Self { export_name, structured, contexts, inflight_requests_max, inflight_bytes_max, _seat: None }
+        let NbdConfig { inflight_requests_max, inflight_bytes_max, shard_bytes_max, .. } = NbdConfig::default();
+        Self {
+            export_name,
+            structured,
+            contexts,
+            inflight_requests_max,
+            inflight_bytes_max,
+            shard_bytes_max,
+            _seat: None,
+        }
     }
 
     pub(super) fn with_limits(self, config: &NbdConfig, seat: Seat) -> Self {
         Self {
             inflight_requests_max: config.inflight_requests_max.max(1),
             inflight_bytes_max: config.inflight_bytes_max,
+            shard_bytes_max: config.shard_bytes_max,
             _seat: Some(seat),
             ..self
         }
@@ -131,6 +144,27 @@ pub(crate) struct Clients {
     ticket_next: Cell<u64>,
     served: RefCell<Slab<Rc<Connection>>>,
     closing: Cell<bool>,
+    budget: Rc<Budget>,
+}
+
+/// Payload in flight on a shard.
+#[derive(Default)]
+struct Budget {
+    bytes: Cell<u64>,
+    /// Connections whose reader waits for room.
+    waiting: RefCell<Vec<Rc<Connection>>>,
+}
+
+impl Budget {
+    fn take(&self, bytes: u64) {
+        self.bytes.set(self.bytes.get() + bytes);
+    }
+
+    fn give_back(&self, bytes: u64) {
+        self.bytes.set(self.bytes.get() - bytes);
+        let waiting = self.waiting.take();
+        waiting.iter().for_each(|connection| connection.room.notify());
+    }
 }
 
 /// An export held for a client whose handshake is about to end.
@@ -165,6 +199,7 @@ impl Clients {
             ticket_next: Cell::new(1),
             served: RefCell::default(),
             closing: Cell::new(false),
+            budget: Rc::default(),
         })
     }
 
@@ -225,6 +260,7 @@ impl Clients {
             room: Signal::default(),
             ready: Signal::default(),
             stopped: Signal::default(),
+            budget: Rc::clone(&self.budget),
         });
         link.connection.replace(Rc::downgrade(&connection));
         let key = self.served.borrow_mut().insert(Rc::clone(&connection));
@@ -277,6 +313,7 @@ struct Connection {
     /// The blocks of `qemu:dirty-bitmap:`, once they were asked for.
     changed: RefCell<Option<Rc<Touched>>>,
     stats: Arc<ClientStats>,
+    budget: Rc<Budget>,
     /// More requests are taken.
     reading: Cell<bool>,
     /// Replies are of use to somebody.
@@ -482,12 +519,23 @@ impl Connection {
     }
 
     /// Waits until the request fits what may be in flight. `false`: no more requests are taken.
-    async fn admit(&self, bytes: u64) -> bool {
-        let fits = || {
+    async fn admit(self: &Rc<Self>, bytes: u64) -> bool {
+        let own = || {
             let all = self.inflight_bytes.get() + bytes;
             self.inflight.get() == 0
                 || self.inflight.get() < self.session.inflight_requests_max && all <= self.session.inflight_bytes_max
         };
+        // A connection may hold as much as it leaves free: so a few that hold all they can leave something for the next.
+        let shared = || {
+            let all = self.inflight_bytes.get() + bytes;
+            let free = self.session.shard_bytes_max.saturating_sub(self.budget.bytes.get());
+            let fits = self.inflight.get() == 0 || all <= SHARE_MIN || all <= free;
+            if !fits {
+                self.budget.waiting.borrow_mut().push(Rc::clone(self));
+            }
+            fits
+        };
+        let fits = || own() && shared();
         if !fits() {
             count(&self.stats.throttled, 1);
         }
@@ -495,6 +543,7 @@ impl Connection {
         if go_on {
             self.inflight.set(self.inflight.get() + 1);
             self.inflight_bytes.set(self.inflight_bytes.get() + bytes);
+            self.budget.take(bytes);
             count(&self.stats.requests, 1);
         }
         go_on
@@ -504,6 +553,7 @@ impl Connection {
         self.inflight.set(self.inflight.get() - requests);
         self.inflight_bytes.set(self.inflight_bytes.get() - bytes);
         self.room.notify();
+        self.budget.give_back(bytes);
     }
 
     /// Receives, unless and until no more requests are to be taken: then `None`, and the buffer stays with the ring.

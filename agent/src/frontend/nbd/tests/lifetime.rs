@@ -85,6 +85,39 @@ fn what_is_in_flight_is_bounded() {
     }
 }
 
+/// Goal: all clients of a shard together cannot fill its memory either, and small requests go on beside those that try.
+#[test]
+fn what_is_in_flight_on_a_shard_is_bounded() {
+    let fixture = Fixture::with(NbdConfig { shard_bytes_max: 4 << 20, ..NbdConfig::default() });
+    fixture.on_shard(|state| state.disk.paused.set(true));
+    let ask = |count: u64, len: u32| {
+        let mut client = Client::open(&fixture.socket(), "disk", false).unwrap();
+        (0..count).for_each(|cookie| client.stream.write_all(&request(command::READ, 0, cookie, 0, len)).unwrap());
+        client
+    };
+    let running =
+        |wanted: u32| fixture.until(|fixture| fixture.on_shard(move |state| state.disk.running.get()) == wanted);
+    let throttled = |wanted: u64| fixture.until(|fixture| fixture.stat(|stats| &stats.throttled) == wanted);
+    // Two of 1 MiB leave 2 MiB free, and a third would hold more than what it leaves.
+    let greedy = ask(4, 1 << 20);
+    throttled(1);
+    running(2);
+    // Of the 2 MiB one is taken; two would be more than the 1 MiB that is left then.
+    let second = ask(4, 1 << 20);
+    throttled(2);
+    running(3);
+    // 128 KiB are let in whatever the others hold.
+    let small = ask(32, 4096);
+    running(3 + 32);
+    fixture.on_shard(|state| state.disk.resume());
+    for (mut client, count, len) in [(greedy, 4, 1 << 20), (second, 4, 1 << 20), (small, 32, 4096)] {
+        for _ in 0..count {
+            let (_, answer) = client.receive(|_| Some(len)).unwrap();
+            assert!(matches!(answer, Answer::Data(data) if data.len() == len as usize));
+        }
+    }
+}
+
 /// Goal: a client that asks and never listens holds what it may hold, and nobody else up.
 #[test]
 fn a_client_that_does_not_take_its_answers_stops_only_itself() {
