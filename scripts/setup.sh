@@ -25,6 +25,11 @@ qemu-img     qemu-utils
 qemu-nbd     qemu-utils
 fio          fio
 mkfs.xfs     xfsprogs
+mkfs.btrfs   btrfs-progs
+sfdisk       fdisk
+setpriv      util-linux
+pg_ctlcluster        postgresql
+qemu-system-x86_64   qemu-system-x86
 xfs_repair   xfsprogs
 e2fsck       e2fsprogs
 losetup      util-linux

@@ -889,7 +889,7 @@ mod tests {
             ("[[group]]\nname = \"a\"\nvolumes = \"x\"", 3, &["group[0].volumes", "a list"]),
             (
                 "[[group]]\nname=\"a\"\nvolumes=[\"a\"]\n[[volume]]\nname=\"a\"\npath=\"/a\"",
-                2,
+                1,
                 &["the name of a volume"],
             ),
             ("[[disk]]\npath=\"/a\"\n[[volume]]\nname=\"b\"\npath=\"/a\"", 3, &["its own journal"]),

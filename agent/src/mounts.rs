@@ -136,7 +136,7 @@ pub fn loops() -> Vec<Loop> {
 /// # Errors
 /// When a tool is missing or fails.
 pub fn probe(image: &Path) -> Result<Vec<Part>> {
-    let columns = ["--show", "--raw", "--bytes", "--noheadings", "--output", "NR,START,SECTORS"];
+    let columns = ["--raw", "--bytes", "--noheadings", "--output", "NR,START,SECTORS"];
     let mut partx = Command::new("partx");
     partx.args(columns).arg("--").arg(image);
     let listed = run(partx)?;

@@ -31,7 +31,7 @@ const GREET_PATIENCE: Duration = Duration::from_secs(3);
 /// Longest wait for the answer to a thaw, before it is sent anew.
 const THAW_PATIENCE: Duration = Duration::from_secs(2);
 /// How often a thaw is tried before the caller is told that it failed; it is tried on behind that.
-const THAW_TRIES: u32 = 3;
+const THAW_TRIES: u32 = 4;
 const THAW_TRIES_BEHIND: u32 = 600;
 const THAW_PAUSE: Duration = Duration::from_secs(1);
 
@@ -169,23 +169,22 @@ async fn freeze(mut guest: Guest, deadline: Instant) -> (Guest, Result<()>) {
 /// Thaws a guest. `clean`: its connection has no answer outstanding, so the very next one is that of the thaw.
 async fn thaw(mut guest: Guest, clean: bool, events: &Arc<EventHub>) -> Result<()> {
     let path = guest.path.clone();
-    let mut why = if clean {
+    let mut why = String::new();
+    if clean {
         match timeout(THAW_PATIENCE, guest.count("guest-fsfreeze-thaw")).await {
             Ok(Ok(0)) => return Err(failed(&path, "thaw", "its file systems were not frozen any more")),
             Ok(Ok(_)) => return Ok(()),
-            Ok(Err(error)) => error.to_string(),
-            Err(_) => format!("no answer within {THAW_PATIENCE:?}"),
+            Ok(Err(error)) => why = error.to_string(),
+            Err(_) => why = format!("no answer within {THAW_PATIENCE:?}"),
         }
     } else {
         // An answer may still come; the thaw goes out now and is asked for again behind a synchronisation.
         let _ = timeout(THAW_PATIENCE, guest.send(r#"{"execute":"guest-fsfreeze-thaw"}"#)).await;
-        match thaw_again(Some(guest), &path).await {
-            Ok(()) => return Ok(()),
-            Err(error) => error.to_string(),
-        }
-    };
+    }
+    // The same connection first, and it ends before another one begins: a guest agent has one client at a time.
+    let mut guest = Some(guest);
     for _ in 0..THAW_TRIES {
-        match thaw_again(None, &path).await {
+        match thaw_again(guest.take(), &path).await {
             // It is thawed now; what it was at the instant nobody knows.
             Ok(()) if clean => return Err(failed(&path, "thaw", format!("{why}; it was thawed at another try"))),
             Ok(()) => return Ok(()),

@@ -101,6 +101,10 @@ impl Drop for Agent {
         }
         let _ = self.child.kill(); // it has ended already in most tests
         let _ = self.child.wait();
+        // A killed agent leaves its files' directories mounted, where it could mount them.
+        for name in ["volumes", "views"] {
+            let _ = Command::new("umount").args(["--quiet", "--lazy"]).arg(self.file(name)).output();
+        }
     }
 }
 

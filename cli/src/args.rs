@@ -130,10 +130,12 @@ pub enum Command {
     /// Find the write that broke it, with a command that tells good from bad
     #[command(after_help = "Examples:\n  \
         cdpctl bisect vm1-root --from '1h ago' --to now -- ./check.sh\n  \
+        cdpctl bisect vm1-root --from '1h ago' --to now --mount -- sh -c 'test -e \"$CDP_VIEW_MOUNT/etc/passwd\"'\n  \
         cdpctl bisect vm1-root --from good --to bad -- qemu-io -r -f raw -c 'read -P 0 0 512' nbd+unix:///x\n\n\
         The command is run on views between the two instants, at most log2 of the writes + 2 times. It ends with 0 where the volume is good, \
         with 1 to 124 where it is bad, with 125 or more where it cannot tell, which stops the search; the same command line goes on from there. \
-        It finds the view by CDP_VIEW_NBD_URI, CDP_VIEW_ID, CDP_VIEW_TIME and CDP_VIEW_VOLUME in its environment.")]
+        It finds the view by CDP_VIEW_NBD_URI, CDP_VIEW_FILE (where the agent serves files), CDP_VIEW_MOUNT (with --mount), CDP_VIEW_ID, CDP_VIEW_TIME and \
+        CDP_VIEW_VOLUME in its environment.")]
     Bisect(Bisect),
     /// Copy an instant to a file, or only what changed up to it
     #[command(after_help = "Examples:\n  \
@@ -612,6 +614,12 @@ pub struct Bisect {
     /// Where runs and the command's output are logged [default: beside the state, .log]
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub log: Option<PathBuf>,
+    /// Mount each view for the command, which finds it by CDP_VIEW_MOUNT (as root, on the agent's host)
+    #[arg(long)]
+    pub mount: bool,
+    /// With --mount: number of the partition, 0 for the whole disk; not needed where there is one file system only
+    #[arg(long, value_name = "N", requires = "mount")]
+    pub partition: Option<u32>,
     /// Forget a search that was interrupted
     #[arg(long)]
     pub restart: bool,

@@ -283,7 +283,7 @@ mod tests {
                 "                   █",
                 "                   █",
                 "writes     ▁▁▁▁▁▁▁▁█",
-                "flushes    •. •• .•",
+                "flushes    •. .• •..",
                 "coverage      ┿━━━━━",
                 "logs      |7   |8",
                 "markers    · ▼",

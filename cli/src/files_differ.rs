@@ -108,7 +108,16 @@ fn names(folder: &Path) -> io::Result<BTreeMap<OsString, Metadata>> {
 
 fn same(a: &Metadata, b: &Metadata) -> bool {
     let of = |m: &Metadata| {
-        (m.ino(), m.mode(), m.uid(), m.gid(), m.size(), m.rdev(), (m.mtime(), m.mtime_nsec()), (m.ctime(), m.ctime_nsec()))
+        (
+            m.ino(),
+            m.mode(),
+            m.uid(),
+            m.gid(),
+            m.size(),
+            m.rdev(),
+            (m.mtime(), m.mtime_nsec()),
+            (m.ctime(), m.ctime_nsec()),
+        )
     };
     of(a) == of(b)
 }
@@ -136,7 +145,8 @@ mod tests {
         // A link that leads out is not followed.
         std::os::unix::fs::symlink("/", now.join("out")).expect("links");
         let found = compare(&then, &now).expect("compares");
-        let told: Vec<_> = found.files.iter().map(|(path, fate)| (path.to_str().expect("plain"), fate.word())).collect();
+        let told: Vec<_> =
+            found.files.iter().map(|(path, fate)| (path.to_str().expect("plain"), fate.word())).collect();
         assert_eq!(
             told,
             [

@@ -4,7 +4,7 @@
 //! * [`connect`]: the way to the agent, deadlines; [`progress`]: what a terminal shows meanwhile
 //! * [`commands`]: one file per group of commands: call, and turn the answer into text and JSON
 //! * [`shape`]: the JSON of each message; [`output`]: tables and printing; [`draw`], [`svg`]: the timeline's pictures
-//! * [`nbd`]: export addresses; [`nbd_client`], [`qcow2`]: what `export` reads from and writes to
+//! * [`nbd`]: export addresses; [`nbd_client`], [`qcow2`]: what `export` reads from and writes to; [`files_differ`]: what a dry run compares
 //! * [`failure`], [`exit`]: what went wrong, and the exit codes
 
 mod args;
@@ -14,6 +14,7 @@ mod disk_check;
 mod draw;
 mod exit;
 mod failure;
+mod files_differ;
 mod nbd;
 mod nbd_client;
 mod output;

@@ -355,8 +355,10 @@ impl Model {
                     version.lost &= !bit;
                 }
             }
-            if value == Value::Zero {
-                self.settled(Kind::Zero, at, 1, now);
+            match value {
+                Value::Zero => self.settled(Kind::Zero, at, 1, now),
+                Value::Other(_) => self.settled(Kind::Garbage, at, 1, now),
+                Value::Stamp(_) => {}
             }
         }
         self.reverts.clear();

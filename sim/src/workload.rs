@@ -361,6 +361,9 @@ fn setup(profile: &Profile, rng: &Rng, extra: &Rng) -> Setup {
         };
         blocks * 8 + if rng.one_in(6) { rng.range(1, 7) } else { 0 }
     };
+    // A destager that is far behind: what it still needs must have been counted.
+    let primary_slow_ns = if profile.huge && extra.one_in(2) { extra.range(5, 200) * 1_000_000 } else { 0 };
+    let backlog_least: u64 = if primary_slow_ns > 0 { 16 << 20 } else { 0 };
     Setup {
         volumes: (0..volumes).map(sectors).collect(),
         disks: vec![reserve_segments * volumes + rng.range(2, 6); disks],
@@ -368,12 +371,11 @@ fn setup(profile: &Profile, rng: &Rng, extra: &Rng) -> Setup {
         files: rng.one_in(2),
         reserve_segments,
         duration_s: if rng.one_in(4) { rng.range(5, 100) } else { 86400 },
-        backlog_bytes: *rng.pick(&[256 << 10, 1 << 20, 16 << 20]),
+        backlog_bytes: backlog_least.max(*rng.pick(&[256 << 10, 1 << 20, 16 << 20])),
         flush_primary: rng.one_in(8),
         marker_interval_s: *rng.pick(&[1, 5, 60]),
         enabled: !rng.one_in(10),
-        // A destager that is far behind: what it still needs must have been counted.
-        primary_slow_ns: if profile.huge && extra.one_in(2) { extra.range(1, 30) * 1_000_000 } else { 0 },
+        primary_slow_ns,
     }
 }
 

@@ -418,11 +418,7 @@ impl Recording {
             match &event.what {
                 What::WriteBegun { ino, offset, data } => {
                     let safe = ended.get(&at).is_some_and(|end| synced.get(ino).is_some_and(|sync| end < sync));
-                    let mtime_safe = ended.get(&at).is_some_and(|end| synced_full.get(ino).is_some_and(|s| end < s));
                     let node = image.nodes.entry(*ino).or_insert_with(|| Node::file(Vec::new()));
-                    if mtime_safe || rng.percent(50) {
-                        node.mtime_ns = event.time_ns;
-                    }
                     let Content::File(content) = &mut node.content else { continue };
                     if safe {
                         overwrite(Arc::make_mut(content), *offset, data);
@@ -453,7 +449,16 @@ impl Recording {
                         }
                     }
                 }
-                What::WriteEnded(_) | What::SyncBegun { .. } | What::SyncEnded(_) | What::FoldersSynced => {}
+                What::WriteEnded(begun) => {
+                    let What::WriteBegun { ino, .. } = events[*begun].what else { unreachable!("a write's place") };
+                    let safe = synced_full.get(&ino).is_some_and(|sync| at < *sync);
+                    if let Some(node) = image.nodes.get_mut(&ino)
+                        && (safe || rng.percent(50))
+                    {
+                        node.mtime_ns = event.time_ns;
+                    }
+                }
+                What::SyncBegun { .. } | What::SyncEnded(_) | What::FoldersSynced => {}
             }
         }
         image
@@ -648,11 +653,12 @@ impl State {
 
     fn write(&mut self, ino: u64, offset: u64, data: &[u8], begun: Option<usize>) -> Result<(), Errno> {
         overwrite(Arc::make_mut(self.file(ino)?), offset, data);
+        let now = now_ns();
         if let Some(node) = self.image.nodes.get_mut(&ino) {
-            node.mtime_ns = now_ns();
+            node.mtime_ns = now;
         }
-        if let Some(begun) = begun {
-            self.note(What::WriteEnded(begun));
+        if let (Some(begun), Some(recording)) = (begun, &mut self.recording) {
+            recording.events.push(Event { time_ns: now, what: What::WriteEnded(begun) });
         }
         Ok(())
     }

@@ -191,11 +191,6 @@ impl Agent {
         (status, self.log_tail())
     }
 
-    /// The process's number.
-    pub fn pid(&self) -> u32 {
-        self.child.as_ref().expect("the agent runs").id()
-    }
-
     /// kill -9.
     pub fn kill(&mut self) {
         self.signal(Signal::SIGKILL);

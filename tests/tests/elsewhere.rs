@@ -9,9 +9,10 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use cdp_tests::local::{self, Loop, Mounted};
 use cdp_tests::nbd;
 use cdp_tests::process::{Agent, binaries};
-use cdp_tests::{Rng, now_ns, rounds, seed, tools};
+use cdp_tests::{Rng, now_ns, rounds, seed, skip_unless_mountable, tools};
 use serde_json::Value;
 
 const SIZE: u64 = 16 << 20;
@@ -332,4 +333,66 @@ fn bisect_refuses_what_has_no_answer() {
     fs::remove_file(&state).unwrap();
     ask(&from, "now", "exit 0", &["not kept"]);
     agent.stop();
+}
+
+/// Goal: a dry run names the files that a revert would change, and bisect judges by a file in a mounted view.
+/// Method: an ext4 on the volume, mounted by the kernel; files are written, rewritten, removed, each synced, with instants in between.
+#[test]
+fn a_dry_run_names_files_and_bisect_judges_them() {
+    skip_unless_mountable!();
+    let mut agent = Agent::dev("64MiB", "1GiB");
+    let volume = agent.file("volumes/demo");
+    let folder = agent.file("mnt");
+    local::run("mkfs.ext4", &["-q", "-F", volume.to_str().unwrap()]);
+    let (mut early, mut broken) = (0, 0);
+    {
+        let device = Loop::on(&volume, 0, 0);
+        let mounted = Mounted::new(&device.0, &folder);
+        let synced = |name: &str, text: &str| {
+            fs::write(mounted.path(name), text).unwrap();
+            mounted.sync();
+            std::thread::sleep(std::time::Duration::from_millis(10)); // the kernel's clock of files ticks slowly
+            now_ns()
+        };
+        synced("kept", "kept");
+        synced("removed", "removed");
+        for round in 0..8 {
+            let at = synced("config", &format!("{} {round}", if round < 5 { "good" } else { "bad" }));
+            match round {
+                2 => early = at,
+                5 => broken = at,
+                _ => {}
+            }
+        }
+        fs::remove_file(mounted.path("removed")).unwrap();
+        synced("new", "new");
+        mounted.unmount();
+    }
+    let early = early.to_string();
+    let dry = agent.ctl(&["revert", "demo", "--at", &early, "--dry-run"]);
+    let told: Vec<_> =
+        dry["files"].as_array().unwrap_or_else(|| panic!("no files: {dry}")).iter().map(|f| f.to_string()).collect();
+    let has =
+        |path: &str, fate: &str| told.iter().any(|one| one.contains(&format!("\"{path}\"")) && one.contains(fate));
+    assert!(has("/config", "differs") && has("/removed", "comes back") && has("/new", "vanishes"), "{told:?}");
+    assert!(!told.iter().any(|one| one.contains("/kept")), "{told:?}");
+    let found = agent.ctl(&[
+        "bisect",
+        "demo",
+        "--from",
+        &early,
+        "--to",
+        "now",
+        "--state",
+        agent.file("state.json").to_str().unwrap(),
+        "--mount",
+        "--",
+        "sh",
+        "-c",
+        "! grep -q bad \"$CDP_VIEW_MOUNT/config\"",
+    ]);
+    let bad = found["first_bad"].as_u64().unwrap();
+    assert!(bad <= broken && bad > early.parse().unwrap(), "{found}, and the file was bad at {broken}");
+    agent.stop();
+    local::assert_nothing_attached(agent.dir());
 }

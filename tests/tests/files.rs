@@ -303,8 +303,8 @@ fn may_flush_io() -> bool {
 #[test]
 fn heavy_writes_through_a_loop_mount_in_a_small_memory_cgroup_end() {
     skip_unless_mountable!();
-    const LIMIT: u64 = 160 << 20;
-    const WRITTEN: u64 = 640 << 20;
+    const LIMIT: u64 = 128 << 20;
+    const WRITTEN: u64 = 384 << 20;
     let mut agent = Agent::configured(
         "state_dir = \"DIR/state\"\nlock_memory = false\n[grpc]\nunix = \"DIR/agent.sock\"\n[nbd]\nunix = \"DIR/nbd.sock\"\n\
          [metrics]\nlisten = \"off\"\n[engine]\nbacklog = \"16MiB\"\n[[volume]]\nname = \"demo\"\npath = \"DIR/primary.img\"\n",

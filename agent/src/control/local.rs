@@ -55,7 +55,7 @@ impl Control {
     /// Takes the directory where views are files, and mounts again what was mounted when the agent ended.
     pub async fn give_local(self: &Arc<Self>, views: &Path) {
         *self.local.write() = Some(views.to_owned());
-        remove_private(&views.with_file_name("mnt"));
+        remove_private(&views.with_file_name("calls"));
         let again: Vec<(Uuid, MountRecord)> = {
             let registry = self.registry.read();
             let mounted = registry.views.iter().filter_map(|(id, slot)| Some((*id, slot.record.mount.clone()?)));
@@ -186,7 +186,7 @@ impl Control {
         let view = self.view_status(id).await?;
         let images = self.local.read().clone().ok_or_else(no_files)?;
         let private = wish.dir.is_none();
-        let dir = wish.dir.unwrap_or_else(|| images.with_file_name("mnt").join(id.to_string()));
+        let dir = wish.dir.unwrap_or_else(|| images.with_file_name("calls").join(id.to_string()));
         if let Some(mount) = &view.record.mount {
             if mount.dir == dir && wish.partition.is_none_or(|wanted| mount.partition == Some(wanted)) {
                 return Ok(view);

@@ -1,5 +1,5 @@
 //! A flag between those who put something into an inbox and the one who looks into it, so that only the first of many has to wake
-//! the reader. `loom/` checks every interleaving of it.
+//! the reader. `loom/` checks its interleavings.
 
 #[cfg(loom)]
 use loom::sync::atomic::{AtomicBool, Ordering};

@@ -5,16 +5,15 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::Write as _;
-use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
 
-use cdp_proto::v1;
+use cdp_proto::{parse::When, v1};
 use serde_json::{Value, json};
 
-use super::{missing, when};
+use super::{files::with_files, missing, when};
 use crate::{
-    args::Bisect,
+    args::{Bisect, ViewFiles},
     connect::Agent,
     exit::Exit,
     failure::Failure,
@@ -100,7 +99,13 @@ pub async fn bisect(agent: &Agent, args: Bisect) -> Result<Answer, Failure> {
     let volume = info.volume.ok_or_else(|| missing("bisect"))?;
     let state = args.state.clone().map_or_else(|| state_path(&volume.volume_uuid), Ok)?;
     let log = Log(args.log.clone().unwrap_or_else(|| state.with_extension("log")));
-    let asked = json!({ "from": args.from.to_string(), "to": args.to.to_string(), "command": args.command });
+    let asked = json!({
+        "from": args.from.to_string(),
+        "to": args.to.to_string(),
+        "command": args.command,
+        "mount": args.mount,
+        "partition": args.partition,
+    });
     let mut search = match load(&state, &volume.volume_uuid, &asked, args.restart)? {
         Some(search) => {
             log.line(&format!("goes on after {}", count(search.runs, "run")))?;
@@ -186,18 +191,29 @@ async fn judge(
     log: &Log,
 ) -> Result<bool, Failure> {
     let time = time_of(agent, search, number).await?;
-    let known = open_views(agent, &search.volume_uuid).await?;
-    let view = open(agent, &search.volume_uuid, time).await?;
-    if !known.iter().any(|known| known.id == view.id) {
-        search.opened.clone_from(&view.id);
-        save(state, search)?;
-    }
     let run = search.runs + 1;
     log.line(&format!("run {run}: state {number} of {}, at {time} ({})", search.total, instant(time)))?;
-    let ended = run_command(&args.command, search, number, &view, log);
-    if view.id == search.opened && view.id != search.anchor {
-        close(agent, &view.id).await;
-    }
+    let ended = if args.mount {
+        // A view of its own, which the agent takes away with this call, however it ends.
+        let files = ViewFiles { volume: search.volume_uuid.clone(), at: When::At(time), partition: args.partition };
+        let search = &*search;
+        with_files(agent, "bisect", files, async |_, view| {
+            Ok(run_command(&args.command, search, number, view, log).await)
+        })
+        .await?
+    } else {
+        let known = open_views(agent, &search.volume_uuid).await?;
+        let view = open(agent, &search.volume_uuid, time).await?;
+        if !known.iter().any(|known| known.id == view.id) {
+            search.opened.clone_from(&view.id);
+            save(state, search)?;
+        }
+        let ended = run_command(&args.command, search, number, &view, log).await;
+        if view.id == search.opened && view.id != search.anchor {
+            close(agent, &view.id).await;
+        }
+        ended
+    };
     let (verdict, status) = match ended {
         Ok(status) => (verdict(status), status.to_string()),
         Err(source) => return Err(Failure::io(format!("run {:?}", args.command), source)),
@@ -234,7 +250,8 @@ fn verdict(status: ExitStatus) -> Option<bool> {
     }
 }
 
-fn run_command(
+/// Runs the command on a thread of its own: the connection to the agent is kept up meanwhile, and with it a view that goes with it.
+async fn run_command(
     command: &[String],
     search: &Search,
     number: u64,
@@ -255,12 +272,13 @@ fn run_command(
         .stdin(Stdio::null())
         .stdout(output.try_clone()?)
         .stderr(output);
-    match child.status() {
-        // Not there, or no program: nothing was judged.
-        Err(error) => Err(error),
-        Ok(status) if status.signal().is_some() => Ok(status),
-        ended => ended,
+    for (name, value) in [("CDP_VIEW_FILE", &view.path), ("CDP_VIEW_MOUNT", &view.mount)] {
+        if !value.is_empty() {
+            child.env(name, value);
+        }
     }
+    let ended = tokio::task::spawn_blocking(move || child.status()).await;
+    ended.unwrap_or_else(|error| Err(std::io::Error::other(error)))
 }
 
 /// The instant that shows a state.
@@ -427,6 +445,8 @@ impl Log {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::process::ExitStatusExt as _;
+
     use super::*;
 
     fn search(total: u64) -> Search {

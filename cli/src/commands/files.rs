@@ -112,12 +112,12 @@ impl Drop for EndWithUs {
 }
 
 /// Has the files of an instant while `work` runs; Ctrl-C and errors end it in order.
-async fn with_files(
+pub(super) async fn with_files<T>(
     agent: &Agent,
     what: &str,
     files: ViewFiles,
-    work: impl AsyncFnOnce(&OwnedFd, &v1::ViewInfo) -> Result<Answer, Failure>,
-) -> Result<Answer, Failure> {
+    work: impl AsyncFnOnce(&OwnedFd, &v1::ViewInfo) -> Result<T, Failure>,
+) -> Result<T, Failure> {
     let what = format!("{what} {} at {}", files.volume, files.at);
     if !agent.is_local() {
         return Err(Failure::Usage(format!("{what}: wants the agent of this host, over its unix socket (--agent)")));

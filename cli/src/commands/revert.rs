@@ -1,14 +1,23 @@
 //! `revert` and `release`.
 
-use cdp_proto::{parse::size_text, v1};
+use std::{
+    os::fd::{AsRawFd as _, OwnedFd},
+    path::PathBuf,
+};
+
+use cdp_proto::{
+    parse::{When, size_text},
+    v1,
+};
 use serde_json::json;
 
 use super::batch::{self, Part};
-use super::when::Fields;
+use super::{files::with_files, when::Fields};
 use crate::{
-    args::{Revert, Volumes},
+    args::{Revert, ViewFiles, Volumes},
     connect::Agent,
     failure::Failure,
+    files_differ,
     output::{self, Answer, count, instant},
     progress::RevertBars,
     shape,
@@ -31,7 +40,12 @@ pub async fn revert(agent: &Agent, args: Revert) -> Result<Answer, Failure> {
     let dry_run = args.dry_run;
     let answer =
         agent.call(what, question, |mut client, question| async move { client.revert(question).await }).await?;
-    let parts: Vec<Part> = answer.results.into_iter().map(|result| part(result, dry_run)).collect();
+    let mut parts: Vec<Part> = answer.results.into_iter().map(|result| part(result, dry_run)).collect();
+    if dry_run {
+        for part in parts.iter_mut().filter(|part| part.is_done()) {
+            tell_files(agent, part).await;
+        }
+    }
     let done: Vec<String> = parts
         .iter()
         .filter(|part| part.is_done())
@@ -47,6 +61,51 @@ pub async fn revert(agent: &Agent, args: Revert) -> Result<Answer, Failure> {
         top = output::merge(top, json!({ "copied": true }));
     }
     Ok(batch::answer(parts, top))
+}
+
+/// Adds to a dry run which files would change, where the volume has a file system that this host can mount. Best effort: it says why not.
+async fn tell_files(agent: &Agent, part: &mut Part) {
+    let (Some(result), Some(target)) = (&part.result, part.data["target"].as_u64()) else { return };
+    let of = |at: When| ViewFiles { volume: result.volume_uuid.clone(), at, partition: None };
+    let found = with_files(agent, "revert --dry-run", of(When::At(target)), async |then, _| {
+        with_files(agent, "revert --dry-run", of(When::Ago(0)), async |now, _| {
+            // Paths of open folders: nobody can put another file system in their place meanwhile.
+            let open = |fd: &OwnedFd| PathBuf::from(format!("/proc/self/fd/{}/", fd.as_raw_fd()));
+            files_differ::compare(&open(then), &open(now))
+                .map_err(|source| Failure::io("compare the files of both instants", source))
+        })
+        .await
+    })
+    .await;
+    let data = match found {
+        Ok(found) => {
+            let shown = found.files.len() as u64;
+            for (path, fate) in &found.files {
+                part.line += &format!("\n  {:<10}  {}", fate.word(), path.display());
+            }
+            let more = if found.total > shown {
+                format!(", {} of them not listed", found.total - shown)
+            } else {
+                String::new()
+            };
+            let partial = if found.partial { "; there are more files than were looked at" } else { "" };
+            part.line += &format!(
+                "\n  {} would change{more}{partial}, as far as their attributes tell",
+                count(found.total, "file")
+            );
+            let files: Vec<_> = found
+                .files
+                .iter()
+                .map(|(path, fate)| json!({ "path": path.display().to_string(), "fate": fate.word() }))
+                .collect();
+            json!({ "files": files, "files_total": found.total, "files_partial": found.partial })
+        }
+        Err(failure) => {
+            part.line += &format!("\n  files: not listed: {failure}");
+            json!({ "files": null, "files_note": failure.to_string() })
+        }
+    };
+    part.data = output::merge(part.data.clone(), data);
 }
 
 pub async fn release(agent: &Agent, args: Volumes) -> Result<Answer, Failure> {

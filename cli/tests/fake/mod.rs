@@ -476,6 +476,11 @@ impl CdpAgent for Agent {
         })
     }
 
+    async fn attach_volume(&self, request: Request<v1::AttachVolumeRequest>) -> Answer<v1::AttachVolumeResponse> {
+        let question = self.hear(request);
+        ok(v1::AttachVolumeResponse { volume: Some(entry(&question.volume)) })
+    }
+
     async fn override_volume(&self, request: Request<v1::OverrideVolumeRequest>) -> Answer<v1::OverrideVolumeResponse> {
         let question = self.hear(request);
         ok(v1::OverrideVolumeResponse { volume: Some(entry(&question.volume)) })

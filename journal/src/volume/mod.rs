@@ -435,6 +435,13 @@ impl Volume {
 
     /// Tells the fence of lost blocks that were overwritten, before the overwrite is acked or forgotten.
     pub(crate) async fn store_lost_blocks(&self) -> Result<()> {
+        {
+            let state = self.state.borrow();
+            if !state.lost_changed && state.lost_blocks.is_none() {
+                return Ok(());
+            }
+        }
+        let _order = self.fence_order().await;
         if !std::mem::replace(&mut self.state.borrow_mut().lost_changed, false) {
             return Ok(());
         }
@@ -449,14 +456,25 @@ impl Volume {
                 }
             }
         }
-        let _order = self.fence_order().await;
-        let fence = self.state.borrow().fence.clone();
-        let result = match fence {
-            Some(fence) => self.put_fence_in_order(fence.state, fence.disk, &fence.reason).await,
-            None => Ok(()),
-        };
+        let result = self.store_lost_in_order().await;
         self.state.borrow_mut().lost_changed |= result.is_err();
         result
+    }
+
+    /// A block that was overwritten leaves the fence only when what overwrote it is durable: a power cut must not bring back what was there before.
+    async fn store_lost_in_order(&self) -> Result<()> {
+        let (fence, journal) = {
+            let state = self.state.borrow();
+            let Some(old) = &state.fence else { return Ok(()) };
+            let fence = self.make_fence(&state, old.state, old.disk, &old.reason);
+            let journal = state.attach.as_ref().filter(|_| state.mode != Mode::Direct);
+            (fence, journal.map(|a| (Rc::clone(&a.disk), state.instant_last)))
+        };
+        match journal {
+            Some((disk, upto)) => self.sync_journal(&disk, upto).await?,
+            None => self.primary.sync().await.map_err(|e| Error::device("sync", self.path(), &e))?,
+        }
+        self.put_made_fence(fence).await
     }
 
     /// Makes a fence durable. One after the other: the last call's is the one that stays.
@@ -472,6 +490,10 @@ impl Volume {
 
     async fn put_fence_in_order(&self, fence_state: FenceState, disk: Uuid, reason: &str) -> Result<()> {
         let fence = self.make_fence(&self.state.borrow(), fence_state, disk, reason);
+        self.put_made_fence(fence).await
+    }
+
+    async fn put_made_fence(&self, fence: Fence) -> Result<()> {
         self.engine()?
             .store()
             .put_fence(self.id, Some(fence.clone()))

@@ -391,15 +391,22 @@ impl Volume {
                 let mut touched = Touched::default();
                 let mut imaged = Touched::default();
                 let mut io = (Instant::MAX, Instant::ZERO);
+                // Checksums say that these are the bytes that were written, not that they make sense.
+                let end = self.primary.size().div_ceil(BLOCK);
+                let mut inside = true;
                 let writes_filters = for_each_entry(disk, id, StreamKind::Writes, &writes, |entry| {
-                    touched.insert_range(entry.block.get(), entry.blocks());
+                    inside &= touch(&mut touched, entry, end);
                     io = (io.0.min(Instant(entry.instant.get())), io.1.max(Instant(entry.instant.get())));
                 })
                 .await?;
                 let before_filters = for_each_entry(disk, id, StreamKind::Before, &before, |entry| {
-                    imaged.insert_range(entry.block.get(), entry.blocks());
+                    inside &= touch(&mut imaged, entry, end);
                 })
                 .await?;
+                if !inside {
+                    let place = format!("{} log {seq}", disk.path);
+                    return Err(Error::Damaged { what: "journal: a record lies past the volume's end", place });
+                }
                 let mut state = log.state.borrow_mut();
                 state.closed = true;
                 state.close_reason = if has(log_flags::CLOSED) {
@@ -1269,6 +1276,15 @@ fn take_frame(parsed: ParsedFrame, segment: u32, block: u32, scan: &mut Scan) {
     }
 }
 
+/// Notes the blocks of an entry; false when they lie past `end`: so much memory is not there for what cannot be.
+fn touch(touched: &mut Touched, entry: &IndexEntry, end: u64) -> bool {
+    let inside = entry.block.get().checked_add(entry.blocks()).is_some_and(|last| last <= end);
+    if inside {
+        touched.insert_range(entry.block.get(), entry.blocks());
+    }
+    inside
+}
+
 /// Whether every page of a run can be read.
 async fn whole_run(disk: &Rc<Disk>, log_id: u64, kind: StreamKind, root: format::RunRoot) -> bool {
     if root.entries.get() == 0 {
@@ -1358,7 +1374,8 @@ pub(crate) fn read_frame(bytes: &[u8], header: FrameHeader) {
     take_frame(parsed, header.segment.get(), header.block.get(), &mut scan);
     let mut touched = Touched::default();
     for entry in &scan.entries {
-        touched.insert_range(entry.block.get(), entry.blocks());
+        // A volume of 16 TiB.
+        touch(&mut touched, entry, 1 << 32);
     }
     // A damaged record is an error; whatever else it says is taken as it is.
     let _ = fold(&scan.side, 0, "frame", &[]);

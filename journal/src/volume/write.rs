@@ -254,7 +254,7 @@ impl Volume {
     }
 
     /// Waits for every frame up to `upto`, then syncs the journal; raises the durable point.
-    pub(crate) async fn sync_journal(self: &Rc<Self>, disk: &Rc<crate::disk::Disk>, upto: Instant) -> Result<()> {
+    pub(crate) async fn sync_journal(&self, disk: &Rc<crate::disk::Disk>, upto: Instant) -> Result<()> {
         if self.state.borrow().durable >= upto {
             return Ok(());
         }
@@ -268,7 +268,7 @@ impl Volume {
     }
 
     /// Makes durable whatever has completed, and remembers how far that is.
-    pub(crate) async fn sync_completed(self: &Rc<Self>, disk: &Rc<crate::disk::Disk>) -> Result<()> {
+    pub(crate) async fn sync_completed(&self, disk: &Rc<crate::disk::Disk>) -> Result<()> {
         let (completed, frames) = {
             let state = self.state.borrow();
             (state.completed, Self::completed_frames(&state))
