@@ -122,6 +122,12 @@ fn bury(world: &World, executor: &Rc<Executor>) -> bool {
     executor.kill();
     world.running.take();
     world.in_flight.set(0);
+    if clean {
+        // What was still on its way, a segment fetched ahead of need, say, has happened or not when the process is gone.
+        for disk in world.cdp.iter().chain(world.volumes.iter().map(|vol| &vol.primary)) {
+            disk.kill(&world.shared.rng);
+        }
+    }
     clean
 }
 
