@@ -5,7 +5,7 @@
 //!   on, so many times or for good.
 //! * **Recording** ([`FaultFs::record`]): every write, sync and change of a folder, with when it began and when its caller was
 //!   told of its end.
-//! * **Power cuts** ([`FaultFs::power_cut`]): the files as a power cut at any place of the recording may leave them.
+//! * **Power cuts** ([`Recording::power_cut`]): the files as a power cut at any place of the recording may leave them.
 //!
 //! What a power cut leaves: of a file, everything that had ended when a sync began that has ended too; of the rest any
 //! subset, each write torn at 512 bytes, and where such a write covers a block of 4 KiB only in part, that block may be garbage.

@@ -210,7 +210,7 @@ impl Volume {
         }
     }
 
-    /// Adds a marker of a given name, which may be one of [`auto_names`](crate::auto_names) with `auto`.
+    /// Adds a marker of a given name, which may be one of [`auto_names`] with `auto`.
     pub async fn mark_as(
         self: &Rc<Self>,
         name: &str,
