@@ -234,6 +234,7 @@ fn fio_verifies_a_volumes_file_with_many_requests_in_flight() {
         "--verify=crc32c",
         "--verify_fatal=1",
         "--do_verify=1",
+        "--verify_state_save=0",
         "--fsync=256",
         "--minimal",
     ];
@@ -249,6 +250,7 @@ fn fio_verifies_a_volumes_file_with_many_requests_in_flight() {
                 "--rw=write",
                 "--verify=crc32c",
                 "--verify_fatal=1",
+                "--verify_state_save=0",
                 "--minimal",
             ],
         ]
