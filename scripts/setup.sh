@@ -46,25 +46,34 @@ needs=$demo_needs
 [ "${1:-}" = --demo ] || needs+=$test_needs
 [ "${1:-}" != --bench ] || needs+=$bench_needs
 
-packages=()
-while read -r command package; do
-    [ -n "$command" ] || continue
-    command -v "$command" >/dev/null 2>&1 || packages+=("$package")
-done <<<"$needs"
+# Debian's packages of the commands that are not there, each once.
+missing() {
+    while read -r command package; do
+        [ -z "$command" ] || command -v "$command" >/dev/null 2>&1 || echo "$package"
+    done <<<"$needs" | sort -u
+}
 
+install() {
+    echo "setup: installing $*"
+    DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "$@" >/dev/null
+}
+
+mapfile -t packages < <(missing)
 if [ ${#packages[@]} -gt 0 ]; then
-    mapfile -t packages < <(printf '%s\n' "${packages[@]}" | sort -u)
-    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
-        echo "setup: installing ${packages[*]}"
-        export DEBIAN_FRONTEND=noninteractive
-        apt-get install -y --no-install-recommends "${packages[@]}" >/dev/null 2>&1 || {
-            # The package lists may be old, or not there at all.
-            apt-get update >/dev/null
-            apt-get install -y --no-install-recommends "${packages[@]}" >/dev/null
-        }
-    else
+    if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
         echo "setup: missing packages (Debian's names): ${packages[*]}" >&2
         echo "setup: install them, for example: sudo apt-get install ${packages[*]}" >&2
+        exit 1
+    fi
+    # The package lists may be old, or not there at all.
+    install "${packages[@]}" 2>/dev/null || { apt-get update >/dev/null && install "${packages[@]}"; }
+    # To install one package apt may have taken away another that is not of this Debian (qemu-utils of a newer one, for the sake
+    # of qemu-system-x86): its command is missing only now.
+    mapfile -t packages < <(missing)
+    [ ${#packages[@]} = 0 ] || install "${packages[@]}"
+    mapfile -t packages < <(missing)
+    if [ ${#packages[@]} -gt 0 ]; then
+        echo "setup: apt has installed ${packages[*]}, and a command of theirs is still missing" >&2
         exit 1
     fi
 fi
