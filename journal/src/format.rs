@@ -259,8 +259,8 @@ pub struct FrameHeader {
     pub durable_frames: U64, //  72
     /// The same of the log's other kind: so that a missing tail of one stream is convicted by the other.
     pub durable_frames_other: U64, //  80
-    /// Zero.
-    pub reserved: [u8; 8], //  88
+    /// Lap of the segment, as in the table: exposes what is left of its last life, also where that was in the same log.
+    pub lap: U64, //  88
 }
 const _: () = assert!(size_of::<FrameHeader>() == 96);
 impl FrameHeader {

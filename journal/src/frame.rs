@@ -3,6 +3,7 @@
 use zerocopy::{FromBytes, IntoBytes};
 
 use crate::buf::{IoBuf, Slice};
+use crate::disk::SegmentRef;
 use crate::error::{Error, Result};
 use crate::format::{
     ControlKind, DescriptorHeader, DescriptorKind, EntryKind, FrameHeader, IndexEntry, TableEntry, crc,
@@ -103,6 +104,8 @@ pub struct FramePoint {
     pub previous_crc: u32,
     /// Segment of the disk.
     pub segment: u32,
+    /// Its lap.
+    pub lap: u64,
     /// Block in the segment.
     pub block: u32,
     /// Newest instant so far in the volume, this frame's own not counted.
@@ -312,7 +315,7 @@ impl FrameBuilder {
             watermark: point.watermark.0.into(),
             durable_frames: point.durable_frames.into(),
             durable_frames_other: point.durable_frames_other.into(),
-            reserved: [0; 8],
+            lap: point.lap.into(),
         };
         let mut head = IoBuf::zeroed(header_blocks as usize * BLOCK as usize);
         let end = size_of::<FrameHeader>() + self.descriptors.len();
@@ -413,13 +416,14 @@ pub struct ParsedFrame {
     pub descriptors: Vec<Descriptor>,
 }
 
-/// The header of a frame, its own bounds checked (not its checksum: that needs all header blocks).
-pub fn peek_frame(bytes: &[u8], log_id: u64, segment: u32, block: u32) -> Option<FrameHeader> {
+/// The header of a frame of a log at a block of a segment, its own bounds checked (not its checksum: that needs all header blocks).
+pub fn peek_frame(bytes: &[u8], log_id: u64, s: SegmentRef, block: u32) -> Option<FrameHeader> {
     let (header, _) = FrameHeader::read_from_prefix(bytes).ok()?;
     let blocks = header.header_blocks.get();
     let fits = header.magic.get() == FrameHeader::MAGIC
         && header.log_id.get() == log_id
-        && header.segment.get() == segment
+        && header.segment.get() == s.segment
+        && header.lap.get() == s.lap
         && header.block.get() == block
         && header.flags.get() == 0
         // The next one has a number too.

@@ -2,6 +2,7 @@
 //!
 //! The first byte of an input says whether checksums are made right first (odd): random bytes would never get past them.
 
+use crate::disk::SegmentRef;
 use crate::format::{
     self, ClockPage, FrameHeader, Geometry, IndexPageHeader, SegmentFooter, SegmentHeader, StreamKind, Superblock,
     TablePageHeader, crc,
@@ -86,7 +87,9 @@ pub fn frame(data: &[u8]) {
     }
     let word = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().expect("four bytes"));
     let log_id = u64::from_le_bytes(bytes[8..16].try_into().expect("eight bytes"));
-    let Some(header) = crate::frame::peek_frame(&bytes, log_id, word(40), word(44)) else { return };
+    let lap = u64::from_le_bytes(bytes[88..96].try_into().expect("eight bytes"));
+    let place = SegmentRef { segment: word(40), lap, number: 0 };
+    let Some(header) = crate::frame::peek_frame(&bytes, log_id, place, word(44)) else { return };
     // Recovery has looked before that the frame ends inside its segment.
     if u64::from(word(44)) + u64::from(header.header_blocks.get()) + u64::from(header.payload_blocks.get()) > 65536 {
         return;

@@ -468,6 +468,7 @@ impl Log {
                 number: stream.frame_next,
                 previous_crc: stream.previous_crc,
                 segment: place.segment,
+                lap: place.lap,
                 block,
                 instant_last: point.instant_last,
                 durable: point.durable,

@@ -331,7 +331,7 @@ impl Stream {
             watermark: 0.into(),
             durable_frames: durable.into(),
             durable_frames_other: self.claim_other.into(),
-            reserved: [0; 8],
+            lap: 3.into(),
         };
         let mut bytes = header.as_bytes().to_vec();
         bytes.extend_from_slice(&descriptors);
@@ -738,6 +738,27 @@ fn a_damaged_frame_below_the_durable_point_is_damage() {
             disk.flip(at + 100); // its first descriptor
             expect_damage(&disk.report(), "wrong checksum");
         }
+    }
+}
+
+/// A segment that was cut off and given to the same log again holds frames of that log, at their places, with claims of their own.
+#[test]
+fn frames_of_an_earlier_life_of_a_segment_prove_nothing() {
+    let Whole { disk, writes1, .. } = whole();
+    let last = *writes1.spots.last().expect("it has frames");
+    for (lap, damaged) in [(2u64, false), (3, true)] {
+        let mut disk = disk.clone();
+        let (from, to) = (disk.at(last.segment, last.block), disk.at(last.segment, last.block + 8));
+        let mut head = disk.bytes[from..from + B].to_vec();
+        let descriptors = u32::from_le_bytes(head[28..32].try_into().expect("4 bytes")) as usize;
+        head[16..24].copy_from_slice(&(writes1.frame_next + 9).to_le_bytes());
+        head[44..48].copy_from_slice(&(last.block + 8).to_le_bytes());
+        head[72..80].copy_from_slice(&(writes1.frame_next + 9).to_le_bytes());
+        head[88..96].copy_from_slice(&lap.to_le_bytes());
+        reseal(&mut head, 4, 96 + descriptors);
+        disk.bytes[to..to + B].copy_from_slice(&head);
+        let report = disk.report();
+        assert_eq!(report.is_clean(), !damaged, "lap {lap}: {report}");
     }
 }
 

@@ -324,7 +324,7 @@ fn a_whole_frame() {
         watermark: 1_699_999_999_000_000_000.into(),
         durable_frames: 0x0900.into(),
         durable_frames_other: 0x0700.into(),
-        reserved: [0; 8],
+        lap: 3.into(),
     };
     let mut head = header.as_bytes().to_vec();
     head.extend_from_slice(&descriptors);
@@ -334,7 +334,7 @@ fn a_whole_frame() {
     assert_eq!(crc(&payload), u32::from_le_bytes(head[136..140].try_into().expect("4 bytes")));
     let back = FrameHeader::read_from_prefix(&head).expect("reads back").0;
     assert_eq!((back.number.get(), back.crc.get()), (0x0901, sum));
-    assert_eq!((back.durable_frames.get(), back.durable_frames_other.get()), (0x0900, 0x0700));
+    assert_eq!((back.durable_frames.get(), back.durable_frames_other.get(), back.lap.get()), (0x0900, 0x0700, 3));
     assert_eq!(FrameHeader::HEADER_BLOCKS_MAX, 64);
 }
 
@@ -494,12 +494,12 @@ const GOLDEN_REVERT: &str = "
 ";
 
 const GOLDEN_FRAME: &str = "
-    43 44 50 46 61 9e c1 44 88 77 66 55 44 33 22 11
+    43 44 50 46 18 aa 7e 62 88 77 66 55 44 33 22 11
     01 09 00 00 00 00 00 00 ef be ad de 30 00 00 00
     01 00 00 00 01 00 00 00 05 00 00 00 01 00 00 00
     01 00 2a 36 fe 9c 97 17 00 00 2a 36 fe 9c 97 17
     00 36 8f fa fd 9c 97 17 00 09 00 00 00 00 00 00
-    00 07 00 00 00 00 00 00 00 00 00 00 00 00 00 00
+    00 07 00 00 00 00 00 00 03 00 00 00 00 00 00 00
     01 00 00 00 04 00 00 00 01 00 2a 36 fe 9c 97 17
     10 00 00 00 00 00 00 00 08 00 00 00 00 00 00 00
     00 00 00 00 01 00 00 00 11 00 1c c7 00 00 00 00

@@ -408,6 +408,10 @@ impl Walk<'_> {
         if header.segment.get() != s.segment || header.block.get() != block {
             return Err("belongs elsewhere: a misdirected write".into());
         }
+        if header.lap.get() != s.lap {
+            // Left over from an earlier life of the segment, maybe in the same log.
+            return Err(NO_FRAME.into());
+        }
         let blocks = header.header_blocks.get();
         let end = size_of::<FrameHeader>() as u64 + u64::from(header.descriptor_bytes.get());
         if !(1..=FrameHeader::HEADER_BLOCKS_MAX).contains(&blocks) || end > u64::from(blocks) * BLOCK {

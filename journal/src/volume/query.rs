@@ -90,7 +90,7 @@ impl Part {
     async fn first_instant(&self, i: usize) -> Result<Option<Instant>> {
         let s = self.segments[i];
         let bytes = self.log.disk.read(s.segment, 1, 1).await?;
-        Ok(frame::peek_frame(&bytes, self.log.id, s.segment, 1).map(|h| Instant(h.instant_last.get())))
+        Ok(frame::peek_frame(&bytes, self.log.id, s, 1).map(|h| Instant(h.instant_last.get())))
     }
 
     /// How many segments, from the first on, may hold something at or before an instant.
@@ -130,7 +130,7 @@ impl Part {
                 start = block;
             }
             let here = |bytes: &IoBuf, start: u32| ((block - start) as usize * BLOCK as usize).min(bytes.len());
-            let Some(head) = frame::peek_frame(&bytes[here(&bytes, start)..], self.log.id, s.segment, block) else {
+            let Some(head) = frame::peek_frame(&bytes[here(&bytes, start)..], self.log.id, s, block) else {
                 break;
             };
             let header_blocks = u32::from(head.header_blocks.get());

@@ -1138,7 +1138,7 @@ async fn scan_stream(
 /// Whether a segment begins with a frame of this log.
 async fn has_frames(disk: &Rc<Disk>, s: SegmentRef, log_id: u64) -> Result<bool> {
     let bytes = disk.read(s.segment, 1, 1).await?;
-    Ok(frame::peek_frame(&bytes, log_id, s.segment, 1).is_some())
+    Ok(frame::peek_frame(&bytes, log_id, s, 1).is_some())
 }
 
 /// The highest `durable_frames` and `durable_frames_other` that any whole frame header of a segment claims.
@@ -1152,7 +1152,7 @@ async fn durable_claim(disk: &Rc<Disk>, s: SegmentRef, log_id: u64) -> Result<(u
         let mut at = 0;
         while at < n {
             let here = &bytes[(at * BLOCK as u32) as usize..];
-            let Some(header) = frame::peek_frame(here, log_id, s.segment, block + at) else {
+            let Some(header) = frame::peek_frame(here, log_id, s, block + at) else {
                 at += 1;
                 continue;
             };
@@ -1190,7 +1190,7 @@ async fn walk_frames(disk: &Rc<Disk>, s: SegmentRef, log_id: u64, limit: Option<
             return Ok(true);
         }
         let head = window.get(block, 1, segment_blocks).await?;
-        let Some(header) = frame::peek_frame(head, log_id, s.segment, block) else { return Ok(false) };
+        let Some(header) = frame::peek_frame(head, log_id, s, block) else { return Ok(false) };
         let header_blocks = u32::from(header.header_blocks.get());
         let total = header_blocks + header.payload_blocks.get();
         if block + total > segment_blocks
