@@ -459,7 +459,7 @@ impl Volume {
             };
             self.kick.notify();
             ticket.wait().await?;
-            disk.sync().await?;
+            self.sync_completed(disk).await?;
         }
         // The fence tells the primary's mtime: one that a power cut takes back would look like somebody else's write.
         self.primary.sync_all().await.map_err(|e| Error::device("sync", self.path(), &e))?;

@@ -372,10 +372,7 @@ impl Volume {
         if log.state.borrow().before.frames_durable >= frames {
             return Ok(());
         }
-        disk.sync().await?;
-        let mut state = log.state.borrow_mut();
-        state.before.frames_durable = state.before.frames_durable.max(frames);
-        Ok(())
+        self.sync_completed(disk).await
     }
 
     /// Steps 1 and 2: reads the old content of the ranges and appends it. The blocks are marked as imaged when their frame has completed, which is
@@ -928,7 +925,7 @@ impl Volume {
             Default::default()
         };
         let before_root = log.merge_index(&self.host, StreamKind::Before, point).await.map_err(fail)?;
-        disk.sync().await?;
+        self.sync_completed(disk).await?;
         {
             let mut state = log.state.borrow_mut();
             state.sealed = true;
@@ -960,7 +957,7 @@ impl Volume {
 
     /// Gives back the writes segments of a thin log, whose row is in a completed frame.
     pub(crate) async fn free_writes(self: &Rc<Self>, disk: &Rc<Disk>, log: &Rc<Log>) -> Result<()> {
-        disk.sync().await?;
+        self.sync_completed(disk).await?;
         log.until_unread().await;
         let segments = std::mem::take(&mut log.state.borrow_mut().writes.segments);
         log.state.borrow_mut().writes_index.replace(None);

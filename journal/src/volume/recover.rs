@@ -834,7 +834,7 @@ impl Volume {
         self.start_tasks();
         if let Some(ticket) = ticket {
             ticket.wait().await?;
-            disk.sync().await?;
+            self.sync_completed(disk).await?;
         }
         if let Some(log) = empty {
             let segments = {
