@@ -43,7 +43,7 @@ impl Volume {
     pub async fn open_view(self: &Rc<Self>, time: Instant, snapshot_name: &str, writable: bool) -> Result<Rc<View>> {
         if !writable
             && let Some(view) =
-                self.state.borrow().views.values().find(|v| v.time == time && !v.writable && v.lost.borrow().is_none())
+                self.state.borrow().views.values().find(|v| v.time == time && !v.writable && v.lost().is_none())
         {
             return Ok(Rc::clone(view));
         }
@@ -137,7 +137,7 @@ impl View {
             scratch_bytes_max: if self.writable { self.scratch_bytes_max } else { 0 },
             opened_ns: self.opened_ns,
             clients: self.clients.borrow().len() as u32,
-            lost: self.lost.borrow().clone(),
+            lost: self.lost(),
         }
     }
 
@@ -155,12 +155,15 @@ impl View {
         }
     }
 
+    /// Why reads fail, where they do: it was lost, or will be told so in a moment, since its log is gone.
+    fn lost(&self) -> Option<String> {
+        let told = self.lost.borrow().clone();
+        told.or_else(|| self.log.state.borrow().gone.then(|| "its log was evicted".to_owned()))
+    }
+
     fn check(&self, offset: u64, len: u64) -> Result<()> {
-        if let Some(why) = &*self.lost.borrow() {
+        if let Some(why) = self.lost() {
             return Err(Error::Gone(format!("view {}: {why}", self.id)));
-        }
-        if self.log.state.borrow().gone {
-            return Err(Error::Gone(format!("view {}: its log was evicted", self.id)));
         }
         check_range(offset, len, self.size)
     }

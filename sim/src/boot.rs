@@ -225,8 +225,10 @@ pub async fn open(world: &Rc<World>, vol: &Rc<Vol>) -> bool {
         return false;
     }
     // Where the journal was there after all, the override changed nothing.
-    if world.override_journal.get() && info.coverage.is_empty() {
-        rebase(world, vol).await;
+    if world.override_journal.get() && info.coverage.is_empty() && !rebase(world, vol).await {
+        world.completed.set(true);
+        admin::leave(world);
+        return false;
     }
     verify(world, vol).await;
     reopen_views(world, vol).await;
@@ -314,16 +316,30 @@ pub fn connect(world: &Rc<World>, vol: &Rc<Vol>) {
     }
 }
 
-/// After an override the primary is what it is: each sector must be something that was once there.
-async fn rebase(world: &Rc<World>, vol: &Rc<Vol>) {
-    let result = vol.handle().export().read(0, (vol.sectors * 512) as u32).await;
-    let Ok(parts) = result else { return };
+/// After an override the primary is what it is: each sector must be something that was once there. Flushed first, so that a power cut takes nothing of
+/// it back. Answers whether it can be the base of what comes.
+async fn rebase(world: &Rc<World>, vol: &Rc<Vol>) -> bool {
+    let export = vol.handle().export();
+    let seen = match export.flush().await {
+        Ok(()) => export.read(0, (vol.sectors * 512) as u32).await,
+        Err(error) => Err(error),
+    };
+    let parts = match seen {
+        Ok(parts) => parts,
+        Err(error) => {
+            if !world.any_fault() {
+                world.fail(format!("volume {} after an override: {error}", vol.index));
+            }
+            return false;
+        }
+    };
     let bytes: Vec<u8> = parts.iter().flat_map(|part| part.iter().copied()).collect();
     let now = world.now(vol);
     let verdict = vol.oracle.borrow_mut().rebase(0, &bytes, now);
     if let Err(text) = verdict {
         world.fail(text);
     }
+    !world.failed()
 }
 
 async fn reopen_views(world: &Rc<World>, vol: &Rc<Vol>) {

@@ -136,7 +136,13 @@ async fn request(world: &Rc<World>, vol: &Rc<Vol>, action: &Action) {
         (_, Err(error)) if !forgiven(world, vol, forced, &error) => {
             world.fail(format!("the guest got an error: {action:?}: {error}"));
         }
-        (_, Err(error)) => world.say(|| format!("vol {}: {action:?}: {error}", vol.index)),
+        (_, Err(error)) => {
+            // FUA on a plain disk is a write and a sync of everything.
+            if fua {
+                vol.oracle.borrow_mut().sync_failed();
+            }
+            world.say(|| format!("vol {}: {action:?}: {error}", vol.index));
+        }
         (None, Ok(())) => {}
     }
 }
