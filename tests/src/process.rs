@@ -58,6 +58,17 @@ impl fmt::Display for Refusal {
     }
 }
 
+/// A configuration for [`Agent::configured`]: sockets and state in its folder, nothing else.
+pub const CONFIG: &str = r#"
+state_dir = "DIR/state"
+[grpc]
+unix = "DIR/agent.sock"
+[nbd]
+unix = "DIR/nbd.sock"
+[metrics]
+listen = "off"
+"#;
+
 /// One `cdp-agent` and its folder.
 #[derive(Debug)]
 pub struct Agent {
@@ -102,7 +113,21 @@ impl Agent {
         agent
     }
 
-    /// The same, not started yet.
+    /// The same with further volumes of `bytes` bytes, all protected, with room of 300 MiB each.
+    pub fn dev_with(others: &[&str], bytes: u64, cdp_size: &str) -> Self {
+        let agent = Self::dev(&bytes.to_string(), cdp_size);
+        agent.ctl(&["edit", "demo", "--reserve-capacity", "300MiB"]);
+        for name in others {
+            let path = agent.file(&format!("{name}.img"));
+            File::create(&path).and_then(|file| file.set_len(bytes)).expect("make a primary");
+            agent.ctl(&["volume", "add", name, "--path", path.to_str().expect("an ASCII path")]);
+            agent.ctl(&["edit", name, "--reserve-capacity", "300MiB", "--reserve-duration", "1h"]);
+            agent.ctl(&["enable", name]);
+        }
+        agent
+    }
+
+    /// The same as [`Agent::dev`], not started yet.
     pub fn dev_stopped(size: &str, cdp_size: &str) -> Self {
         let dir = scratch();
         let path = dir.path().to_owned();

@@ -10,21 +10,11 @@ use std::time::Duration;
 use cdp_tests::load::{Load, Plan};
 use cdp_tests::nbd::Client;
 use cdp_tests::oracle::Oracle;
-use cdp_tests::process::{Agent, exit};
+use cdp_tests::process::{Agent, CONFIG, exit};
 use cdp_tests::{now_ns, tools};
 use nix::sys::signal::Signal;
 
 const SIZE: u64 = 8 << 20;
-
-const CONFIG: &str = r#"
-state_dir = "DIR/state"
-[grpc]
-unix = "DIR/agent.sock"
-[nbd]
-unix = "DIR/nbd.sock"
-[metrics]
-listen = "off"
-"#;
 
 fn some_writes(agent: &Agent, seed: u64) -> Oracle {
     let oracle = Arc::new(Mutex::new(Oracle::new(seed, SIZE)));

@@ -1,6 +1,5 @@
 //! Promise: any instant is a crash-consistent cut across all volumes of the host (design part 3, the clock).
 
-use std::fs::File;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
@@ -9,17 +8,6 @@ use cdp_tests::{Rng, now_ns, rounds, seed};
 
 const CHAINS: u64 = 6;
 const SIZE: u64 = 8 << 20;
-
-fn two_volumes() -> Agent {
-    let agent = Agent::dev("8MiB", "1GiB");
-    let second = agent.file("second.img");
-    File::create(&second).unwrap().set_len(SIZE).unwrap();
-    agent.ctl(&["edit", "demo", "--reserve-capacity", "300MiB"]);
-    agent.ctl(&["volume", "add", "second", "--path", second.to_str().unwrap()]);
-    agent.ctl(&["edit", "second", "--reserve-capacity", "300MiB", "--reserve-duration", "1h"]);
-    agent.ctl(&["enable", "second"]);
-    agent
-}
 
 /// What the chains' blocks of an export hold.
 fn counters(agent: &Agent, export: &str) -> Vec<u64> {
@@ -53,7 +41,7 @@ fn assert_cut(agent: &Agent, at: u64) -> Vec<u64> {
 /// a kill, and all of it again.
 #[test]
 fn at_any_instant_two_volumes_show_dependent_writes_in_their_order() {
-    let mut agent = two_volumes();
+    let mut agent = Agent::dev_with(&["second"], SIZE, "1GiB");
     let mut rng = Rng::new(seed());
     let mut instants = Vec::new();
     let acked: Arc<Vec<AtomicU64>> = Arc::new((0..CHAINS).map(|_| AtomicU64::new(0)).collect());
@@ -126,7 +114,7 @@ fn at_any_instant_two_volumes_show_dependent_writes_in_their_order() {
 /// Goal: one marker, one instant for all its volumes; a revert of the group takes all members to it.
 #[test]
 fn a_marker_and_a_revert_of_a_group_are_one_instant_for_all_members() {
-    let mut agent = two_volumes();
+    let mut agent = Agent::dev_with(&["second"], SIZE, "1GiB");
     let put = |agent: &Agent, number: u64| {
         for export in ["demo", "second"] {
             let mut client = agent.connect(export);

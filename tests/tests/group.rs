@@ -1,7 +1,6 @@
 //! Promise: a revert of several volumes happens on all of them, at one instant, or on none, whenever the agent dies
 //! (design part 5, the revert's group; `docs/decisions/0006`).
 
-use std::fs::File;
 use std::time::Duration;
 
 use cdp_tests::process::{Agent, exit};
@@ -9,19 +8,6 @@ use cdp_tests::{Rng, now_ns, rounds, seed};
 
 const NAMES: [&str; 3] = ["demo", "second", "third"];
 const SIZE: u64 = 4 << 20;
-
-fn three_volumes() -> Agent {
-    let agent = Agent::dev("4MiB", "2GiB");
-    agent.ctl(&["edit", "demo", "--reserve-capacity", "300MiB"]);
-    for name in &NAMES[1..] {
-        let path = agent.file(&format!("{name}.img"));
-        File::create(&path).unwrap().set_len(SIZE).unwrap();
-        agent.ctl(&["volume", "add", name, "--path", path.to_str().unwrap()]);
-        agent.ctl(&["edit", name, "--reserve-capacity", "300MiB", "--reserve-duration", "1h"]);
-        agent.ctl(&["enable", name]);
-    }
-    agent
-}
 
 fn images(agent: &Agent) -> Vec<Vec<u8>> {
     NAMES.iter().map(|name| agent.live_image(name)).collect()
@@ -44,7 +30,7 @@ fn change(agent: &Agent, rng: &mut Rng) {
 /// Method: kills at random moments of the call, from before it begins to after it has ended.
 #[test]
 fn a_kill_leaves_the_revert_of_a_group_on_all_volumes_or_on_none() {
-    let mut agent = three_volumes();
+    let mut agent = Agent::dev_with(&NAMES[1..], SIZE, "2GiB");
     let mut rng = Rng::new(seed());
     let (mut happened, mut not) = (0, 0);
     for round in 0..rounds(16) {
@@ -85,7 +71,7 @@ fn a_kill_leaves_the_revert_of_a_group_on_all_volumes_or_on_none() {
 
 #[test]
 fn a_group_shows_one_instant_and_is_undone_by_it() {
-    let agent = three_volumes();
+    let agent = Agent::dev_with(&NAMES[1..], SIZE, "2GiB");
     let mut rng = Rng::new(7);
     change(&agent, &mut rng);
     let (at, old) = (now_ns(), images(&agent));
@@ -102,7 +88,7 @@ fn a_group_shows_one_instant_and_is_undone_by_it() {
 
 #[test]
 fn one_volume_that_refuses_keeps_the_others_as_they_are_and_writable() {
-    let agent = three_volumes();
+    let agent = Agent::dev_with(&NAMES[1..], SIZE, "2GiB");
     let mut rng = Rng::new(8);
     change(&agent, &mut rng);
     let at = now_ns().to_string();

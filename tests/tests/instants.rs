@@ -1,6 +1,5 @@
 //! Promise: the right instant is found, named, and gone back to: flush-clean instants, undo, groups, marks, the time line.
 
-use std::fs::File;
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
@@ -19,17 +18,6 @@ fn block(number: u64) -> Vec<u8> {
 
 fn number(image: &[u8], at: usize) -> u64 {
     u64::from_le_bytes(image[at * 4096..at * 4096 + 8].try_into().unwrap())
-}
-
-fn two_volumes() -> Agent {
-    let agent = Agent::dev("16MiB", "1GiB");
-    let second = agent.file("second.img");
-    File::create(&second).unwrap().set_len(SIZE).unwrap();
-    agent.ctl(&["edit", "demo", "--reserve-capacity", "300MiB"]);
-    agent.ctl(&["volume", "add", "second", "--path", second.to_str().unwrap()]);
-    agent.ctl(&["edit", "second", "--reserve-capacity", "300MiB", "--reserve-duration", "1h"]);
-    agent.ctl(&["enable", "second"]);
-    agent
 }
 
 fn around(agent: &Agent, at: u64) -> Value {
@@ -146,7 +134,7 @@ fn undo_takes_back_the_newest_revert_and_undoes_itself() {
 /// Goal: a group is one name for its volumes everywhere: one instant, all views or none, one revert, one undo.
 #[test]
 fn a_group_is_marked_viewed_and_reverted_as_one() {
-    let mut agent = two_volumes();
+    let mut agent = Agent::dev_with(&["second"], SIZE, "1GiB");
     agent.ctl_refused(&["group", "add", "demo", "second"], &["demo", "already exists"]);
     agent.ctl_refused(&["group", "add", "vm", "demo", "nowhere"], &["nowhere", "not found"]);
     agent.ctl(&["group", "add", "vm", "demo", "second"]);

@@ -8,20 +8,10 @@ use cdp_tests::load::{Load, Plan};
 use cdp_tests::nbd::Client;
 use cdp_tests::now_ns;
 use cdp_tests::oracle::Oracle;
-use cdp_tests::process::{Agent, exit};
+use cdp_tests::process::{Agent, CONFIG, exit};
 
 const SIZE: u64 = 8 << 20;
 const UUID: &str = "6f1c1e0a-3d5b-4d62-9d1e-6f3f1d0f7b11";
-
-const CONFIG: &str = r#"
-state_dir = "DIR/state"
-[grpc]
-unix = "DIR/agent.sock"
-[nbd]
-unix = "DIR/nbd.sock"
-[metrics]
-listen = "off"
-"#;
 
 /// A volume with a history that was killed under load, whose state directory is lost then.
 fn orphaned(seed: u64) -> (Agent, Arc<Mutex<Oracle>>, Vec<u64>) {

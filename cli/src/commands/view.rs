@@ -20,20 +20,20 @@ pub async fn open(agent: &Agent, args: ViewOpen) -> Result<Answer, Failure> {
     let names = args.volumes.join(" ");
     let what = format!("view {names} at {}", args.at);
     let Fields { snapshot_name, timestamp, ago_ns, flush_before } = args.at.into();
+    let of_group = |volumes: &[String]| v1::ViewGroupRequest {
+        volumes: volumes.to_vec(),
+        op: "on".into(),
+        snapshot_name: snapshot_name.clone(),
+        timestamp,
+        writable: args.writable,
+        ago_ns,
+        flush_before,
+    };
     let [volume] = args.volumes.as_slice() else {
         if args.mount.is_some() {
             return Err(Failure::Usage("--mount goes with one volume: mount the members one by one".into()));
         }
-        let question = v1::ViewGroupRequest {
-            volumes: args.volumes,
-            op: "on".into(),
-            snapshot_name,
-            timestamp,
-            writable: args.writable,
-            ago_ns,
-            flush_before,
-        };
-        return open_group(agent, what, question).await;
+        return open_group(agent, what, of_group(&args.volumes)).await;
     };
     let mount = match &args.mount {
         Some(dir) => super::path_for(agent, "--mount", dir)?,
@@ -59,16 +59,7 @@ pub async fn open(agent: &Agent, args: ViewOpen) -> Result<Answer, Failure> {
                 && args.mount.is_none()
                 && super::group::is_one(agent, volume).await =>
         {
-            let question = v1::ViewGroupRequest {
-                volumes: args.volumes,
-                op: "on".into(),
-                snapshot_name,
-                timestamp,
-                writable: args.writable,
-                ago_ns,
-                flush_before,
-            };
-            return open_group(agent, what, question).await;
+            return open_group(agent, what, of_group(&args.volumes)).await;
         }
         answer => answer?,
     };

@@ -6,10 +6,13 @@ use super::entry::{Key, aligned};
 use super::page::{IndexPage, PageReader};
 use crate::error::{Error, Result};
 use crate::format::{ChildEntry, IndexEntry, RunRoot, StreamKind};
+use crate::signal::yield_now;
 use crate::types::Instant;
 
 /// No run is higher: 127^10 entries are more than 2^64.
 const HEIGHT_MAX: u32 = 9;
+/// Entries between two yields of a whole scan.
+const YIELD_ENTRIES: u32 = 1024;
 
 /// An immutable sorted run of entries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -88,6 +91,20 @@ impl Run {
     /// A scan of the entries from `from` on, by key.
     pub fn cursor(&self, from: Key) -> RunCursor {
         RunCursor { run: *self, from, state: CursorState::Start, path: Vec::new(), last: None }
+    }
+
+    /// Calls `each` with every entry, by key; yields now and then.
+    pub async fn for_each(&self, reader: &dyn PageReader, mut each: impl FnMut(&IndexEntry)) -> Result<()> {
+        let mut cursor = self.cursor(Key::default());
+        let mut n = 0u32;
+        while let Some(entry) = cursor.next(reader).await? {
+            each(&entry);
+            n += 1;
+            if n.is_multiple_of(YIELD_ENTRIES) {
+                yield_now().await;
+            }
+        }
+        Ok(())
     }
 
     /// The newest entry of the area `key.block` at level `key.level` that is not newer than `key.instant`.

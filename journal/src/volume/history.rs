@@ -10,11 +10,10 @@ use crate::disk::Disk;
 use crate::error::{Error, Result};
 use crate::fence::FenceState;
 use crate::format::{ControlKind, ControlRevert, ControlSettings, EntryKind, StreamKind};
-use crate::index::{Key, Touched};
+use crate::index::Touched;
 use crate::info::{EventKind, Health, Interval, LogInfo, Marker, MarkerKind, Priority, Settings, TimelineBucket};
 use crate::log::{Log, usable_bytes};
 use crate::mutation::{Mutation, active};
-use crate::signal::yield_now;
 use crate::types::Instant;
 
 /// Fewest segments of a `reserve_capacity`: eight logs of four.
@@ -492,20 +491,11 @@ impl Volume {
         let mut set = Touched::default();
         let runs = log.state.borrow().before_index.runs();
         for run in runs {
-            let mut cursor = run.cursor(Key { level: 0, block: 0, instant: 0 });
-            let mut n = 0u32;
-            loop {
-                match cursor.next(&*log.disk).await {
-                    Ok(Some(entry)) => {
-                        set.insert_range(entry.block.get(), entry.blocks());
-                    }
-                    Ok(None) => break,
-                    Err(_) => return,
-                }
-                n += 1;
-                if n.is_multiple_of(1024) {
-                    yield_now().await;
-                }
+            let read = run.for_each(&*log.disk, |entry| {
+                set.insert_range(entry.block.get(), entry.blocks());
+            });
+            if read.await.is_err() {
+                return;
             }
         }
         log.state.borrow_mut().imaged = Some(set);
@@ -1376,15 +1366,7 @@ impl Volume {
                 mem.iter().for_each(&mut count);
             }
             for run in runs {
-                let mut cursor = run.cursor(Key { level: 0, block: 0, instant: 0 });
-                let mut n = 0u32;
-                while let Some(entry) = cursor.next(&*log.disk).await? {
-                    count(&entry);
-                    n += 1;
-                    if n.is_multiple_of(1024) {
-                        yield_now().await;
-                    }
-                }
+                run.for_each(&*log.disk, &mut count).await?;
             }
         }
         self.each_flush(from, to, |instant, clean| {

@@ -7,14 +7,14 @@
 use std::collections::BTreeSet;
 use std::rc::Rc;
 
-use super::recover::read_footer;
+use super::recover::{read_footer, read_header};
 use super::{State, Volume};
 use crate::buf::IoBuf;
 use crate::disk::SegmentRef;
 use crate::error::{Error, Result};
 use crate::format::{self, DescriptorKind, EntryKind, IndexEntry, SegmentHeader, StreamKind};
 use crate::frame::{self, Descriptor};
-use crate::index::{Key, Run, Touched};
+use crate::index::{Run, Touched};
 use crate::info::{Change, ChangeKind, ChangeList, FlushNear, RevertPoint, RevertProgress};
 use crate::log::{Log, ReadPin, SegmentCount};
 use crate::signal::yield_now;
@@ -65,15 +65,8 @@ impl Part {
 
     /// The header of a segment; `None` where nothing of this log is written yet.
     async fn header(&self, i: usize) -> Result<Option<SegmentHeader>> {
-        let s = self.segments[i];
-        let bytes = self.log.disk.read(s.segment, 0, 1).await?;
-        Ok(format::open_block::<SegmentHeader>(&bytes, &SegmentHeader::MAGIC, 8).filter(|h| {
-            h.version.get() == format::VERSION
-                && h.log_id.get() == self.log.id
-                && h.segment.get() == s.segment
-                && h.number.get() == s.number
-                && h.lap.get() == s.lap
-        }))
+        let stream = (self.log.seq, self.log.id, StreamKind::Writes);
+        read_header(&self.log.disk, self.log.volume, stream, self.segments[i]).await
     }
 
     /// Number of the first frame that belongs to a later segment, or is not complete.
@@ -204,7 +197,7 @@ impl Part {
             Some((footer, _)) if footer.root.entries.get() == 0 => {}
             Some((footer, _)) => {
                 let run = Run { root: footer.root, log_id: self.log.id, kind: StreamKind::Writes };
-                each_entry(&self.log, run, |entry| {
+                run.for_each(&*self.log.disk, |entry| {
                     if is_write(entry) {
                         found.push(Instant(entry.instant.get()));
                     }
@@ -268,19 +261,6 @@ impl Part {
 
 fn is_write(entry: &IndexEntry) -> bool {
     matches!(entry.kind(), EntryKind::Write | EntryKind::Zero)
-}
-
-async fn each_entry(log: &Rc<Log>, run: Run, mut each: impl FnMut(&IndexEntry)) -> Result<()> {
-    let mut cursor = run.cursor(Key::default());
-    let mut n = 0u32;
-    while let Some(entry) = cursor.next(&*log.disk).await? {
-        each(&entry);
-        n += 1;
-        if n.is_multiple_of(1024) {
-            yield_now().await;
-        }
-    }
-    Ok(())
 }
 
 impl Volume {
@@ -548,9 +528,24 @@ impl Volume {
                     mem.iter().for_each(&mut add);
                 }
                 for run in runs {
-                    each_entry(&log, run, &mut add).await?;
+                    run.for_each(&*log.disk, &mut add).await?;
                 }
             }
+        }
+        Ok(changed)
+    }
+
+    /// The blocks that may differ between an instant and the end of log `last`, or now.
+    pub(super) async fn touched_since(self: &Rc<Self>, from: Instant, last: Option<u64>) -> Result<Touched> {
+        let row: Vec<(Rc<Log>, ReadPin)> = {
+            let state = self.state.borrow();
+            let first = state.logs.iter().rposition(|l| l.start <= from).unwrap_or(0);
+            let row = state.logs.iter().skip(first).filter(|l| last.is_none_or(|last| l.seq <= last));
+            row.map(|l| (Rc::clone(l), l.pin())).collect()
+        };
+        let mut changed = Touched::default();
+        for (log, _pin) in row {
+            self.add_touched(&log, &mut changed).await?;
         }
         Ok(changed)
     }
@@ -577,7 +572,7 @@ impl Volume {
             }
         }
         for run in runs {
-            each_entry(log, run, |entry| {
+            run.for_each(&*log.disk, |entry| {
                 changed.insert_range(entry.block.get(), entry.blocks());
             })
             .await?;

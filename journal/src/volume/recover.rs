@@ -555,12 +555,12 @@ impl Volume {
                 entries.extend(mem.iter().filter(|e| Instant(e.instant.get()) > watermark));
             }
             for run in runs {
-                let mut cursor = run.cursor(Key { level: 0, block: 0, instant: 0 });
-                while let Some(entry) = cursor.next(&*log.disk).await? {
+                run.for_each(&*log.disk, |entry| {
                     if Instant(entry.instant.get()) > watermark {
-                        entries.push(entry);
+                        entries.push(*entry);
                     }
-                }
+                })
+                .await?;
             }
             entries.sort_unstable_by_key(|e| (e.instant.get(), e.block.get()));
             let mut at = 0;
@@ -664,7 +664,7 @@ impl Volume {
                 continue;
             }
             let target = Instant(row.target.get());
-            let mut left = self.changed_until(target, &log).await?;
+            let mut left = self.touched_since(target, Some(log.seq)).await?;
             left.remove_range(0, row.next_block.get());
             let left_blocks = left.len();
             if left_blocks == 0 {
@@ -692,39 +692,6 @@ impl Volume {
             });
         }
         Ok(())
-    }
-
-    /// Blocks touched from the target's log up to `last`.
-    async fn changed_until(self: &Rc<Self>, target: Instant, last: &Rc<Log>) -> Result<Touched> {
-        let logs: Vec<_> = {
-            let state = self.state.borrow();
-            let first = state.logs.iter().rposition(|l| l.start <= target).unwrap_or(0);
-            state.logs.iter().skip(first).filter(|l| l.seq <= last.seq).cloned().collect()
-        };
-        let mut changed = Touched::default();
-        for log in logs {
-            let runs = {
-                let state = log.state.borrow();
-                changed.union(&state.touched);
-                if let Some(revert) = &state.revert {
-                    changed.union(&revert.left);
-                }
-                match &state.imaged {
-                    Some(imaged) => {
-                        changed.union(imaged);
-                        Vec::new()
-                    }
-                    None => state.before_index.runs(),
-                }
-            };
-            for run in runs {
-                let mut cursor = run.cursor(Key { level: 0, block: 0, instant: 0 });
-                while let Some(entry) = cursor.next(&*log.disk).await? {
-                    changed.insert_range(entry.block.get(), entry.blocks());
-                }
-            }
-        }
-        Ok(changed)
     }
 
     /// Blocks that were destaged last must be on the primary as the journal has them; otherwise somebody wrote past the agent.
@@ -984,6 +951,7 @@ fn fold(side: &[Descriptor], base_seq: u64, place: &str, undecided: &[Uuid]) -> 
 }
 
 /// What a scan of one stream found.
+#[derive(Default)]
 struct Scan {
     /// Segments in use, in order.
     segments: Vec<SegmentRef>,
@@ -1017,20 +985,12 @@ async fn for_each_entry(
     let mut filters = Vec::with_capacity(scan.runs.len());
     for root in &scan.runs {
         let mut filter = Filter::new(root.entries.get());
-        if root.entries.get() == 0 {
-            filters.push(filter);
-            continue;
-        }
-        let mut cursor = Run { root: *root, log_id, kind }.cursor(Key { level: 0, block: 0, instant: 0 });
-        let mut n = 0u32;
-        while let Some(entry) = cursor.next(&**disk).await? {
-            f(&entry);
-            filter.insert(&entry);
-            n += 1;
-            if n.is_multiple_of(4096) {
-                yield_now().await;
-            }
-        }
+        let run = Run { root: *root, log_id, kind };
+        run.for_each(&**disk, |entry| {
+            f(entry);
+            filter.insert(entry);
+        })
+        .await?;
         filters.push(filter);
     }
     scan.entries.iter().for_each(f);
@@ -1046,36 +1006,11 @@ async fn scan_stream(
     kind: StreamKind,
     segments: Vec<SegmentRef>,
 ) -> Result<Scan> {
-    let mut scan = Scan {
-        number_next: segments.last().map_or(0, |s| s.number + 1),
-        segments: Vec::new(),
-        dead: Vec::new(),
-        runs: Vec::new(),
-        entries: Vec::new(),
-        side: Vec::new(),
-        frame_next: 0,
-        previous_crc: 0,
-        instant_last: Instant::ZERO,
-        watermark: Instant::ZERO,
-        hole: None,
-        claim_other: 0,
-    };
+    let mut scan = Scan { number_next: segments.last().map_or(0, |s| s.number + 1), ..Scan::default() };
     // Headers first: each says where the frames of the segment before it end.
     let mut headers: Vec<Option<SegmentHeader>> = Vec::with_capacity(segments.len());
     for s in &segments {
-        let bytes = disk.read(s.segment, 0, 1).await?;
-        let header = format::open_block::<SegmentHeader>(&bytes, &SegmentHeader::MAGIC, 8).filter(|h| {
-            h.version.get() == format::VERSION
-                && h.disk_id == *disk.id.as_bytes()
-                && h.volume_id == *volume.as_bytes()
-                && h.log_id.get() == id
-                && h.log_seq.get() == seq
-                && h.segment.get() == s.segment
-                && h.number.get() == s.number
-                && h.lap.get() == s.lap
-                && h.kind == kind as u8
-        });
-        headers.push(header);
+        headers.push(read_header(disk, volume, (seq, id, kind), *s).await?);
     }
     // What later frames say of what was durable: a footer is believed only below that.
     let mut durable_frames = 0;
@@ -1133,6 +1068,27 @@ async fn scan_stream(
         scan.hole = Some(format!("{} log {seq} {kind:?} frame {} (segment {last})", disk.path, scan.frame_next));
     }
     Ok(scan)
+}
+
+/// The header of a segment; `None` where it is not what the table says of the segment: nothing of this life is written yet, or it is damaged.
+pub(super) async fn read_header(
+    disk: &Disk,
+    volume: Uuid,
+    (seq, id, kind): (u64, u64, StreamKind),
+    s: SegmentRef,
+) -> Result<Option<SegmentHeader>> {
+    let bytes = disk.read(s.segment, 0, 1).await?;
+    Ok(format::open_block::<SegmentHeader>(&bytes, &SegmentHeader::MAGIC, 8).filter(|h| {
+        h.version.get() == format::VERSION
+            && h.disk_id == *disk.id.as_bytes()
+            && h.volume_id == *volume.as_bytes()
+            && h.log_id.get() == id
+            && h.log_seq.get() == seq
+            && h.segment.get() == s.segment
+            && h.number.get() == s.number
+            && h.lap.get() == s.lap
+            && h.kind == kind as u8
+    }))
 }
 
 /// Whether a segment begins with a frame of this log.
@@ -1357,20 +1313,7 @@ impl Window {
 #[cfg(feature = "fuzzing")]
 pub(crate) fn read_frame(bytes: &[u8], header: FrameHeader) {
     let Some(parsed) = verified(bytes, header) else { return };
-    let mut scan = Scan {
-        segments: Vec::new(),
-        dead: Vec::new(),
-        runs: Vec::new(),
-        entries: Vec::new(),
-        side: Vec::new(),
-        frame_next: 0,
-        previous_crc: 0,
-        number_next: 0,
-        instant_last: Instant::ZERO,
-        watermark: Instant::ZERO,
-        hole: None,
-        claim_other: 0,
-    };
+    let mut scan = Scan::default();
     take_frame(parsed, header.segment.get(), header.block.get(), &mut scan);
     let mut touched = Touched::default();
     for entry in &scan.entries {

@@ -15,11 +15,10 @@ use super::{AdminLock, Mode, State, Ticket, Volume};
 use crate::engine::{Engine, RevertRequest};
 use crate::error::{Error, Result};
 use crate::group::MEMBERS_MAX;
-use crate::index::{Key, Touched};
+use crate::index::Touched;
 use crate::info::{EventKind, RevertReport};
 use crate::log::{PendingRevert, usable_bytes};
 use crate::mutation::{Mutation, active};
-use crate::signal::yield_now;
 use crate::types::{BLOCK, Instant};
 
 /// A revert that is prepared and not made yet: as long as the volume has it, writes wait and the target's log stays.
@@ -172,7 +171,7 @@ impl Volume {
         }
         let now = engine.tick().await?;
         self.viewable(request.target, now)?;
-        let changed = self.changed_since(request.target).await?;
+        let changed = self.touched_since(request.target, None).await?;
         let state = self.state.borrow();
         let attach = state.attach.as_ref().ok_or_else(|| Error::Gone("the CDP disk is offline".into()))?;
         let segment_size = attach.disk.geometry.segment_size;
@@ -225,7 +224,6 @@ impl Volume {
             self.until_writers_gone(engine.config().stall_max_ns).await?;
         }
         let estimated_at = reverting.report.instant;
-        let segments = reverting.report.needed_bytes;
         {
             let mut state = self.state.borrow_mut();
             self.in_journal(&state)?;
@@ -235,20 +233,21 @@ impl Volume {
         // Capacity or age may have taken the target's log meanwhile.
         self.viewable(request.target, estimated_at)?;
         // What was written since the estimate, perhaps into logs that have been closed by now.
-        let since = self.changed_since(estimated_at).await?;
-        let segment_size = {
+        let since = self.touched_since(estimated_at, None).await?;
+        let segments = {
             let mut state = self.state.borrow_mut();
             let size = state.attach.as_ref().map(|a| a.disk.geometry.segment_size);
             let size = size.ok_or_else(|| Error::Gone("the CDP disk is offline".into()))?;
             let reverting = state.reverting.as_mut().expect("set above, under the admin lock");
             reverting.changed.union(&since);
-            reverting.report.blocks = reverting.changed.len();
-            reverting.report.bytes = reverting.changed.len() * BLOCK;
-            reverting.report.needed_bytes = segments.max(segments_for(&reverting.changed, size) * size);
-            size
+            let segments = segments_for(&reverting.changed, size);
+            let report = &mut reverting.report;
+            report.blocks = reverting.changed.len();
+            report.bytes = report.blocks * BLOCK;
+            report.needed_bytes = segments * size;
+            segments
         };
-        let needed = self.state.borrow().reverting.as_ref().map_or(0, |r| r.report.needed_bytes);
-        self.make_room(request.target, needed / segment_size).await
+        self.make_room(request.target, segments).await
     }
 
     /// The revert happens, in one step. The next log begins at the revert's own instant, so every instant from the revert on resolves in it.
@@ -291,45 +290,6 @@ impl Volume {
             format!("to {} at {}; {} blocks to copy", report.target, report.instant, report.blocks),
         );
         Ok(report)
-    }
-
-    /// Blocks that may differ between the target and now.
-    async fn changed_since(self: &Rc<Self>, target: Instant) -> Result<Touched> {
-        let logs: Vec<_> = {
-            let state = self.state.borrow();
-            let first = state.logs.iter().rposition(|l| l.start <= target).unwrap_or(0);
-            state.logs.iter().skip(first).cloned().collect()
-        };
-        let mut changed = Touched::default();
-        for log in logs {
-            let _pin = log.pin();
-            let runs = {
-                let state = log.state.borrow();
-                changed.union(&state.touched);
-                if let Some(revert) = &state.revert {
-                    changed.union(&revert.left);
-                }
-                match &state.imaged {
-                    Some(imaged) => {
-                        changed.union(imaged);
-                        Vec::new()
-                    }
-                    None => state.before_index.runs(),
-                }
-            };
-            for run in runs {
-                let mut cursor = run.cursor(Key { level: 0, block: 0, instant: 0 });
-                let mut n = 0u32;
-                while let Some(entry) = cursor.next(&*log.disk).await? {
-                    changed.insert_range(entry.block.get(), entry.blocks());
-                    n += 1;
-                    if n.is_multiple_of(1024) {
-                        yield_now().await;
-                    }
-                }
-            }
-        }
-        Ok(changed)
     }
 
     /// Clients that were asked to go finish the requests that they have under way; that takes no longer than a stall may.
