@@ -67,7 +67,7 @@ step docs env RUSTDOCFLAGS="-D warnings" cargo doc --locked --workspace --no-dep
 step "unit tests" cargo test --locked --workspace --exclude cdp-tests --no-fail-fast
 # Without the fuzz targets: their doors to the parsers are not for a product.
 step build cargo build --locked --release --workspace --exclude cdp-fuzz || finish
-# Fixed seeds, so that a change fails by its own fault; `make soak` takes others, and docs/testing.md lists the findings that are open.
+# Fixed seeds, so that a change fails by its own fault; `make soak` takes others.
 step simulator target/release/cdp-sim --seed 200000 --histories "${CDP_SIM_HISTORIES:-20000}" --threads 2
 step exhaustion target/release/cdp-sim --exhaust 3 --stride 5 --subsets 2 --threads 2
 step "deliberate faults" cargo test --locked -p cdp-sim --features mutations --test mutations

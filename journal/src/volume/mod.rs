@@ -310,7 +310,7 @@ impl Volume {
 
     pub(crate) fn event(&self, kind: EventKind, message: impl Into<String>) {
         let message = message.into();
-        tracing::info!(volume = %self.id, ?kind, %message);
+        tracing::debug!(volume = %self.id, ?kind, %message);
         if let Some(engine) = self.engine.upgrade() {
             let disk = self.state.borrow().attach.as_ref().map(|a| a.disk.path.clone());
             engine.emit(Event { time_ns: self.host.wall_ns(), volume: Some(self.id), disk, kind, message });
