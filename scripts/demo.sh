@@ -31,8 +31,20 @@ fi
 
 agent=
 finished=
+device=
+# What a mounted database needs to go away; harmless where there is none.
+leave_database() {
+    for data in "$dir/then/data" "$dir/db/data"; do
+        [ ! -e "$data/postmaster.pid" ] || postgres "$pg/pg_ctl" -D "$data" -m immediate -s stop || true
+    done
+    ! mountpoint -q "$dir/db" || umount "$dir/db"
+    [ -z "$device" ] || losetup -d "$device" || true
+    device=
+}
+
 on_exit() {
     local status=$?
+    [ -z "$device" ] || leave_database
     if [ -n "$agent" ] && kill -0 "$agent" 2>/dev/null; then
         kill "$agent"
         wait "$agent" || true
@@ -237,6 +249,62 @@ volume_checksums "$dir/work/sums"
 cmp -s "$dir/work/sums" "$dir/work/sums-good" || fail "after a kill the volume differs"
 proof "after kill -9 right behind the revert the volume shows the good state"
 cdpctl info demo | indent
+
+# PostgreSQL's programs, where everything is there that a mounted database needs.
+pg=$(find /usr/lib/postgresql -path '*/bin/initdb' -printf '%h\n' 2>/dev/null | sort -V | tail -n 1)
+postgres() { (cd / && LC_ALL=C setpriv --reuid=postgres --regid="$(id -g postgres)" --clear-groups -- "$@"); }
+sql() { postgres "$pg/psql" -X -q -A -t -v ON_ERROR_STOP=1 -h "$1/data" -U postgres -c "$2" postgres; }
+start_database() {
+    rm -f "$1/data/postmaster.pid" "$1"/data/.s.PGSQL.*
+    postgres "$pg/pg_ctl" -D "$1/data" -l "$1/data/log" -w -t 60 -s start
+}
+mount_volume() {
+    device=$(losetup --find --show "$dir/volumes/db")
+    mount "$device" "$dir/db"
+}
+if [ -n "$pg" ] && [ "$(id -u)" = 0 ] && id postgres >/dev/null 2>&1 && [ -e "$dir/volumes/demo" ] && losetup -f >/dev/null 2>&1; then
+    say "A database: a table is dropped, seen as it was, and taken back"
+    note "\$ cdpctl volume add db --path $dir/db.img --size 256MiB --create"
+    cdpctl edit demo --reserve-capacity 500MiB >/dev/null
+    cdpctl volume add db --path "$dir/db.img" --size 256MiB --create >/dev/null
+    cdpctl edit db --reserve-capacity 450MiB --reserve-duration 1h >/dev/null
+    cdpctl enable db >/dev/null
+    chmod 711 "$dir"
+    mkdir "$dir/db"
+    mkfs.ext4 -q -F "$dir/volumes/db"
+    mount_volume
+    chown postgres "$dir/db"
+    postgres "$pg/initdb" -D "$dir/db/data" -U postgres -A trust -N --wal-segsize=4 >/dev/null
+    printf "listen_addresses = ''\nunix_socket_directories = '.'\nwal_level = minimal\nmax_wal_senders = 0\nmax_wal_size = 64MB\nmin_wal_size = 16MB\n" \
+        >>"$dir/db/data/postgresql.conf"
+    sync -f "$dir/db"
+    start_database "$dir/db"
+    sql "$dir/db" "CREATE TABLE orders AS SELECT id, md5(id::text) AS item FROM generate_series(1, 10000) AS id"
+    question="SELECT count(*), md5(string_agg(item, '' ORDER BY id)) FROM orders"
+    orders=$(sql "$dir/db" "$question")
+    note "orders: $orders"
+    before_drop=$(now)
+    note "\$ psql -c 'DROP TABLE orders'"
+    sql "$dir/db" "DROP TABLE orders"
+    ! sql "$dir/db" "$question" >/dev/null 2>&1 || fail "the table is still there"
+    note "\$ cdpctl view open db --at $before_drop --writable --mount $dir/then"
+    view_id=$(cdpctl --output json view open db --at "$before_drop" --writable --mount "$dir/then" | jq -r .id)
+    start_database "$dir/then"
+    [ "$(sql "$dir/then" "$question")" = "$orders" ] || fail "the database on the view has other orders"
+    postgres "$pg/pg_ctl" -D "$dir/then/data" -m immediate -s stop
+    cdpctl view close "$view_id" >/dev/null
+    proof "PostgreSQL starts on a view of the nanosecond before, beside the one that runs, and has all its orders"
+    postgres "$pg/pg_ctl" -D "$dir/db/data" -m immediate -s stop
+    leave_database
+    note "\$ cdpctl revert db --at $before_drop"
+    cdpctl revert db --at "$before_drop" >/dev/null
+    mount_volume
+    start_database "$dir/db"
+    [ "$(sql "$dir/db" "$question")" = "$orders" ] || fail "the reverted database has other orders"
+    postgres "$pg/pg_ctl" -D "$dir/db/data" -m fast -s stop
+    leave_database
+    proof "the volume is back, and the database with it: $orders"
+fi
 
 kill "$agent"
 wait "$agent" || fail "the agent did not stop cleanly"

@@ -208,7 +208,8 @@ fn with_a_spare_cdp_disk_protection_goes_on_by_itself() {
 #[test]
 fn a_cdp_disk_that_is_slow_below_the_bound_keeps_its_protection() {
     let Some(rig) = rig(14, "stall_max = \"10s\"") else { return };
-    let load = rig.load(rig.plan(14));
+    // What hangs may hold up no write at all: the load must not drive the instant before it out of the capacity meanwhile.
+    let load = rig.load(Plan { connections: 2, depth: 1, sizes: vec![512, 4096], ..rig.plan(14) });
     load.wait_for(100);
     let before = now_ns();
     rig.disks.inject(CDP, Fault { op: Op::Write, effect: Effect::Hang, after: 3, times: 1 });
@@ -295,7 +296,7 @@ fn a_primary_that_fails_for_a_while_loses_nothing() {
     ];
     for (seed, (op, effect)) in (20..).zip(faults) {
         let Some(mut rig) = rig(seed, "backlog = \"1GiB\"") else { return };
-        let mut plan = Plan { reads_percent: 0, ..rig.plan(seed) };
+        let mut plan = Plan { depth: 2, reads_percent: 0, ..rig.plan(seed) };
         plan.sizes = vec![512, 4096, 8192];
         let load = rig.load(plan);
         load.wait_for(300);

@@ -1,13 +1,15 @@
 //! A real guest: Linux in QEMU (emulated, no KVM) with two disks on the agent's NBD exports. It writes and syncs, the agent is killed and comes
-//! back while it runs, the guest goes on; views of an earlier instant hold what its files were then.
+//! back while it runs, the guest goes on; views of an earlier instant hold what its files were then. Its own QEMU guest agent freezes its file
+//! systems for a mark.
 //!
-//! Kernel and busybox are Debian packages, fetched once and kept under `target/`.
+//! Kernel, busybox and guest agent are Debian packages, fetched once and kept under `target/`; the agent's libraries are this host's.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
 use cdp_tests::local::{Loop, assert_nothing_attached, run, try_run};
@@ -17,16 +19,24 @@ use cdp_tests::skip_unless_mountable;
 /// Emulation on a busy machine is slow; what takes longer hangs.
 const PATIENCE: Duration = Duration::from_secs(300);
 /// What the kernel needs to see its disks, in an order that works.
-const MODULES: [&str; 6] =
-    ["virtio", "virtio_ring", "virtio_pci_legacy_dev", "virtio_pci_modern_dev", "virtio_pci", "virtio_blk"];
+const MODULES: [&str; 7] = [
+    "virtio",
+    "virtio_ring",
+    "virtio_pci_legacy_dev",
+    "virtio_pci_modern_dev",
+    "virtio_pci",
+    "virtio_blk",
+    "virtio_console",
+];
 /// The first process: loads modules, mounts, and then does what the console says.
 const INIT: &str = "#!/bin/busybox sh
-/bin/busybox mkdir -p /proc /sys /dev /bin /a /b
+/bin/busybox mkdir -p /proc /sys /dev /bin /run /a /b
 /bin/busybox --install -s /bin
 export PATH=/bin
 mount -t proc proc /proc; mount -t sysfs sys /sys; mount -t devtmpfs dev /dev
 for pass in 1 2 3; do for module in /modules/*.ko; do insmod $module 2>/dev/null; done; done
 for try in $(seq 100); do [ -b /dev/vda ] && [ -b /dev/vdb ] && break; sleep 0.1; done
+qemu-ga --daemonize --method virtio-serial --path /dev/vport*p1 --statedir /run --pidfile /run/qga.pid --logfile /run/qga.log
 mount -t ext4 /dev/vda /a && mount -t ext4 /dev/vdb /b && echo GUEST-IS-UP
 while read -r line; do eval \"$line\"; done
 poweroff -f
@@ -46,17 +56,24 @@ impl Boot {
     fn fetch() -> Result<Self, String> {
         let exe = std::env::current_exe().map_err(|error| error.to_string())?;
         let dir = exe.ancestors().nth(3).ok_or("no target folder")?.join("guest");
-        let found = |root: &Path| -> Option<(PathBuf, PathBuf)> {
+        let found = |root: &Path| -> Option<(PathBuf, PathBuf, PathBuf)> {
             let kernel = fs::read_dir(root.join("boot")).ok()?.flatten().map(|entry| entry.path());
             let kernel = kernel.into_iter().find(|path| text(path).contains("vmlinuz"))?;
-            Some((kernel, root.join("bin/busybox"))).filter(|(_, busybox)| busybox.exists())
+            let (busybox, agent) = (root.join("bin/busybox"), root.join("usr/sbin/qemu-ga"));
+            (busybox.exists() && agent.exists()).then_some((kernel, busybox, agent))
         };
         let root = dir.join("root");
         if found(&root).is_none() {
             let _ = fs::remove_dir_all(&dir);
             fs::create_dir_all(&root).map_err(|error| error.to_string())?;
-            let fetch = "cd \"$1\" && kernel=$(apt-cache depends linux-image-cloud-amd64 | awk '/Depends: linux-image/ {print $2; exit}') \
-                         && [ -n \"$kernel\" ] && apt-get download \"$kernel\" busybox-static && for deb in *.deb; do dpkg-deb -x \"$deb\" root; done";
+            // Old package lists name packages that are not there any more.
+            let fetch = "cd \"$1\" || exit 1
+                get() {
+                    kernel=$(apt-cache depends linux-image-cloud-amd64 | awk '/Depends: linux-image/ {print $2; exit}')
+                    [ -n \"$kernel\" ] && apt-get download \"$kernel\" busybox-static qemu-guest-agent
+                }
+                get || { apt-get update >/dev/null && get; } || exit 1
+                for deb in *.deb; do dpkg-deb -x \"$deb\" root || exit 1; done";
             let fetched = try_run("sh", &["-c", fetch, "sh", text(&dir)]);
             if !fetched.status.success() {
                 return Err(format!(
@@ -65,13 +82,27 @@ impl Boot {
                 ));
             }
         }
-        let (kernel, busybox) = found(&root).ok_or("the packages do not hold a kernel and busybox")?;
+        let (kernel, busybox, guest_agent) =
+            found(&root).ok_or("the packages do not hold a kernel, busybox and qemu-ga")?;
         let mut archive = Cpio::default();
         for folder in ["bin", "modules", "proc", "sys", "dev"] {
-            archive.add(folder, 0o040_755, &[]);
+            archive.add_folder(folder);
         }
         let read = |path: &Path| fs::read(path).map_err(|error| format!("{}: {error}", path.display()));
         archive.add("bin/busybox", 0o100_755, &read(&busybox)?);
+        archive.add("bin/qemu-ga", 0o100_755, &read(&guest_agent)?);
+        // "name => /path (address)", and the loader without a name.
+        for library in run("ldd", &[text(&guest_agent)]).lines() {
+            let Some(path) = library.split_whitespace().find(|word| word.starts_with('/')) else {
+                if library.contains("not found") {
+                    return Err(format!("a library of qemu-ga is missing here: {}", library.trim()));
+                }
+                continue;
+            };
+            let name = path.trim_start_matches('/');
+            archive.add_folder(name.rsplit_once('/').map_or("", |(folder, _)| folder));
+            archive.add(name, 0o100_755, &read(Path::new(path))?);
+        }
         archive.add("init", 0o100_755, INIT.as_bytes());
         let list = run("find", &[text(&root.join("lib/modules")), "-name", "virtio*.ko"]);
         for (number, name) in MODULES.iter().enumerate() {
@@ -96,9 +127,20 @@ impl Drop for Boot {
 struct Cpio {
     bytes: Vec<u8>,
     files: u32,
+    folders: BTreeSet<String>,
 }
 
 impl Cpio {
+    /// A folder and those above it, each once.
+    fn add_folder(&mut self, path: &str) {
+        if let Some((above, _)) = path.rsplit_once('/') {
+            self.add_folder(above);
+        }
+        if !path.is_empty() && self.folders.insert(path.to_owned()) {
+            self.add(path, 0o040_755, &[]);
+        }
+    }
+
     fn add(&mut self, name: &str, mode: u32, content: &[u8]) {
         self.files += 1;
         let size = u32::try_from(content.len()).expect("a small file");
@@ -135,7 +177,8 @@ struct Guest {
 }
 
 impl Guest {
-    fn boot(boot: &Boot, socket: &Path, exports: [&str; 2]) -> Self {
+    /// `channel`: the socket of its guest agent.
+    fn boot(boot: &Boot, socket: &Path, exports: [&str; 2], channel: &Path) -> Self {
         let mut command = Command::new("qemu-system-x86_64");
         command.args(["-accel", "tcg", "-m", "256", "-smp", "1", "-display", "none", "-no-reboot", "-nodefaults"]);
         command.args(["-serial", "stdio", "-append", "console=ttyS0 quiet panic=-1"]);
@@ -147,6 +190,9 @@ impl Guest {
             ));
             command.arg("-device").arg(format!("virtio-blk-pci,drive=disk{number}"));
         }
+        command.args(["-device", "virtio-serial-pci", "-chardev"]);
+        command.arg(format!("socket,id=agent,path={},server=on,wait=off", text(channel)));
+        command.args(["-device", "virtserialport,chardev=agent,name=org.qemu.guest_agent.0"]);
         let mut child = command
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -155,7 +201,7 @@ impl Guest {
             .expect("start qemu-system-x86_64");
         let console = child.stdin.take().expect("its console");
         let from = BufReader::new(child.stdout.take().expect("its console"));
-        let (tell, lines) = channel();
+        let (tell, lines) = mpsc::channel();
         std::thread::spawn(move || {
             for line in from.split(b'\n').map_while(Result::ok) {
                 if tell.send(String::from_utf8_lossy(&line).trim_end().to_owned()).is_err() {
@@ -229,12 +275,43 @@ fn a_guest_goes_on_through_a_killed_agent_and_its_past_can_be_read() {
     assert_nothing_attached(agent.dir());
 
     let begun = Instant::now();
-    let mut guest = Guest::boot(&boot, &agent.socket(), ["demo", "second"]);
+    let channel = agent.file("qga.sock");
+    let mut guest = Guest::boot(&boot, &agent.socket(), ["demo", "second"], &channel);
     println!("the guest was up after {:.1} s", begun.elapsed().as_secs_f64());
     guest.ask("echo early >/a/file; echo early >/b/file; sync");
     let early =
         agent.ctl(&["mark", "demo", "second", "--name", "early"])["time"].as_u64().expect("its time").to_string();
     guest.ask("echo late >/a/file; rm /b/file; sync");
+
+    // Under a load that syncs nothing: a plain mark finds file systems in the middle of something, a quiesced one finds them at rest.
+    guest.tell(
+        "(i=0; while ! [ -e /stop ]; do i=$((i+1)); echo $i >>/a/log; echo $i >>/b/log; done; echo LOG\"\"-ENDED) &",
+    );
+    std::thread::sleep(Duration::from_secs(1));
+    let marks =
+        [("plain", vec![], "crash", true), ("quiet", vec!["--quiesce", "--quiesce-max", "20s"], "application", false)];
+    for (name, flags, kind, busy) in marks {
+        let socket = format!("qga:{}", text(&channel));
+        let flags = flags
+            .into_iter()
+            .flat_map(|flag| [flag].into_iter().chain((flag == "--quiesce").then_some(socket.as_str())));
+        let args: Vec<&str> = ["mark", "demo", "second", "--name", name].into_iter().chain(flags).collect();
+        let marked = agent.ctl(&args);
+        assert!(marked.to_string().contains(kind), "{marked}");
+        for volume in ["demo", "second"] {
+            let view = agent.ctl(&["view", "open", volume, "--at", name]);
+            let image = view["path"].as_str().expect("its file");
+            let features = run("dumpe2fs", &["-h", image]);
+            let features = features.lines().find(|line| line.contains("features:")).expect("its features");
+            assert_eq!(features.contains("needs_recovery"), busy, "{volume} at {name}: {features}");
+            if !busy {
+                run("e2fsck", &["-fn", image]);
+            }
+            agent.ctl(&["view", "close", view["id"].as_str().expect("its id")]);
+        }
+    }
+    guest.tell("touch /stop");
+    guest.until("LOG-ENDED");
 
     // Killed while the guest writes, and away for a moment: the guest waits and goes on.
     guest.tell("(i=0; while [ $i -lt 60 ]; do i=$((i+1)); echo $i >/a/count; echo $i >/b/count; sync; done; echo LOOP\"\"-ENDED) &");

@@ -173,6 +173,38 @@ fn rows(database: &Postgres) -> Vec<usize> {
     rows
 }
 
+/// `cdpctl bisect` with a command that starts the database on each view and asks whether the table is there.
+fn look_for_the_drop(agent: &Agent, database: &Postgres, good: u64) -> serde_json::Value {
+    let sockets = agent.file("sockets");
+    fs::create_dir(&sockets).expect("a directory for sockets");
+    // Where the agent mounts it only root may go.
+    let here = agent.file("here");
+    fs::create_dir(&here).expect("a directory to mount at");
+    run("chown", &[database.user, text(&sockets)]);
+    let group = run("id", &["-g", database.user]);
+    let as_user =
+        format!("setpriv --reuid={} --regid={} --clear-groups -- {}", database.user, group.trim(), text(&database.bin));
+    let check = agent.file("check.sh");
+    let script = format!(
+        "cd /\nmount --bind $CDP_VIEW_MOUNT {here} || exit 125\ntrap 'umount {here}' EXIT\n\
+         data={here}/data\nrm -f $data/postmaster.pid\n\
+         {as_user}/pg_ctl -D $data -l $data/log -o '-k {sockets}' -w -t 60 -s start || exit 125\n\
+         found=$({as_user}/psql -X -A -t -h {sockets} -U postgres -c \"SELECT to_regclass('history') IS NOT NULL\" postgres)\n\
+         {as_user}/pg_ctl -D $data -m immediate -w -t 60 -s stop\n\
+         case $found in t) exit 0 ;; f) exit 1 ;; *) exit 125 ;; esac\n",
+        sockets = text(&sockets),
+        here = text(&here)
+    );
+    fs::write(&check, script).expect("write the command");
+    let (from, state, log) = (good.to_string(), agent.file("bisect.json"), agent.file("bisect.log"));
+    let mut args = vec!["bisect", "demo", "--from", &from, "--to", "now", "--mount", "--state", text(&state)];
+    args.extend(["--log", text(&log), "--", "sh", text(&check)]);
+    match agent.try_ctl(&args) {
+        Ok(found) => found,
+        Err(refusal) => panic!("bisect: {refusal}\n{}", fs::read_to_string(&log).unwrap_or_default()),
+    }
+}
+
 /// Goal: any instant of a busy database is one that it starts from, with exactly the transactions acknowledged by then (and at most those
 /// under way); and what an admin destroys comes back.
 #[test]
@@ -231,19 +263,35 @@ fn a_database_at_any_instant_and_a_dropped_table_back() {
     }
     println!("{} views in {:.1} s", rounds(VIEWS), looked.elapsed().as_secs_f64());
 
-    // The table goes, the instant before it is known, the volume goes back.
+    // The table goes while work goes on, nobody knows when; a search that starts the database on views finds the write that did it.
     let before = rows(&database);
-    let good = agent.ctl(&["mark", "demo", "--name", "before the accident"])["time"].as_u64().expect("its time");
+    let good = now_ns();
+    database.query("CREATE TABLE work (step int PRIMARY KEY)");
+    let work = |steps: std::ops::Range<usize>| {
+        for step in steps {
+            database.query(&format!("INSERT INTO work VALUES ({step})"));
+        }
+    };
+    work(0..10);
+    let sent = now_ns();
     database.query("DROP TABLE history");
+    let acked = now_ns();
+    work(10..20);
+    let found = look_for_the_drop(&agent, &database, good);
+    println!("{found}");
+    let [last_good, first_bad] = ["last_good", "first_bad"].map(|key| found[key].as_u64().expect("an instant"));
+    assert!(sent < first_bad && first_bad < acked, "the table went between {sent} and {acked}");
+    assert_eq!(last_good + 1, first_bad);
     database.stop("immediate");
     mounted.unmount();
     drop(device);
-    agent.ctl(&["revert", "demo", "--at", &good.to_string()]);
+    agent.ctl(&["revert", "demo", "--at", &last_good.to_string()]);
     device = Loop::on(&agent.file("volumes/demo"), 0, 0);
     mounted = Mounted::new(&device.0, &dir);
     database.start();
     assert_eq!(rows(&database), before, "all rows are back");
     assert_eq!(before.iter().sum::<usize>(), total);
+    assert_eq!(database.query("SELECT count(*) FROM work"), ["10"], "the work of before is there, too");
     database.query("INSERT INTO history VALUES (0, 1000000, 0)");
     database.stop("fast");
     mounted.unmount();

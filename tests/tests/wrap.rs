@@ -29,8 +29,9 @@ impl Wrap {
     fn new(seed: u64) -> Self {
         let agent = Agent::dev("16MiB", "1GiB");
         let refusal = agent.ctl_refused(&["edit", "demo", "--reserve-capacity", "1"], &["reserve_capacity", "1"]);
-        let numbers = refusal.said.split(|c: char| !c.is_ascii_digit()).filter_map(|word| word.parse::<u64>().ok());
-        let capacity = numbers.max().expect("the refusal names the least value");
+        // Not just any number: the volume's uuid is in the answer, too.
+        let least = refusal.said.split("at least ").nth(1).expect("the refusal names the least value");
+        let capacity: u64 = least.split(' ').next().and_then(|word| word.parse().ok()).expect("a number of bytes");
         assert!(capacity < 1 << 30, "the least capacity would be {capacity}: {refusal}");
         let too_small = (capacity - 1).to_string();
         agent.ctl_refused(&["edit", "demo", "--reserve-capacity", &too_small], &["reserve_capacity"]);
