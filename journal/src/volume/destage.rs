@@ -31,12 +31,14 @@ use crate::mutation::{Mutation, active};
 use crate::overlay::{Batch, Content, Item, compose};
 use crate::types::{BLOCK, Instant, SECTOR, SECTORS_PER_BLOCK};
 
-/// Blocks of old content that are read before they are appended, and of a step of a revert.
+/// Blocks of old content that are read before they are appended.
 const BATCH_BLOCKS: u64 = 2048;
 /// Blocks of zero ranges in a batch. Holes of the primary cost nothing, so this may be large.
 const BATCH_ZERO_BLOCKS: u64 = 1 << 28;
 /// Bytes of one read or write of the primary at the most.
 const IO_BLOCKS: u64 = 256;
+/// Ranges of a piece of a revert that are read at once.
+const RANGES: usize = 64;
 /// Eighths of the backlog's bound at which the destager begins without waiting for company, and below which it stops again.
 const BACKLOG_BEGINS_EIGHTHS: u64 = 4;
 const BACKLOG_ENDS_EIGHTHS: u64 = 2;
@@ -96,6 +98,15 @@ struct Prepared {
     /// Old content of the blocks of which the guest wrote only some sectors, as far as it was just read.
     bases: Vec<(u64, Slice)>,
     started: u64,
+}
+
+/// A piece of a revert whose before-images the journal holds durably.
+struct Piece {
+    blocks: Vec<u64>,
+    /// What the blocks held at the target.
+    writes: Vec<Write>,
+    /// Blocks of which nobody knows that any more.
+    unrestorable: Vec<u64>,
 }
 
 /// A piece of a batch's before-images.
@@ -782,71 +793,131 @@ impl Volume {
         }
     }
 
-    /// Copies a batch of a pending revert (design part 2): before-image where this log has none, then the target's content.
+    /// Copies a pending revert, two pieces at a time, one behind the other, until it is done or something else comes first.
     async fn copy_revert(self: &Rc<Self>, disk: &Rc<Disk>, log: &Rc<Log>) -> Result<()> {
-        let (target, instant, blocks) = {
+        let (target, instant, mut next) = {
             let state = log.state.borrow();
             let revert = state.revert.as_ref().expect("the caller saw it");
-            let blocks: Vec<u64> = revert.left.iter_from(revert.next_block).take(BATCH_BLOCKS as usize).collect();
-            (revert.target, revert.instant, blocks)
+            (revert.target, revert.instant, revert.next_block)
         };
-        if !blocks.is_empty() {
-            let source = {
-                let state = self.state.borrow();
-                state.logs.iter().rev().find(|l| l.start <= target).cloned()
-            };
-            let source = source.ok_or_else(|| Error::Gone("the source of a pending revert was evicted".into()))?;
-            let ranges = ranges_of(&blocks);
-            let mut wanted = Vec::new();
-            {
-                let state = log.state.borrow();
-                let imaged = state.imaged.as_ref().expect("an unsealed log knows its before-images");
-                for (block, count) in &ranges {
-                    missing_ranges(imaged, *block, *count, &mut wanted);
+        let mut ready: Option<Piece> = None;
+        loop {
+            let blocks = self.next_piece(disk, log, next);
+            if let Some(last) = blocks.last() {
+                next = last + 1;
+            }
+            let (finished, prepared) = match (ready.take(), blocks.is_empty()) {
+                (None, true) => break,
+                (None, false) => (Ok(()), Some(self.prepare_piece(disk, log, target, blocks).await)),
+                (Some(earlier), true) => (self.finish_piece(disk, log, instant, earlier).await, None),
+                (Some(earlier), false) => {
+                    let finish = self.finish_piece(disk, log, instant, earlier);
+                    let (finished, prepared) = join(finish, self.prepare_piece(disk, log, target, blocks)).await;
+                    (finished, Some(prepared))
                 }
+            };
+            // What was not finished is still left to copy.
+            finished?;
+            ready = prepared.transpose()?;
+        }
+        // A revert may have nothing to copy.
+        if log.state.borrow().revert.as_ref().is_some_and(|revert| revert.left.is_empty()) {
+            self.note_copied(log, &[]);
+        }
+        Ok(())
+    }
+
+    /// The blocks of a pending revert that are copied next, from `next` on; none when there are none, or when something else comes first.
+    fn next_piece(&self, disk: &Disk, log: &Log, next: u64) -> Vec<u64> {
+        let state = self.state.borrow();
+        if state.attach.is_none() || disk.failure().is_some() || !state.punch.is_empty() {
+            return Vec::new();
+        }
+        let blocks_max = self.engine.upgrade().map_or(0, |engine| engine.config().destage_blocks_max);
+        let log = log.state.borrow();
+        log.revert.iter().flat_map(|revert| revert.left.iter_from(next)).take(blocks_max as usize).collect()
+    }
+
+    /// Reads what the blocks held at the target, and keeps what they hold now.
+    async fn prepare_piece(
+        self: &Rc<Self>,
+        disk: &Rc<Disk>,
+        log: &Rc<Log>,
+        target: Instant,
+        blocks: Vec<u64>,
+    ) -> Result<Piece> {
+        let source = {
+            let state = self.state.borrow();
+            state.logs.iter().rev().find(|l| l.start <= target).cloned()
+        };
+        let source = source.ok_or_else(|| Error::Gone("the source of a pending revert was evicted".into()))?;
+        let ranges = ranges_of(&blocks);
+        let mut wanted = Vec::new();
+        {
+            let state = log.state.borrow();
+            let imaged = state.imaged.as_ref().expect("an unsealed log knows its before-images");
+            for (block, count) in &ranges {
+                missing_ranges(imaged, *block, *count, &mut wanted);
             }
-            // The target's content first: it is read as the state was, before-images of this log or not.
-            let mut writes = Vec::new();
-            let mut contents = Vec::new();
-            let mut unrestorable = Vec::new();
-            for chunk in ranges.chunks(16) {
-                contents.extend(
-                    join_all(chunk.iter().map(|(block, count)| self.blocks_at(target, &source, *block, *count))).await,
-                );
-            }
-            for ((block, count), content) in ranges.iter().zip(contents) {
-                match content {
-                    Ok(data) => push_write(&mut writes, *block, data),
-                    Err(_) => {
-                        // One bad block must not hold up the rest: it is copied alone, or reads as an error from now on. A primary that fails is tried
-                        // again.
-                        for b in *block..block + count {
-                            match self.blocks_at(target, &source, b, 1).await {
-                                Ok(data) => push_write(&mut writes, b, data),
-                                Err(error @ Error::Device { op: "read", .. }) => return Err(error),
-                                Err(error) => {
-                                    tracing::error!(volume = %self.id, block = b, %error, "revert: block cannot be restored");
-                                    unrestorable.push(b);
-                                }
+        }
+        // The target's content first: it is read as the state was, before-images of this log or not.
+        let mut writes = Vec::new();
+        let mut contents = Vec::new();
+        let mut unrestorable = Vec::new();
+        for chunk in ranges.chunks(RANGES) {
+            contents.extend(
+                join_all(chunk.iter().map(|(block, count)| self.blocks_at(target, &source, *block, *count))).await,
+            );
+        }
+        for ((block, count), content) in ranges.iter().zip(contents) {
+            match content {
+                Ok(data) => push_write(&mut writes, *block, data),
+                Err(_) => {
+                    // One bad block must not hold up the rest: it is copied alone, or reads as an error from now on. A primary that fails is tried
+                    // again.
+                    for b in *block..block + count {
+                        match self.blocks_at(target, &source, b, 1).await {
+                            Ok(data) => push_write(&mut writes, b, data),
+                            Err(error @ Error::Device { op: "read", .. }) => return Err(error),
+                            Err(error) => {
+                                tracing::error!(volume = %self.id, block = b, %error, "revert: block cannot be restored");
+                                unrestorable.push(b);
                             }
                         }
                     }
                 }
             }
-            self.take_before_images(log, &wanted, &[], None).await?;
-            // Only now: what the primary holds of them is what this log began with, and was kept.
-            unrestorable.iter().for_each(|block| self.lose_block(log, *block));
-            self.sync_before(disk, log).await?;
-            // The revert itself, too: what it overwrites must not outlive it.
-            self.sync_journal(disk, instant).await?;
-            self.write_until_durable(disk, &writes, None).await?;
-            self.end_losses(&blocks, &unrestorable);
-            self.store_lost_blocks().await?;
         }
+        self.take_before_images(log, &wanted, &[], None).await?;
+        self.sync_before(disk, log).await?;
+        // Only now: what the primary holds of them is what this log began with, and is kept, also through a power cut.
+        unrestorable.iter().for_each(|block| self.lose_block(log, *block));
+        Ok(Piece { blocks, writes, unrestorable })
+    }
+
+    /// Brings a piece to the primary; it is copied then.
+    async fn finish_piece(
+        self: &Rc<Self>,
+        disk: &Rc<Disk>,
+        log: &Rc<Log>,
+        instant: Instant,
+        piece: Piece,
+    ) -> Result<()> {
+        // The revert itself, too: what it overwrites must not outlive it.
+        self.sync_journal(disk, instant).await?;
+        self.write_until_durable(disk, &piece.writes, None).await?;
+        self.end_losses(&piece.blocks, &piece.unrestorable);
+        self.store_lost_blocks().await?;
+        self.note_copied(log, &piece.blocks);
+        Ok(())
+    }
+
+    /// Records how far a revert is copied.
+    fn note_copied(self: &Rc<Self>, log: &Log, blocks: &[u64]) {
         let (row, done) = {
             let mut state = log.state.borrow_mut();
-            let revert = state.revert.as_mut().expect("only this task ends it");
-            for (block, count) in ranges_of(&blocks) {
+            let revert = state.revert.as_mut().expect("only the destager ends it");
+            for (block, count) in ranges_of(blocks) {
                 revert.left.remove_range(block, count);
             }
             revert.done += blocks.len() as u64;
@@ -854,8 +925,8 @@ impl Volume {
             revert.next_block = if done { u64::MAX } else { blocks.last().map_or(u64::MAX, |b| b + 1) };
             let row = ControlRevert {
                 log_seq: log.seq.into(),
-                instant: instant.0.into(),
-                target: target.0.into(),
+                instant: revert.instant.0.into(),
+                target: revert.target.0.into(),
                 blocks: revert.total.into(),
                 next_block: revert.next_block.into(),
                 blocks_done: revert.done.into(),
@@ -867,10 +938,10 @@ impl Volume {
         };
         self.control(ControlKind::Revert, Instant::ZERO, log.seq, 0, row.as_bytes(), done);
         if done {
+            let target = Instant(row.target.get());
             self.event(EventKind::RevertDone, format!("the volume holds the state of {target} in full"));
         }
         self.changed.notify();
-        Ok(())
     }
 
     /// A block that the revert at the end of `log` cannot bring back. What was written whole in a newer log is good from there on.
