@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The random tests with fresh seeds, for as long as asked: the simulator (all profiles), kill -9 loops, power cuts and faults
-# against the built agent, the fuzzers. Goes on after a failure; each prints what replays it. The last line has the counts; the
+# The random tests with fresh seeds, for as long as asked: the simulator (all profiles), the exhaustion of four operations, kill -9
+# loops, power cuts and faults against the built agent, the fuzzers. Goes on after a failure; each prints what replays it. The last line has the counts; the
 # exit status is 0 only when nothing failed.
 #
 # usage: scripts/soak.sh [SECONDS]      (default: 600; the builds before it do not count)
@@ -24,11 +24,17 @@ export CDP_BIN="$PWD/target/release"
 share() { echo $((seconds * $1 / 100)); }
 failed=0
 
-echo "==> simulator, all profiles: $(share 40) s"
-target/release/cdp-sim --seed "$(date +%s)" --seconds "$(share 40)" --threads 2 --keep-going | tee "$logs/sim"
+echo "==> simulator, all profiles: $(share 30) s"
+target/release/cdp-sim --seed "$(date +%s)" --seconds "$(share 30)" --threads 2 --keep-going | tee "$logs/sim"
 [ "${PIPESTATUS[0]}" = 0 ] || failed=$((failed + 1))
 histories=$(sed -n 's/^\([0-9]*\) histories, .*/\1/p' "$logs/sim" | tail -n 1)
 violations=$(sed -n 's/^[0-9]* histories, \([0-9]*\) violations.*/\1/p' "$logs/sim" | tail -n 1)
+
+# All of it takes more than half an hour on two cores; a shorter soak begins where chance says.
+echo "==> exhaustion, four operations: at most $(share 15) s"
+target/release/cdp-sim --exhaust 4 --seed "$RANDOM" --seconds "$(share 15)" --threads 2 | tee "$logs/exhaust"
+[ "${PIPESTATUS[0]}" = 0 ] || failed=$((failed + 1))
+exhausted=$(sed -n 's/^\([0-9]* of [0-9]* sequences of 4, [0-9]* cases, [0-9]* violations\).*/\1/p' "$logs/exhaust")
 
 # Runs a test file again and again, each time with a seed of its own; prints how often, and how often it failed.
 again() {
@@ -45,8 +51,8 @@ again() {
     echo "$runs $bad"
 }
 
-echo "==> kill -9 loops: $(share 20) s"
-read -r kills kills_bad < <(again crash "$(share 20)")
+echo "==> kill -9 loops: $(share 15) s"
+read -r kills kills_bad < <(again crash "$(share 15)")
 echo "==> power cuts: $(share 15) s"
 read -r cuts cuts_bad < <(again power_cut "$(share 15)")
 echo "==> faults: $(share 5) s"
@@ -59,7 +65,7 @@ inputs=$(sed -n 's/^fuzz: .* targets, \([0-9]*\) inputs.*/\1/p' "$logs/fuzz")
 crashes=$(sed -n 's/^fuzz: .* inputs, \([0-9]*\) crashes.*/\1/p' "$logs/fuzz")
 
 failed=$((failed + kills_bad + cuts_bad + faults_bad))
-echo "soak of $seconds s: ${histories:-0} simulated histories with ${violations:-?} violations, $kills runs of the kill loops ($kills_bad" \
+echo "soak of $seconds s: ${histories:-0} simulated histories with ${violations:-?} violations, ${exhausted:-no exhaustion}, $kills runs of the kill loops ($kills_bad" \
     "failed), $cuts of the power cuts ($cuts_bad failed), $faults of the faults ($faults_bad failed), ${inputs:-0} fuzzed inputs with" \
     "${crashes:-?} crashes; commit $(git rev-parse --short HEAD 2>/dev/null || echo unknown)"
 [ "$failed" = 0 ]

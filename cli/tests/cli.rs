@@ -274,6 +274,23 @@ fn an_agent_that_does_not_answer_does_not_hang_us() {
 }
 
 #[test]
+fn every_command_has_a_manual_page_with_an_example() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let made = Command::new(env!("CARGO_BIN_EXE_cdpctl")).arg("man").arg(dir.path()).output().expect("runs cdpctl");
+    assert!(made.status.success(), "{made:?}");
+    let pages: Vec<_> = std::fs::read_dir(dir.path()).expect("the folder").flatten().map(|page| page.path()).collect();
+    for name in ["cdpctl", "cdpctl-revert", "cdpctl-view-open", "cdpctl-disk-check", "cdpctl-group-add"] {
+        assert!(pages.contains(&dir.path().join(format!("{name}.1"))), "{name} is not among {pages:?}");
+    }
+    for page in &pages {
+        let text = std::fs::read_to_string(page).expect("a page");
+        assert!(text.contains(".SH NAME") && text.contains(".SH SYNOPSIS"), "{page:?}");
+        let leads_on = text.contains(".SH SUBCOMMANDS");
+        assert!(leads_on || text.contains("Examples:"), "{page:?} has no example");
+    }
+}
+
+#[test]
 fn a_wrong_command_line_names_value_and_bound() {
     let fake = Fake::start();
     let table: &[(&[&str], &str)] = &[

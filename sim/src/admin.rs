@@ -66,7 +66,7 @@ async fn other(world: &Rc<World>, action: &Action) {
         Action::OpenView { vol, at, writable } => open_view(world, &world.volumes[vol], at, writable).await,
         Action::ReadView { pick, sector, count } => {
             let Some(view) = pick_view(world, pick) else { return };
-            let sectors = world.volumes[view.vol].sectors;
+            let sectors = view.sectors();
             let sector = sector % sectors;
             let works = read_view(world, &view, sector, count.min(sectors - sector)).await;
             if !works && !world.failed() {
@@ -75,7 +75,7 @@ async fn other(world: &Rc<World>, action: &Action) {
         }
         Action::WriteView { pick, sector, count } => {
             let Some(view) = pick_view(world, pick) else { return };
-            let sectors = world.volumes[view.vol].sectors;
+            let sectors = view.sectors();
             let sector = sector % sectors;
             write_view(world, &view, sector, count.min(sectors - sector)).await;
         }
@@ -100,6 +100,7 @@ async fn other(world: &Rc<World>, action: &Action) {
         Action::Edit { vol, capacity, duration_s } => edit(world, &world.volumes[vol], capacity, duration_s).await,
         Action::CleanAll { vol } => clean_all(world, &world.volumes[vol]).await,
         Action::CleanLog { vol, pick } => clean_log(world, &world.volumes[vol], pick).await,
+        Action::Resize { vol, sectors } => resize(world, &world.volumes[vol], sectors).await,
         Action::Reopen { vol } => reopen(world, &world.volumes[vol]).await,
         Action::Sleep { ns } => sleep(world, ns).await,
         Action::StepClock { by_ns } => world.shared.step_wall(by_ns),
@@ -129,7 +130,7 @@ async fn other(world: &Rc<World>, action: &Action) {
             world.damaged.set(true);
             let kind = FaultKind::Misdirect(by);
             world.disk(disk).fault(Fault { on: FaultOn::Write, kind, times: Some(1), after: 0, within: None });
-            let count = world.volumes[vol].sectors.min(8);
+            let count = world.volumes[vol].shown.get().min(8);
             submit(world, &world.volumes[vol], Action::Write { vol, sector: 0, count, fua: false }).await;
             // Later records vouch for what is missing now.
             barrier(world).await;
@@ -277,8 +278,8 @@ pub async fn stop(world: &Rc<World>) {
 /// Somebody writes to the primary while the agent is down.
 fn tamper(world: &World, vol: &Vol, sector: u64) {
     world.say(|| format!("somebody writes to sector {sector} of volume {}", vol.index));
-    let sector = sector.min(vol.sectors - 1);
-    let count = (vol.sectors - sector).min(8);
+    let sector = sector.min(vol.shown.get() - 1);
+    let count = (vol.shown.get() - sector).min(8);
     let mut bytes = vec![0; count as usize * stamp::SECTOR];
     let now = world.now(vol);
     let op = vol.oracle.borrow_mut().begin(Kind::Data, sector, count, true, now);
@@ -350,6 +351,12 @@ async fn try_view(world: &Rc<World>, vol: &Rc<Vol>, time: u64, writable: bool) -
                 return None;
             }
             world.say(|| format!("view at {time} of volume {} is open", vol.index));
+            let sectors = view.info().size / 512;
+            if !vol.had_size(time, sectors) && !world.any_fault() {
+                let sizes = vol.sizes.borrow().clone();
+                world.fail(format!("view at {time} of volume {} has {sectors} sectors; sizes: {sizes:?}", vol.index));
+                return None;
+            }
             Some(Rc::new(OpenView {
                 vol: vol.index,
                 id: view.id(),
@@ -388,7 +395,7 @@ async fn open_view(world: &Rc<World>, vol: &Rc<Vol>, at: u64, writable: bool) {
 pub async fn check_view(world: &Rc<World>, vol: &Rc<Vol>, at: u64) {
     let time = world.pick_instant(&vol.handle().info(), at);
     let Some(view) = try_view(world, vol, time, false).await else { return };
-    read_view(world, &view, 0, vol.sectors).await;
+    read_view(world, &view, 0, view.sectors()).await;
     let known = world.views.borrow().iter().any(|other| other.id == view.id);
     if !known && !world.failed() {
         close(world, &view).await;
@@ -501,8 +508,26 @@ async fn dry_run(world: &Rc<World>, vol: &Rc<Vol>, at: u64) {
 }
 
 /// What is said to be zero must read as zeroes.
+/// More of the primary for the guest.
+async fn resize(world: &Rc<World>, vol: &Rc<Vol>, sectors: u64) {
+    let before = vol.shown.get();
+    let wanted = sectors.clamp(before, vol.sectors);
+    vol.sizes.borrow_mut().push((world.clock(), None, wanted));
+    match vol.handle().resize(Some(wanted * 512)).await {
+        Ok(bytes) if bytes == wanted * 512 => vol.settle_size(world.clock(), wanted),
+        Ok(bytes) => world.fail(format!("volume {} was to have {wanted} sectors and has {bytes} bytes", vol.index)),
+        Err(error) if world.any_fault() => {
+            world.say(|| format!("volume {}: resize: {error}", vol.index));
+            vol.settle_size(world.clock(), vol.handle().info().size / 512);
+        }
+        Err(error) => world.fail(format!("resize of volume {}: {error}", vol.index)),
+    }
+}
+
 async fn status(world: &Rc<World>, vol: &Rc<Vol>, sector: u64, count: u64) {
     let export = vol.handle().export();
+    let sector = sector.min(vol.shown.get() - 1);
+    let count = count.min(vol.shown.get() - sector);
     let (offset, len) = (sector * 512, count * 512);
     let pieces = match export.status(offset, len).await {
         Ok(pieces) => pieces,

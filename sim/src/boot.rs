@@ -148,7 +148,7 @@ pub async fn open(world: &Rc<World>, vol: &Rc<Vol>) -> bool {
         id: vol.id,
         name: format!("vol{}", vol.index),
         path: vol.primary.name.clone(),
-        size: vol.sectors * 512,
+        size: vol.shown.get() * 512,
         primary: vol.primary.attach(&running.executor),
         fence: world.folder.fence(vol.id),
         override_journal: world.override_journal.get(),
@@ -169,6 +169,15 @@ pub async fn open(world: &Rc<World>, vol: &Rc<Vol>) -> bool {
     let info = handle.info();
     world.say(|| format!("volume {}: {:?} {:?} {}", vol.index, info.state, info.health, info.health_reason));
     *vol.handle.borrow_mut() = Some(Rc::clone(&handle));
+    let sectors = info.size / 512;
+    // A resize that a crash cut off happened, or did not.
+    let known = sectors == vol.shown.get()
+        || vol.sizes.borrow().iter().any(|(_, acked, size)| acked.is_none() && *size == sectors);
+    if !known && !world.any_fault() {
+        world.fail(format!("volume {} has {sectors} sectors after a restart, it had {}", vol.index, vol.shown.get()));
+        return false;
+    }
+    vol.settle_size(world.clock(), sectors);
     if vol.tampered.get() && !world.override_journal.get() {
         return tampered(world, vol, info.health).await;
     }
@@ -321,7 +330,7 @@ pub fn connect(world: &Rc<World>, vol: &Rc<Vol>) {
 async fn rebase(world: &Rc<World>, vol: &Rc<Vol>) -> bool {
     let export = vol.handle().export();
     let seen = match export.flush().await {
-        Ok(()) => export.read(0, (vol.sectors * 512) as u32).await,
+        Ok(()) => export.read(0, (vol.shown.get() * 512) as u32).await,
         Err(error) => Err(error),
     };
     let parts = match seen {
@@ -354,7 +363,7 @@ async fn reopen_views(world: &Rc<World>, vol: &Rc<Vol>) {
                     return world.fail(format!("view {} came back as another: {:?}", view.id, handle.info()));
                 }
                 *view.handle.borrow_mut() = Some(handle);
-                let whole = read_view(world, &view, 0, vol.sectors).await;
+                let whole = read_view(world, &view, 0, view.sectors()).await;
                 world.say(|| format!("view {} of volume {} is back: {whole}", view.time, view.vol));
             }
             Err(error) => {
@@ -452,8 +461,7 @@ async fn check_everything(world: &Rc<World>, instants: u64) {
         if world.failed() {
             return;
         }
-        let whole = world.volumes[view.vol].sectors;
-        read_view(world, &view, 0, whole).await;
+        read_view(world, &view, 0, view.sectors()).await;
     }
     let watched = watch(world, "the end".to_owned());
     watched.set(true);

@@ -70,6 +70,7 @@ fn setup() -> Setup {
         marker_interval_s: 60,
         enabled: true,
         primary_slow_ns: 0,
+        begin_eighths: 8,
     }
 }
 

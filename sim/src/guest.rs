@@ -42,9 +42,25 @@ pub async fn barrier(world: &Rc<World>) {
     }
 }
 
+/// The part of a request that lies in a volume of so many sectors.
+fn within(mut action: Action, sectors: u64) -> Option<Action> {
+    if let Action::Write { sector, count, .. }
+    | Action::Zero { sector, count, .. }
+    | Action::Trim { sector, count, .. }
+    | Action::Read { sector, count, .. } = &mut action
+    {
+        *count = (*count).min(sectors.checked_sub(*sector).filter(|left| *left > 0)?);
+    }
+    Some(action)
+}
+
 /// Starts a guest's request beside the others; the answer tells when it is acknowledged.
 pub fn submit(world: &Rc<World>, vol: &Rc<Vol>, action: Action) -> Completion<()> {
     let done = Completion::new();
+    let Some(action) = within(action, vol.shown.get()) else {
+        done.complete(());
+        return done;
+    };
     let (sender, w, v) = (done.clone(), Rc::clone(world), Rc::clone(vol));
     world.in_flight.set(world.in_flight.get() + 1);
     SimHost(Rc::clone(&world.running().executor)).spawn(Box::pin(async move {
@@ -179,7 +195,7 @@ pub async fn read_volume(world: &Rc<World>, vol: &Rc<Vol>, sector: u64, count: u
 /// Reads all of a volume and judges it.
 pub async fn verify(world: &Rc<World>, vol: &Rc<Vol>) {
     let watched = watch(world, format!("verify volume {}", vol.index));
-    read_volume(world, vol, 0, vol.sectors).await;
+    read_volume(world, vol, 0, vol.shown.get()).await;
     watched.set(true);
 }
 

@@ -28,7 +28,7 @@ struct Args {
     /// Histories to run, with seeds counting up.
     #[arg(long, default_value_t = 1)]
     histories: u64,
-    /// Run for so many seconds instead of a number of histories.
+    /// Run for so many seconds instead of a number of histories; with --exhaust: no longer than this.
     #[arg(long)]
     seconds: Option<u64>,
     /// Threads, each with a history of its own.
@@ -40,7 +40,7 @@ struct Args {
     /// Only these operations (as a shortened history prints them).
     #[arg(long, value_delimiter = ',')]
     keep: Option<Vec<usize>>,
-    /// Instead of seeds: all sequences of so many operations, with a crash at every step (see --stride, --subsets).
+    /// Instead of seeds: all sequences of so many operations, with a crash at every step (see --stride, --subsets); --seed says which is the first.
     #[arg(long)]
     exhaust: Option<u32>,
     /// With --exhaust: a crash at every so many steps only.
@@ -87,18 +87,21 @@ fn exhaust(args: &Args, depth: u32) -> anyhow::Result<ExitCode> {
     ensure!(depth <= 6, "--exhaust {depth}: at most 6");
     let began = Instant::now();
     let next = AtomicU64::new(0);
-    let totals = Mutex::new((0u64, 0u64));
+    let totals = Mutex::new((0u64, 0u64, 0u64));
     std::thread::scope(|scope| {
         for _ in 0..args.threads {
             scope.spawn(|| {
                 loop {
                     let place = next.fetch_add(1, Ordering::Relaxed);
-                    if place >= sequences(depth) {
+                    let over = args.seconds.is_some_and(|seconds| began.elapsed().as_secs() >= seconds);
+                    if place >= sequences(depth) || over {
                         return;
                     }
+                    let place = (args.seed.wrapping_sub(1) % sequences(depth) + place) % sequences(depth);
                     let (cases, failure) = check(depth, place, args.stride, args.subsets);
                     let mut totals = totals.lock().expect("no holder panics");
                     totals.0 += cases;
+                    totals.2 += 1;
                     if let Some((case, report)) = failure {
                         totals.1 += 1;
                         println!("VIOLATION, commit {}: {}: {}", commit(), case.name(), in_words(&report));
@@ -107,9 +110,10 @@ fn exhaust(args: &Args, depth: u32) -> anyhow::Result<ExitCode> {
             });
         }
     });
-    let (cases, failed) = *totals.lock().expect("no holder panics");
+    let (cases, failed, done) = *totals.lock().expect("no holder panics");
     let seconds = began.elapsed().as_secs_f64();
-    println!("{} sequences of {depth}, {cases} cases, {failed} violations, {seconds:.1} s", sequences(depth));
+    let all = sequences(depth);
+    println!("{done} of {all} sequences of {depth}, {cases} cases, {failed} violations, {seconds:.1} s");
     Ok(if failed > 0 { ExitCode::from(1) } else { ExitCode::SUCCESS })
 }
 

@@ -138,6 +138,11 @@ pub enum Action {
         vol: usize,
         pick: u64,
     },
+    /// Offers the guest more of the primary: up to so many sectors.
+    Resize {
+        vol: usize,
+        sectors: u64,
+    },
     /// Closes the volume and opens it again.
     Reopen {
         vol: usize,
@@ -225,6 +230,8 @@ pub struct Setup {
     pub enabled: bool,
     /// What each call of a primary takes longer, nanoseconds.
     pub primary_slow_ns: u64,
+    /// Volumes begin with so many eighths of their sectors.
+    pub begin_eighths: u64,
 }
 
 /// A seed's history.
@@ -261,6 +268,7 @@ struct Profile {
     huge: bool,
     many: bool,
     group: bool,
+    resize: u64,
 }
 
 const BASE: Profile = Profile {
@@ -283,9 +291,10 @@ const BASE: Profile = Profile {
     huge: false,
     many: false,
     group: false,
+    resize: 0,
 };
 
-const PROFILES: [Profile; 14] = [
+const PROFILES: [Profile; 15] = [
     BASE,
     Profile {
         name: "writes",
@@ -311,6 +320,7 @@ const PROFILES: [Profile; 14] = [
     Profile { name: "primary-fault", primary_fault: 6, ..BASE },
     Profile { name: "damage", flip: 5, ..BASE },
     Profile { name: "group", revert: 10, crash: 8, group: true, many: true, switch: 0, clean: 0, ..BASE },
+    Profile { name: "resize", resize: 6, crash: 5, revert: 5, switch: 4, ..BASE },
 ];
 
 /// Names of all profiles; `all` takes each in turn by the seed (the long ones of `capacity` less often).
@@ -376,6 +386,7 @@ fn setup(profile: &Profile, rng: &Rng, extra: &Rng) -> Setup {
         marker_interval_s: *rng.pick(&[1, 5, 60]),
         enabled: !rng.one_in(10),
         primary_slow_ns,
+        begin_eighths: if profile.resize > 0 { extra.range(1, 7) } else { 8 },
     }
 }
 
@@ -396,6 +407,7 @@ fn op(profile: &Profile, setup: &Setup, rng: &Rng, extra: &Rng) -> Op {
         profile.flip,
         profile.clock,
         8,
+        profile.resize,
     ];
     let mut draw = rng.below(weights.iter().sum());
     let kind = weights.iter().position(|weight| match draw.checked_sub(*weight) {
@@ -447,6 +459,7 @@ fn op(profile: &Profile, setup: &Setup, rng: &Rng, extra: &Rng) -> Op {
         }
         12 => Action::Flip { disk: rng.below(setup.disks.len() as u64) as usize, pick: rng.bits() },
         13 if rng.one_in(4) => Action::Freeze { ns: *rng.pick(&[2_000_000_000, 10_000_000_000, 100_000_000_000]) },
+        15 => Action::Resize { vol, sectors: rng.range(1, sectors) },
         13 => Action::StepClock {
             by_ns: *rng.pick(&[-3_600_000_000_000, -1_000_000_000, -1_000, 1_000, 1_000_000_000, 3_600_000_000_000]),
         },

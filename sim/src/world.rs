@@ -76,8 +76,12 @@ pub struct Vol {
     pub id: Uuid,
     /// Its own disk.
     pub primary: Rc<SimDisk>,
-    /// Size in sectors.
+    /// Sectors of its primary, and of the oracle.
     pub sectors: u64,
+    /// Sectors that the guest sees.
+    pub shown: Cell<u64>,
+    /// Sizes that it had: instants at which each was asked for and acknowledged (none: cut off by a crash), sectors.
+    pub sizes: RefCell<Vec<(u64, Option<u64>, u64)>>,
     /// What its reads must give.
     pub oracle: RefCell<Oracle>,
     /// Certainly journaled: enabled, and no fault since.
@@ -118,6 +122,22 @@ impl Vol {
     pub fn handle(&self) -> Rc<Volume> {
         Rc::clone(self.handle.borrow().as_ref().expect("operations run while the volume is open"))
     }
+    /// What is known of the size once a call has ended, or the agent has started again.
+    pub fn settle_size(&self, now: u64, sectors: u64) {
+        let mut sizes = self.sizes.borrow_mut();
+        sizes.retain(|(_, acked, size)| acked.is_some() || *size <= sectors);
+        for (_, acked, _) in sizes.iter_mut() {
+            acked.get_or_insert(now);
+        }
+        self.shown.set(sectors);
+    }
+    /// Whether it may have had this size at an instant. Sizes only grow.
+    pub fn had_size(&self, instant: u64, sectors: u64) -> bool {
+        let sizes = self.sizes.borrow();
+        let certain = sizes.iter().filter(|(_, acked, _)| acked.is_some_and(|acked| acked <= instant));
+        let least = certain.map(|(.., size)| *size).max().unwrap_or(0);
+        sectors >= least && sizes.iter().any(|(asked, _, size)| *size == sectors && *asked <= instant)
+    }
     /// Whether an instant lies in an interval that can be viewed.
     pub fn covers(info: &VolumeInfo, instant: u64) -> bool {
         info.coverage.iter().any(|i| i.start.0 <= instant && i.end.is_none_or(|end| instant <= end.0))
@@ -150,6 +170,13 @@ pub struct OpenView {
     pub handle: RefCell<Option<Rc<View>>>,
     /// Calls in flight on it.
     pub busy: Cell<u32>,
+}
+
+impl OpenView {
+    /// Its size.
+    pub fn sectors(&self) -> u64 {
+        self.handle.borrow().as_ref().map_or(1, |view| view.info().size / 512)
+    }
 }
 
 /// All of it.
@@ -244,6 +271,7 @@ impl World {
             let primary = SimDisk::new(100 + i as u64, &format!("primary{i}"), size, setup.physical.1, setup.files);
             primary.set_slow(setup.primary_slow_ns);
             let blocks = sectors.div_ceil(8);
+            let first = (sectors * setup.begin_eighths / 8).max(1);
             let initial: Vec<bool> = (0..blocks).map(|_| rng.one_in(2)).collect();
             for block in (0..blocks).filter(|block| initial[*block as usize]) {
                 let count = (sectors - block * 8).min(8) as usize;
@@ -256,6 +284,8 @@ impl World {
                 id: Uuid::from_u64_pair(0x766f_6c00, i as u64 + 1),
                 primary,
                 sectors: *sectors,
+                shown: Cell::new(first),
+                sizes: RefCell::new(vec![(0, Some(0), first)]),
                 oracle: RefCell::new(Oracle::new(i as u32, *sectors, initial)),
                 protected: Cell::new(false),
                 switches: Cell::new(0),
