@@ -125,6 +125,8 @@ fn a_client_with_a_certificate_is_served_over_tls() {
         let data: Vec<u8> = (0..8_u32 << 20).map(|at| (at % 251) as u8).collect();
         stream.write_all(&request(command::WRITE, 0, 1, 512, data.len() as u32)).await.unwrap();
         stream.write_all(&data).await.unwrap();
+        // What the socket did not take at once waits in the client's session: reading does not send it.
+        stream.flush().await.unwrap();
         let mut answer = [0; 16];
         stream.read_exact(&mut answer).await.unwrap();
         assert_eq!(answer[4..], [[0; 4].as_slice(), &1_u64.to_be_bytes()].concat());
