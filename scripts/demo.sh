@@ -37,13 +37,14 @@ leave_database() {
     for data in "$dir/then/data" "$dir/db/data"; do
         [ ! -e "$data/postmaster.pid" ] || postgres "$pg/pg_ctl" -D "$data" -m immediate -s stop || true
     done
-    ! mountpoint -q "$dir/db" || umount "$dir/db"
+    ! mountpoint -q "$dir/db" || umount "$dir/db" || umount --lazy "$dir/db"
     [ -z "$device" ] || losetup -d "$device" || true
     device=
 }
 
 on_exit() {
     local status=$?
+    set +e # whatever cannot be taken away, the rest is
     [ -z "$device" ] || leave_database
     if [ -n "$agent" ] && kill -0 "$agent" 2>/dev/null; then
         kill "$agent"
@@ -251,7 +252,7 @@ proof "after kill -9 right behind the revert the volume shows the good state"
 cdpctl info demo | indent
 
 # PostgreSQL's programs, where everything is there that a mounted database needs.
-pg=$(find /usr/lib/postgresql -path '*/bin/initdb' -printf '%h\n' 2>/dev/null | sort -V | tail -n 1)
+pg=$({ find /usr/lib/postgresql -path '*/bin/initdb' -printf '%h\n' 2>/dev/null || true; } | sort -V | tail -n 1)
 postgres() { (cd / && LC_ALL=C setpriv --reuid=postgres --regid="$(id -g postgres)" --clear-groups -- "$@"); }
 sql() { postgres "$pg/psql" -X -q -A -t -v ON_ERROR_STOP=1 -h "$1/data" -U postgres -c "$2" postgres; }
 start_database() {
