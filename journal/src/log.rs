@@ -245,6 +245,8 @@ pub struct LogState {
     pub hints: ExtentMap,
     /// The revert that closed it.
     pub revert: Option<PendingRevert>,
+    /// Blocks of that revert are lost: of those nothing that was written here, or before, counts any more.
+    pub revert_lost: bool,
     /// Target of the revert that closed it, once it was asked for.
     pub reverted_to: Option<Instant>,
     /// Bytes charged to it.
@@ -353,6 +355,7 @@ impl Log {
                 overlay: Overlay::default(),
                 hints: ExtentMap::default(),
                 revert: None,
+                revert_lost: false,
                 reverted_to: None,
                 charged: 0,
                 unframed: 0,

@@ -137,6 +137,7 @@ impl Volume {
             }
             if let Some(revert) = inner.revert.take() {
                 lost.union(&revert.left);
+                inner.revert_lost = true;
             }
         }
         // Reads under way look again.

@@ -287,6 +287,11 @@ impl Volume {
                 revert_to = Some(revert.target);
                 break;
             }
+            if state.revert_lost && self.state.borrow().lost_before(block, u64::MAX) {
+                layers.push(Layer { mask: *missing, source: Source::Lost });
+                *missing = 0;
+                return Ok(());
+            }
             match state.overlay.get(block) {
                 Some(Content::Zero) => {
                     layers.push(Layer { mask: *missing, source: Source::Zero });
