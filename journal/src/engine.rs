@@ -442,6 +442,15 @@ impl Volume {
                 (!state.appender_running && !state.destager_running).then_some(())
             })
             .await;
+        // Left behind where a disk failed while this was under way: nobody else answers those who wait for them.
+        let left = {
+            let mut state = self.state.borrow_mut();
+            let inflight = state.inflight.take();
+            std::mem::take(&mut state.open).into_iter().map(|frame| frame.ticket).chain(inflight).collect::<Vec<_>>()
+        };
+        for ticket in left {
+            ticket.finish(Err(Error::Gone("the volume is closed".into())));
+        }
         result
     }
 
@@ -461,9 +470,7 @@ impl Volume {
             ticket.wait().await?;
             self.sync_completed(disk).await?;
         }
-        // The fence tells the primary's mtime: one that a power cut takes back would look like somebody else's write.
-        self.primary.sync_all().await.map_err(|e| Error::device("sync", self.path(), &e))?;
-        // Looked at in one step, and only now: what the destager did meanwhile counts.
+        // Before the sync: what it is to cover is on the primary by then. A revert that is copied to its end meanwhile leaves the fence dirty.
         let clean = {
             let state = self.state.borrow();
             state.punch.is_empty()
@@ -472,6 +479,8 @@ impl Volume {
                     log.sealed || (log.overlay.is_empty() && log.revert.is_none())
                 })
         };
+        // The fence tells the primary's mtime: one that a power cut takes back would look like somebody else's write.
+        self.primary.sync_all().await.map_err(|e| Error::device("sync", self.path(), &e))?;
         if let Some(reason) = disk.failure() {
             return Err(Error::Gone(reason));
         }

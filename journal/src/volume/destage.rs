@@ -833,7 +833,7 @@ impl Volume {
         if state.attach.is_none() || disk.failure().is_some() || !state.punch.is_empty() {
             return Vec::new();
         }
-        let blocks_max = self.engine.upgrade().map_or(0, |engine| engine.config().destage_blocks_max);
+        let blocks_max = self.engine.upgrade().map_or(BATCH_BLOCKS, |engine| engine.config().destage_blocks_max).max(1);
         let log = log.state.borrow();
         log.revert.iter().flat_map(|revert| revert.left.iter_from(next)).take(blocks_max as usize).collect()
     }
@@ -936,7 +936,9 @@ impl Volume {
             }
             (row, done)
         };
-        self.control(ControlKind::Revert, Instant::ZERO, log.seq, 0, row.as_bytes(), done);
+        // Who waits for all records must not wait for the next piece.
+        let urgent = done || self.state.borrow().drain_waiters > 0;
+        self.control(ControlKind::Revert, Instant::ZERO, log.seq, 0, row.as_bytes(), urgent);
         if done {
             let target = Instant(row.target.get());
             self.event(EventKind::RevertDone, format!("the volume holds the state of {target} in full"));
@@ -958,6 +960,7 @@ impl Volume {
             .map(|l| l.seq)
             .next();
         state.lost_changed = true;
+        log.state.borrow_mut().revert_lost = true;
         if let Some(seq) = overwritten {
             state.stale_blocks.insert(block, seq);
             return;

@@ -686,19 +686,20 @@ impl Volume {
         state.window_short_told = short;
     }
 
-    /// A volume that has been idle for a second records its durable point and watermark, so that recovery redoes nothing, and so that every frame before
-    /// is vouched for. That frame is synced too: what a power cut could take vouches for nothing.
+    /// A volume that has been idle for a second records its durable point and watermark, so that recovery redoes nothing, and so that every frame of
+    /// the log before it is vouched for. That frame is synced too: what a power cut could take vouches for nothing.
     async fn idle_frame(self: &Rc<Self>) {
-        let (idle, disk, upto) = {
+        let (idle, disk) = {
             let state = self.state.borrow();
             let idle = self.host.boot_ns().saturating_sub(state.last_write_ns) >= IDLE_NS && state.inflight.is_none();
             let wanted = (state.completed.max(state.durable), Self::watermark(&state));
             let stale = state.recorded != wanted || state.open.front().is_some();
             let disk = state.attach.as_ref().map(|a| Rc::clone(&a.disk));
-            (idle && stale, disk, state.completed)
+            (idle && stale, disk)
         };
         let (true, Some(disk)) = (idle, disk) else { return };
-        if self.sync_journal(&disk, upto).await.is_err() {
+        // Records without an instant are covered as well: `sync_journal` would see nothing to do.
+        if self.sync_completed(&disk).await.is_err() {
             return;
         }
         let ticket = {
@@ -1100,16 +1101,14 @@ impl Volume {
     }
 
     async fn drain(self: &Rc<Self>, reverts: bool) -> Result<()> {
-        {
-            let mut state = self.state.borrow_mut();
-            state.drain_waiters += 1;
-            if let Some(last) = state.open.back_mut() {
-                last.urgent = true;
-            }
-        }
-        self.kick.notify();
+        self.state.borrow_mut().drain_waiters += 1;
         self.work.notify();
         let result = loop {
+            // Records that nobody waits for come in meanwhile, too: of a revert that is being copied, say.
+            if let Some(last) = self.state.borrow_mut().open.back_mut() {
+                last.urgent = true;
+            }
+            self.kick.notify();
             let done = self.changed.until(|| self.drained_or_failed(reverts));
             futures::pin_mut!(done);
             // A failing primary may change nothing for a long time: its patience is looked at every second.

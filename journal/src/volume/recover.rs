@@ -299,6 +299,7 @@ impl Volume {
         let mut candidates: Vec<(u64, u64)> = streams.keys().map(|(seq, id, _)| (*seq, *id)).collect();
         candidates.dedup();
         let next_seq = candidates.last().map_or(0, |(seq, _)| seq + 1);
+        let several = candidates.len() > 1;
         let mut base = None;
         let mut dead: Vec<SegmentRef> = Vec::new();
         while let Some((seq, id)) = candidates.pop() {
@@ -316,14 +317,15 @@ impl Volume {
             }
         }
         let Some((base_seq, base_id, base_scan)) = base else {
-            // A journal that never got its first frame: nothing was acked into it.
-            disk.release(&dead).await?;
-            if fence.state == FenceState::Clean {
+            // Refused as it is: nothing is given back. A journal that has come to a second log had a first frame once.
+            if fence.state == FenceState::Clean || several {
                 return Err(Error::Damaged {
                     what: "journal: no log with its control records",
                     place: disk.path.clone(),
                 });
             }
+            // A journal that never got its first frame: nothing was acked into it.
+            disk.release(&dead).await?;
             self.go_on_without("the journal was not begun").await?;
             return match fence.settings {
                 // The call that switched protection on was cut off: it is brought to its end.
