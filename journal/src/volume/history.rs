@@ -8,7 +8,7 @@ use zerocopy::IntoBytes;
 use super::{Attach, Held, Mode, State, Ticket, Volume, write::done_ticket};
 use crate::disk::Disk;
 use crate::error::{Error, Result};
-use crate::fence::FenceState;
+use crate::fence::{Fence, FenceState};
 use crate::format::{ControlKind, ControlRevert, ControlSettings, EntryKind, StreamKind};
 use crate::index::Touched;
 use crate::info::{EventKind, Health, Interval, LogInfo, Marker, MarkerKind, Priority, Settings, TimelineBucket};
@@ -779,14 +779,15 @@ impl Volume {
                 if let Some(disk) = &disk {
                     Self::check_settings(&settings, disk)?;
                 }
-                {
+                let reason = {
                     let mut state = self.state.borrow_mut();
                     state.settings = Some(settings);
                     if state.created_ns == 0 {
                         state.created_ns = self.host.wall_ns();
                     }
-                }
-                self.put_fence(FenceState::Detached, disk.map_or(uuid::Uuid::nil(), |d| d.id), "off").await?;
+                    if state.on { state.health_reason.clone() } else { "off".to_owned() }
+                };
+                self.put_fence(FenceState::Detached, disk.map_or(uuid::Uuid::nil(), |d| d.id), &reason).await?;
             }
         }
         self.changed.notify();
@@ -895,8 +896,9 @@ impl Volume {
         // What an earlier generation left here is never redone.
         let old: Vec<_> = disk.segments_of(self.id).into_iter().map(|(s, _)| s).collect();
         disk.release(&old).await?;
-        {
+        let was = {
             let mut state = self.state.borrow_mut();
+            let was = (state.settings, state.on, state.created_ns, state.fence.clone());
             state.settings = Some(settings);
             state.on = true;
             state.generation += 1;
@@ -904,18 +906,24 @@ impl Volume {
                 state.created_ns = self.host.wall_ns();
             }
             state.mode = Mode::Switching;
-        }
-        let back = |error| {
-            self.state.borrow_mut().mode = Mode::Direct;
-            self.changed.notify();
-            error
+            was
         };
         // Writes under way to the primary end before the first log begins.
         self.changed.until(|| (self.state.borrow().direct_inflight == 0).then_some(())).await;
-        // From now on a flush syncs the journal only: what went straight to the primary must be durable before.
-        self.primary.sync().await.map_err(|e| back(Error::device("sync", self.path(), &e)))?;
-        self.put_fence(FenceState::Dirty, disk.id, "").await.map_err(back)?;
-        let instant = engine.tick().await.map_err(back)?;
+        let instant = match self.fence_in(engine, disk).await {
+            Ok(instant) => instant,
+            Err(error) => {
+                let fence = {
+                    let mut state = self.state.borrow_mut();
+                    state.mode = Mode::Direct;
+                    (state.settings, state.on, state.created_ns) = (was.0, was.1, was.2);
+                    was.3
+                };
+                self.changed.notify();
+                self.take_fence_back(fence).await;
+                return Err(error);
+            }
+        };
         let ticket = {
             let mut state = self.state.borrow_mut();
             state.attach = Some(Attach { disk: Rc::clone(disk), capacity });
@@ -940,6 +948,24 @@ impl Volume {
         }
         self.event(EventKind::Protected, format!("on {}", disk.path));
         Ok(())
+    }
+
+    /// Makes what went straight to the primary durable (from now on a flush syncs the journal only), then says in the fence that the journal on `disk`
+    /// holds writes. Answers the instant at which its first log begins.
+    async fn fence_in(&self, engine: &Rc<crate::engine::Engine>, disk: &Disk) -> Result<Instant> {
+        self.primary.sync().await.map_err(|e| Error::device("sync", self.path(), &e))?;
+        self.put_fence(FenceState::Dirty, disk.id, "").await?;
+        engine.tick().await
+    }
+
+    /// After an attachment that failed behind its fence, or in it: no later start shall look for a journal that never began, nor find protection on
+    /// that nobody was told of.
+    async fn take_fence_back(&self, was: Option<Fence>) {
+        let Some(dirty) = self.state.borrow().fence.clone().filter(|f| f.state == FenceState::Dirty) else { return };
+        let (disk, reason) = was.map_or((dirty.disk, "off".to_owned()), |f| (f.disk, f.reason));
+        if let Err(error) = self.put_fence(FenceState::Detached, disk, &reason).await {
+            tracing::warn!(volume = %self.id, %error, "the fence of an attachment that failed stays until the next start");
+        }
     }
 
     /// Starts the appender and the destager of a volume that has just entered the journal.
@@ -993,7 +1019,15 @@ impl Volume {
         } else {
             self.state.borrow_mut().on = false;
             let disk = self.state.borrow().fence.as_ref().map_or(uuid::Uuid::nil(), |f| f.disk);
-            self.put_fence(FenceState::Detached, disk, "off").await?;
+            if let Err(error) = self.put_fence(FenceState::Detached, disk, "off").await {
+                self.state.borrow_mut().on = true;
+                return Err(error);
+            }
+            let mut state = self.state.borrow_mut();
+            if state.health == Health::Offline {
+                state.health = Health::Ok;
+                state.health_reason.clear();
+            }
         }
         self.event(EventKind::Disabled, "");
         Ok(())
