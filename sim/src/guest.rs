@@ -18,16 +18,23 @@ const PATIENCE_NS: u64 = 300_000_000_000;
 /// Longest time that a guest may wait for anything while its own disk works: `stall_max` and what detaching takes.
 const GUEST_WAIT_NS: u64 = 20_000_000_000;
 
-/// Fails the run if the returned flag is not set in time.
+/// Fails the run if the returned flag is not set in time. Time in which the agent was frozen does not count: it cannot answer then.
 pub fn watch(world: &Rc<World>, what: String) -> Rc<Cell<bool>> {
     let done = Rc::new(Cell::new(false));
-    let (flag, weak) = (Rc::clone(&done), Rc::downgrade(world));
-    world.running().executor.after(PATIENCE_NS, move || {
-        if let (false, Some(world)) = (flag.get(), weak.upgrade()) {
-            world.fail(format!("no answer in {} s: {what}", PATIENCE_NS / 1_000_000_000));
+    watch_for(world, PATIENCE_NS, what, Rc::clone(&done));
+    done
+}
+
+fn watch_for(world: &Rc<World>, ns: u64, what: String, done: Rc<Cell<bool>>) {
+    let (weak, frozen) = (Rc::downgrade(world), world.frozen_ns.get());
+    world.running().executor.after(ns, move || {
+        if let (false, Some(world)) = (done.get(), weak.upgrade()) {
+            match world.frozen_ns.get() - frozen {
+                0 => world.fail(format!("no answer in {} s: {what}", PATIENCE_NS / 1_000_000_000)),
+                longer => watch_for(&world, longer, what, done),
+            }
         }
     });
-    done
 }
 
 /// Waits.
