@@ -37,6 +37,8 @@ pub struct Config {
     pub nbd_connections_max: usize,
     /// Where volumes and views are local files.
     pub fuse: Fuse,
+    /// How views become block devices when they are mounted.
+    pub attach: Attach,
     /// Most open views, of all volumes together.
     pub views_max: usize,
     /// Most scratch that open writable views, of all volumes together, may take.
@@ -75,6 +77,15 @@ pub enum Fuse {
     BesideSocket,
     /// In this directory.
     Dir(PathBuf),
+}
+
+/// How a view becomes a block device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Attach {
+    /// A loop device on its local file.
+    Loop,
+    /// The kernel's NBD client on the agent's NBD socket, or else a loop device.
+    Nbd,
 }
 
 /// A unix socket.
@@ -149,6 +160,7 @@ impl Default for Config {
             nbd: Listen { unix: Some(UnixListen::at("/run/cdp-agent/nbd.sock")), tcp: None },
             nbd_connections_max: 1024,
             fuse: Fuse::BesideSocket,
+            attach: Attach::Loop,
             views_max: 256,
             views_scratch_bytes_max: 8 << 30,
             metrics: Some(SocketAddr::from(([127, 0, 0, 1], 9187))),
@@ -257,6 +269,16 @@ fn read_root(root: &mut Section<'_>, config: &mut Config) -> Result<(), ConfigEr
         section.finish()?;
     }
     if let Some(mut section) = root.section("views")? {
+        if let Some(value) = section.string("attach")? {
+            config.attach = match value.text.as_str() {
+                "loop" => Attach::Loop,
+                "nbd" if config.nbd.unix.is_none() => {
+                    return Err(section.refuse("attach", &value, "\"loop\": [nbd] has no unix socket"));
+                }
+                "nbd" => Attach::Nbd,
+                _ => return Err(section.refuse("attach", &value, "\"loop\" or \"nbd\"")),
+            };
+        }
         if let Some(max) = section.integer("max", 1, 65536)? {
             config.views_max = usize::try_from(max).expect("at most 65536");
         }
@@ -877,6 +899,12 @@ mod tests {
             ("[[disk]]\n", 0, &["disk[0]", "path is missing"]),
             ("disk = 5", 1, &["[[disk]]"]),
             ("[[disk]]\npath = \"/a\"\n[[disk]]\npath = \"/a\"", 3, &["twice"]),
+            ("[views]\nattach = \"ublk\"", 2, &["views.attach", "ublk", "\"loop\" or \"nbd\""]),
+            (
+                "[nbd]\nunix = \"off\"\ntcp = \"127.0.0.1:9\"\ninsecure = true\n[views]\nattach = \"nbd\"",
+                6,
+                &["views.attach", "unix socket"],
+            ),
             ("[[volume]]\npath = \"/a\"", 2, &["volume[0]", "name is missing"]),
             ("[[volume]]\nname = \"a b\"\npath = \"/a\"", 2, &["volume[0].name", "a b"]),
             ("[[volume]]\nname = \"a\"\npath = \"/a\"\nuuid = \"1\"", 4, &["volume[0].uuid"]),

@@ -23,12 +23,13 @@ use futures::future::{BoxFuture, FutureExt as _, join_all};
 use parking_lot::RwLock;
 use uuid::Uuid;
 
-use crate::config::Config;
+use crate::config::{Attach, Config};
 use crate::copying::{self, Copying};
 use crate::device::{Disk, DiskFile, OpenError};
 use crate::events::{EventHub, wall_ns};
 use crate::frontend::nbd::{ExportDirectory, ExportEntry, ExportInfo, ExportKind, ExportSource};
 use crate::groups::Group;
+use crate::mounts::nbd::NbdDevices;
 use crate::shard::ShardHandle;
 use crate::state::{DiskRecord, Saved, ShardStore, StateDir, ViewRecord, VolumeRecord};
 
@@ -120,6 +121,8 @@ pub struct Control {
     pub(crate) copying: Arc<Copying>,
     /// Where views are files, while they are.
     local: RwLock<Option<PathBuf>>,
+    /// The kernel's NBD devices, where views are mounted by them.
+    nbd_devices: Option<Arc<NbdDevices>>,
     pub(crate) mounting: tokio::sync::Mutex<()>,
     recording: tokio::sync::Mutex<()>,
     views_max: usize,
@@ -205,6 +208,7 @@ impl Control {
             registry: RwLock::default(),
             changing: tokio::sync::Mutex::new(()),
             local: RwLock::default(),
+            nbd_devices: nbd_devices(config),
             mounting: tokio::sync::Mutex::new(()),
             recording: tokio::sync::Mutex::new(()),
             views_max: config.views_max,
@@ -1146,6 +1150,11 @@ fn reserve(path: &Path, size: u64) -> Result<()> {
 
 fn sync_parent(path: &Path) -> std::io::Result<()> {
     std::fs::File::open(path.parent().unwrap_or(Path::new("/")))?.sync_all()
+}
+
+fn nbd_devices(config: &Config) -> Option<Arc<NbdDevices>> {
+    let socket = config.nbd.unix.as_ref().filter(|_| config.attach == Attach::Nbd)?;
+    Some(Arc::new(NbdDevices::new(socket.path.clone())))
 }
 
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {

@@ -15,15 +15,16 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
-use crate::config::{Config, Listen, UnixListen};
+use crate::config::{Attach, Config, Listen, UnixListen};
 use crate::control::{Control, Local, NewVolume, VolumeStatus};
 use crate::events::{EventHub, wall_ns};
 use crate::frontend::fuse::{self, FuseServer};
 use crate::frontend::nbd::{ExportDirectory, ExportKind, Listener, NbdConfig, NbdServer};
 use crate::grpc::convert::Place;
 use crate::grpc::{About, Service};
+use crate::mounts::{self, Mount};
 use crate::state::{StateDir, ViewRecord};
-use crate::{listen, metrics, mounts};
+use crate::{listen, metrics};
 
 /// Clients get so long for the rest of their answers.
 const DRAIN_GRACE: Duration = Duration::from_secs(10);
@@ -162,10 +163,8 @@ impl Served {
                 self.grpc.abort();
             }
         }
-        if let Some(files) = self.files.take() {
-            control.take_local().await;
-            drop(files);
-        }
+        control.take_local().await;
+        drop(self.files.take());
     }
 }
 
@@ -199,7 +198,6 @@ async fn serve(
     if let Some(files) = &files {
         place.volumes = Some(files.volumes().to_owned());
         place.views = Some(files.views().to_owned());
-        control.give_local(files.views()).await;
     }
 
     let nbd_config = NbdConfig { connections_max: config.nbd_connections_max, ..NbdConfig::default() };
@@ -209,6 +207,11 @@ async fn serve(
         place.nbd.push(format!("nbd+unix:///{{}}?socket={}", percent(&unix.path.display().to_string())));
         sockets.push(socket);
         listeners.spawn(Arc::clone(&server).serve(Listener::Unix(listener)));
+    }
+    // Views that were mounted are mounted again: by their files, or by the socket that is served now.
+    let files_dir = config.fuse_dir().filter(|_| files.is_some() || config.attach == Attach::Nbd);
+    if let Some(dir) = files_dir {
+        control.give_local(&fuse::directory_of(&dir, ExportKind::View)).await;
     }
     if let Some(tcp) = &config.nbd.tcp {
         let (listener, tls) = listen::tcp(tcp, "NBD", &[]).await?;
@@ -255,12 +258,22 @@ async fn serve(
 async fn take_files(config: &Config, views: &[ViewRecord]) -> Option<fuse::Place> {
     let dir = config.fuse_dir()?;
     let ids: Vec<String> = views.iter().map(|view| view.id.to_string()).collect();
+    let places: Vec<(PathBuf, String)> =
+        views.iter().filter_map(|view| view.mount.clone()).map(|mount| (mount.dir, mount.device)).collect();
     let taken = tokio::task::spawn_blocking(move || {
         let images = fuse::directory_of(&dir, ExportKind::View);
-        let swept = mounts::sweep(|file| {
-            // Also of a view that was opened and not recorded any more.
-            file.parent() == Some(&images) || ids.iter().any(|id| mounts::lies_in(file, &images, id))
-        });
+        let calls = images.with_file_name("calls");
+        // Also of a view that was opened and not recorded any more.
+        let ours =
+            |file: &Path| file.parent() == Some(&images) || ids.iter().any(|id| mounts::lies_in(file, &images, id));
+        let placed = |mount: &Mount| {
+            let device = mounts::nbd::device_of(&mount.source);
+            let on_record = |(dir, known): &(PathBuf, String)| {
+                *dir == mount.dir && (known.is_empty() || Some(known.as_str()) == device)
+            };
+            mount.dir.parent() == Some(&calls) || places.iter().any(on_record)
+        };
+        let swept = mounts::sweep(ours, placed);
         for dir in swept {
             tracing::warn!(dir = %dir.display(), "a view of an agent that is gone was mounted there: it is unmounted");
         }

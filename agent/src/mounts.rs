@@ -1,12 +1,14 @@
 //! File systems inside of images, mounted on this host by its own tools: which partitions and file systems there are, mounting
-//! them through a loop device, and taking all of that away again.
+//! them through a loop device or the kernel's NBD client ([`nbd`]), and taking all of that away again.
 //!
 //! Everything that may wait for the agent's own files (a mount, a probe, an unmount that writes) runs in a program of its own, never in
 //! a thread of the agent: a thread that waits for its own process cannot be killed. The programs die with the agent.
 //!
 //! What is attached is found again in what the kernel says (`/proc/self/mountinfo`, `/sys/block`), not only in our records: so nothing is
 //! left behind by an agent that was killed in the middle. Loop devices are made with *autoclear*: they go with their mount, also
-//! when the mounting program is killed, or when an admin unmounts by hand.
+//! when the mounting program is killed, or when an admin unmounts by hand. NBD devices go with the agent.
+
+pub mod nbd;
 
 use std::ffi::OsString;
 use std::io;
@@ -69,7 +71,7 @@ pub struct Part {
 /// What was mounted.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Attached {
-    /// `/dev/loop3`.
+    /// `/dev/loop3`, `/dev/nbd3`.
     pub device: String,
     /// Type of the file system.
     pub kind: String,
@@ -139,7 +141,7 @@ pub fn probe(image: &Path) -> Result<Vec<Part>> {
     let columns = ["--raw", "--bytes", "--noheadings", "--output", "NR,START,SECTORS"];
     let mut partx = Command::new("partx");
     partx.args(columns).arg("--").arg(image);
-    let listed = run(partx)?;
+    let listed = run(&partx)?;
     let mut parts = Vec::new();
     // Its status says "no table" and "not readable" alike; what can be read is seen by the next tool.
     for line in String::from_utf8_lossy(&listed.stdout).lines().filter(|_| listed.status.success()) {
@@ -158,7 +160,7 @@ pub fn probe(image: &Path) -> Result<Vec<Part>> {
             blkid.arg(format!("--offset={}", part.offset)).arg(format!("--size={}", part.size));
         }
         blkid.arg(image);
-        let found = run(blkid)?;
+        let found = run(&blkid)?;
         for line in String::from_utf8_lossy(&found.stdout).lines() {
             match line.split_once('=') {
                 Some(("TYPE", kind)) => part.kind = kind.to_owned(),
@@ -224,67 +226,73 @@ fn options(kind: &str, writable: bool) -> (&str, &'static str) {
     }
 }
 
-/// Mounts a file system of `image` at `dir`.
+/// Mounts a file system of `image` at `dir`: by a loop device, or as it is where it is an NBD device.
 ///
 /// # Errors
 /// When there is none, or several and none was chosen, or the system refuses; then nothing is left.
 pub fn attach(image: &Path, dir: &Path, partition: Option<u32>, writable: bool) -> Result<Attached> {
     let parts = probe(image)?;
     let part = choose(&parts, partition)?;
-    let (kind, mut options) = {
-        let (kind, options) = options(&part.kind, writable);
-        (kind.to_owned(), format!("{options},nodev,nosuid,noatime,loop"))
+    let (kind, options) = options(&part.kind, writable);
+    let mut options = format!("{options},nodev,nosuid,noatime");
+    let device = image.to_str().and_then(nbd::device_of);
+    let source = match device {
+        Some(device) if part.number != 0 => nbd::partition(device, part.number)?,
+        _ => image.to_owned(),
     };
-    if part.number != 0 {
-        options.push_str(&format!(",offset={},sizelimit={}", part.offset, part.size));
+    if device.is_none() {
+        options.push_str(",loop");
+        if part.number != 0 {
+            options.push_str(&format!(",offset={},sizelimit={}", part.offset, part.size));
+        }
     }
     let mut mount = Command::new("mount");
-    mount.args(["-t", &kind, "-o", &options, "--"]).arg(image).arg(dir);
-    let done = run(mount)?;
+    mount.args(["-t", kind, "-o", &options, "--"]).arg(source).arg(dir);
+    let done = run(&mount)?;
     if !done.status.success() {
         let said = String::from_utf8_lossy(&done.stderr).trim().to_owned();
         return Err(Error::State(format!("mounting {} at {}: {said}", part.words(), dir.display())));
     }
-    let device = device_at(dir)?.map(|(device, _)| device).unwrap_or_default();
+    let mounted = device_at(dir)?.unwrap_or_default();
     // Past the page cache of the loop device, with many requests in flight. Where that is refused it works without.
-    if !device.is_empty() {
+    if device.is_none() && !mounted.is_empty() {
         let mut losetup = Command::new("losetup");
-        losetup.args(["--direct-io=on", &device]);
-        if let Ok(refused) = run(losetup)
+        losetup.args(["--direct-io=on", &mounted]);
+        if let Ok(refused) = run(&losetup)
             && !refused.status.success()
         {
-            tracing::debug!(device, "no direct I/O: {}", String::from_utf8_lossy(&refused.stderr).trim());
+            tracing::debug!(mounted, "no direct I/O: {}", String::from_utf8_lossy(&refused.stderr).trim());
         }
     }
-    Ok(Attached { device, kind: part.kind.clone(), partition: part.number })
+    Ok(Attached { device: mounted, kind: part.kind.clone(), partition: part.number })
 }
 
-/// The loop device that is mounted at `dir`, topmost.
-fn device_at(dir: &Path) -> Result<Option<(String, (u32, u32))>> {
+/// The loop or NBD device that is mounted at `dir`, topmost.
+fn device_at(dir: &Path) -> Result<Option<String>> {
     let mounts = mounted().map_err(|error| Error::device("read", "/proc/self/mountinfo", &error))?;
     let Some(mount) = mounts.iter().rev().find(|mount| mount.dir == dir) else { return Ok(None) };
+    if let Some(device) = nbd::device_of(&mount.source) {
+        return Ok(Some(device.to_owned()));
+    }
     let bound = loops().into_iter().find(|bound| bound.device == mount.device);
     // btrfs has a number of its own; its source is the device.
     let named = || mount.source.strip_prefix("/dev/").filter(|name| name.starts_with("loop"));
-    Ok(match bound {
-        Some(bound) => Some((format!("/dev/{}", bound.name), bound.device)),
-        None => named().map(|name| (format!("/dev/{name}"), mount.device)),
-    })
+    Ok(bound.map(|bound| bound.name).or_else(|| named().map(str::to_owned)).map(|name| format!("/dev/{name}")))
 }
 
-/// Unmounts what is mounted at `dir` from one of the loop devices in `ours`, and waits until the loop device has gone. Nothing there is no
-/// error. `lazily`: also when it is in use; programs that use it get errors when the image goes.
+/// Unmounts what is mounted at `dir` from `device` (empty: from any loop or NBD device). Nothing there is no error. `lazily`: also when it is in
+/// use; programs that use it get errors when the image goes.
 ///
 /// # Errors
 /// When it is in use, or the system refuses.
 pub fn detach(dir: &Path, device: &str, lazily: bool) -> Result<()> {
-    if let Some((found, _)) = device_at(dir)?
+    if let Some(found) = device_at(dir)?
         && (found == device || device.is_empty())
     {
         let mut umount = Command::new("umount");
         umount.args(lazily.then_some("--lazy")).arg("--").arg(dir);
-        let done = run(umount)?;
-        if !done.status.success() && device_at(dir)?.is_some_and(|(now, _)| now == found) {
+        let done = run(&umount)?;
+        if !done.status.success() && device_at(dir)?.is_some_and(|now| now == found) {
             let said = String::from_utf8_lossy(&done.stderr).trim().to_owned();
             return Err(Error::State(format!("{said}; end what uses it, or force it")));
         }
@@ -314,18 +322,19 @@ pub fn wait_for_loops(ours: impl Fn(&Loop) -> bool) {
 fn release(bound: &Loop) {
     let mut losetup = Command::new("losetup");
     losetup.arg("--detach").arg(format!("/dev/{}", bound.name));
-    if let Err(error) = run(losetup) {
+    if let Err(error) = run(&losetup) {
         tracing::warn!(device = bound.name, %error, "the loop device cannot be detached");
     }
 }
 
-/// Takes away every mount and loop device on files that are `ours`; for files that nobody serves any more. Answers the directories.
-pub fn sweep(ours: impl Fn(&Path) -> bool) -> Vec<PathBuf> {
+/// Takes away every mount and loop device on files that are `ours`, for files that nobody serves any more, and every mount of an NBD device
+/// that is `placed` by us: its device died with the agent that had made it. Answers the directories.
+pub fn sweep(ours: impl Fn(&Path) -> bool, placed: impl Fn(&Mount) -> bool) -> Vec<PathBuf> {
     let found: Vec<Loop> = loops().into_iter().filter(|bound| ours(&bound.file)).collect();
     let mounts = mounted().unwrap_or_default();
     let of = |mount: &&Mount| {
         let named = |bound: &Loop| bound.device == mount.device || mount.source == format!("/dev/{}", bound.name);
-        found.iter().any(named)
+        found.iter().any(named) || (nbd::device_of(&mount.source).is_some() && placed(mount))
     };
     let mut dirs = Vec::new();
     for mount in mounts.iter().rev().filter(of) {
@@ -345,15 +354,10 @@ pub fn sweep(ours: impl Fn(&Path) -> bool) -> Vec<PathBuf> {
 }
 
 /// Runs a tool to its end, in the program's own words. It is killed when it takes too long, and when the agent ends.
-fn run(command: Command) -> Result<Output> {
+fn run(command: &Command) -> Result<Output> {
     let program = command.get_program().to_string_lossy().into_owned();
-    // By `setpriv` and not between fork and exec: so no copy of this process, with all its locked memory, is made.
-    let mut wrapped = Command::new("setpriv");
-    wrapped.args(["--pdeathsig", "KILL", "--"]).arg(command.get_program()).args(command.get_args());
-    wrapped.env("LC_ALL", "C").env("PATH", tool_path());
-    wrapped.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let failed = |error: io::Error| Error::device("run", program.clone(), &error);
-    let child = wrapped.spawn().map_err(failed)?;
+    let child = in_own_words(command).spawn().map_err(failed)?;
     let pid = nix::unistd::Pid::from_raw(child.id().cast_signed());
     let (done, ended) = std::sync::mpsc::channel::<()>();
     let watchdog = std::thread::spawn(move || {
@@ -370,6 +374,16 @@ fn run(command: Command) -> Result<Output> {
         return Err(Error::State(format!("{program} is missing on this host: {said}")));
     }
     Ok(output)
+}
+
+/// A tool that speaks its own words (no translations) and is killed when the thread that started it ends.
+fn in_own_words(command: &Command) -> Command {
+    // By `setpriv` and not between fork and exec: so no copy of this process, with all its locked memory, is made.
+    let mut wrapped = Command::new("setpriv");
+    wrapped.args(["--pdeathsig", "KILL", "--"]).arg(command.get_program()).args(command.get_args());
+    wrapped.env("LC_ALL", "C").env("PATH", tool_path());
+    wrapped.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    wrapped
 }
 
 /// A service's path may lack the administrator's tools.

@@ -135,7 +135,7 @@ pub struct MountRecord {
     pub made: bool,
     /// Number of the partition; 0: the whole; `None`: the only file system there is.
     pub partition: Option<u32>,
-    /// The loop device; empty: not mounted yet.
+    /// The loop or NBD device; empty: not mounted yet.
     pub device: String,
     /// Type of the file system.
     pub kind: String,

@@ -12,6 +12,7 @@
 //! * [`tools`]: other people's NBD clients and file system tools.
 
 pub mod faultfs;
+pub mod guest;
 pub mod load;
 pub mod local;
 pub mod mount;

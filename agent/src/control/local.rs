@@ -82,7 +82,7 @@ impl Control {
             registry.views.iter().filter_map(|(id, slot)| Some((*id, slot.record.mount.clone()?))).collect()
         };
         for (id, mount) in mounted {
-            if let Err(error) = detach(&views, id, &mount, true).await {
+            if let Err(error) = self.detach(&views, id, &mount, true).await {
                 tracing::warn!(view = %id, dir = %mount.dir.display(), %error, "it could not be unmounted");
             }
         }
@@ -215,11 +215,18 @@ impl Control {
     async fn attach(&self, id: Uuid, mount: &MountRecord) -> Result<()> {
         let images = self.local.read().clone().ok_or_else(no_files)?;
         let writable = self.registry.read().views.get(&id).is_some_and(|slot| slot.record.writable);
-        let wanted = mount.clone();
+        let (wanted, devices) = (mount.clone(), self.nbd_devices.clone());
         let attached = blocking(move || {
             std::fs::create_dir_all(&wanted.dir)
                 .map_err(|error| Error::device("make directory", wanted.dir.display().to_string(), &error))?;
-            mounts::attach(&images.join(id.to_string()), &wanted.dir, wanted.partition, writable)
+            let mount = |image: &Path| mounts::attach(image, &wanted.dir, wanted.partition, writable);
+            if let Some(devices) = devices {
+                match devices.connect(id, writable) {
+                    Ok(device) => return mount(Path::new(&device)).inspect_err(|_| devices.disconnect(id)),
+                    Err(error) => tracing::warn!(view = %id, %error, "mounted by a loop device instead"),
+                }
+            }
+            mount(&images.join(id.to_string()))
         });
         let attached = attached.await?;
         self.change_view(id, |record| {
@@ -255,10 +262,26 @@ impl Control {
         let Some(mount) = mount else { return Ok(()) };
         let images = self.local.read().clone();
         if let Some(images) = images {
-            detach(&images, id, &mount, force).await?;
+            self.detach(&images, id, &mount, force).await?;
         }
         self.forget_mount(id, &mount).await;
         Ok(())
+    }
+
+    /// Takes a mount away, and its device; waits for them to go.
+    async fn detach(&self, images: &Path, id: Uuid, mount: &MountRecord, lazily: bool) -> Result<()> {
+        let (images, mount, devices) = (images.to_owned(), mount.clone(), self.nbd_devices.clone());
+        blocking(move || {
+            mounts::detach(&mount.dir, &mount.device, lazily)?;
+            if let Some(devices) = devices {
+                devices.disconnect(id);
+            }
+            if !lazily {
+                mounts::wait_for_loops(|bound| mounts::lies_in(&bound.file, &images, &id.to_string()));
+            }
+            Ok(())
+        })
+        .await
     }
 
     /// Changes a view's record, durably.
@@ -372,19 +395,6 @@ async fn prepare_dir(images: &Path, dir: &Path, private: bool) -> Result<bool> {
         let mode = if private { 0o700 } else { 0o755 };
         std::fs::DirBuilder::new().recursive(true).mode(mode).create(&dir).map_err(failed)?;
         Ok(true)
-    })
-    .await
-}
-
-/// Takes a mount away, and waits for its loop device to go.
-async fn detach(images: &Path, id: Uuid, mount: &MountRecord, lazily: bool) -> Result<()> {
-    let (images, mount, id) = (images.to_owned(), mount.clone(), id.to_string());
-    blocking(move || {
-        mounts::detach(&mount.dir, &mount.device, lazily)?;
-        if !lazily {
-            mounts::wait_for_loops(|bound| mounts::lies_in(&bound.file, &images, &id));
-        }
-        Ok(())
     })
     .await
 }
