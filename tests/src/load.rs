@@ -80,7 +80,7 @@ struct Shared {
     acked: AtomicU64,
     acked_bytes: AtomicU64,
     begun: AtomicU64,
-    reconnects: AtomicU64,
+    connects: AtomicU64,
     failure: Mutex<Option<String>>,
 }
 
@@ -110,7 +110,7 @@ impl Load {
             acked: AtomicU64::new(0),
             acked_bytes: AtomicU64::new(0),
             begun: AtomicU64::new(0),
-            reconnects: AtomicU64::new(0),
+            connects: AtomicU64::new(0),
             failure: Mutex::new(None),
         });
         let threads = (0..connections)
@@ -168,22 +168,19 @@ impl Load {
         self.finish()
     }
 
-    /// How often a connection was made again.
-    pub fn reconnects(&self) -> u64 {
-        self.shared.reconnects.load(Ordering::Relaxed)
+    /// How often a connection was made, the first ones too.
+    pub fn connects(&self) -> u64 {
+        self.shared.connects.load(Ordering::Relaxed)
     }
 }
 
 impl Shared {
     fn run(self: Arc<Self>, number: usize) {
         let mut rng = Rng::new(self.plan.seed.wrapping_mul(31).wrapping_add(number as u64));
-        let mut first = true;
         while !self.done() {
             match Client::connect(&self.socket, &self.export) {
                 Ok(client) => {
-                    if !std::mem::take(&mut first) {
-                        self.reconnects.fetch_add(1, Ordering::Relaxed);
-                    }
+                    self.connects.fetch_add(1, Ordering::Relaxed);
                     self.drive(client, &mut rng);
                 }
                 // The agent is being killed and started again.

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use crate::local::Loop;
 use crate::process::Agent;
 use crate::tools::{self, run};
 use crate::{Rng, now_ns};
@@ -18,7 +19,8 @@ fn path(path: &Path) -> &str {
 pub struct Mount {
     fuse: Child,
     file: PathBuf,
-    loop_device: String,
+    /// Taken when it is let go of.
+    device: Option<Loop>,
     /// Where it is mounted.
     pub folder: PathBuf,
 }
@@ -49,22 +51,27 @@ impl Mount {
             std::thread::sleep(Duration::from_millis(20));
         }
         run(mkfs[0], mkfs[1..].iter().copied().chain([path(&file)]));
-        let loop_device = run("losetup", ["--find", "--show", path(&file)]).trim().to_owned();
-        run("mount", ["-t", kind, &loop_device, path(&folder)]);
-        Self { fuse, file, loop_device, folder }
+        let device = Loop::on(&file, 0, 0);
+        run("mount", ["-t", kind, &device.0, path(&folder)]);
+        Self { fuse, file, device: Some(device), folder }
     }
 }
 
 impl Drop for Mount {
     fn drop(&mut self) {
         // In a failed test some of it may not be there; every step is worth trying.
-        for (program, args) in [
-            ("umount", vec![path(&self.folder)]),
-            ("losetup", vec!["--detach", &self.loop_device]),
-            ("fusermount3", vec!["-u", path(&self.file)]),
-        ] {
-            let _ = tools::output(program, args);
+        let _ = tools::output("umount", [path(&self.folder)]);
+        drop(self.device.take());
+        // Who looks at new devices may hold this one for a moment.
+        for _ in 0..100 {
+            let _ = tools::output("fusermount3", ["-u", path(&self.file)]);
+            match self.fuse.try_wait() {
+                Ok(None) => std::thread::sleep(Duration::from_millis(100)),
+                _ => return,
+            }
         }
+        let _ = tools::output("fusermount3", ["-uz", path(&self.file)]);
+        let _ = self.fuse.kill();
         let _ = self.fuse.wait();
     }
 }

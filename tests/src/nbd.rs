@@ -389,10 +389,11 @@ impl Client {
         Ok(image)
     }
 
-    /// Says good-bye.
+    /// Says good-bye, and waits until the server has let go: from then on it does not count as a client.
     pub fn close(mut self) {
         // The server may be gone already; there is nobody left to tell.
         let _ = self.sender.send(Request { command: CMD_DISC, flags: 0, offset: 0, len: 0 }, &[]);
+        let _ = std::io::copy(&mut self.stream, &mut std::io::sink());
     }
 
     /// The socket, to send what no client should.

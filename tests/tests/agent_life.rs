@@ -196,8 +196,10 @@ fn a_configured_agent_takes_disks_and_volumes_and_has_them_again_after_a_restart
         oracle.check_image(&image, at, at).unwrap();
     }
     let refusal = {
-        let _client = agent.connect("demo");
-        agent.ctl_refused(&["volume", "remove", "demo"], &["demo"])
+        let client = agent.connect("demo");
+        let refusal = agent.ctl_refused(&["volume", "remove", "demo"], &["demo"]);
+        client.close();
+        refusal
     };
     assert_eq!(refusal.code, Some(exit::REFUSED));
     agent.ctl(&["volume", "remove", "demo"]);

@@ -4,7 +4,7 @@
 use std::collections::hash_map::DefaultHasher;
 use std::hash::{Hash, Hasher};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use cdp_tests::load::{Load, Plan};
 use cdp_tests::oracle::Oracle;
@@ -115,12 +115,18 @@ fn a_load_that_reconnects_loses_nothing_over_many_kills() {
     let connections = plan.connections as u64;
     let load = Load::start(&crashes.oracle, &crashes.agent.socket(), "demo", plan);
     let kills = rounds(5);
-    for _ in 0..kills {
+    for round in 0..=kills as u64 {
+        // All of them are there, and there again after each kill.
+        let end = Instant::now() + Duration::from_secs(60);
+        while load.connects() < connections * (round + 1) {
+            assert!(Instant::now() < end, "{} connections after {round} kills", load.connects());
+            std::thread::sleep(Duration::from_millis(5));
+        }
         load.wait_for(300);
-        crashes.kill_and_start();
+        if round < kills as u64 {
+            crashes.kill_and_start();
+        }
     }
-    load.wait_for(300);
-    assert!(load.reconnects() >= connections * kills as u64, "{} reconnects", load.reconnects());
     load.stop();
     crashes.check_live("after the last kill");
     for _ in 0..6 {
