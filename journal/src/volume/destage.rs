@@ -47,10 +47,13 @@ const LINGER_NS: u64 = 500_000_000;
 /// Back-off of a failing primary, nanoseconds.
 const BACK_OFF_NS: (u64, u64) = (100_000_000, 5_000_000_000);
 
-/// Requests to the primary that are submitted together, so that they share one system call and one doorbell of the device.
+/// Requests to the primary that are submitted together, so that they share one system call and one doorbell of the device: the most, when the
+/// backlog is deep (see [`Volume::group`]).
 const GROUP: usize = 16;
 /// Groups under way at once: the device has work while the next one is made. More, or larger ones, keep the guest's own requests waiting.
 const GROUPS: usize = 2;
+/// Blocks of old content in one append, for each request of a group: a guest's own append waits for one that is under way. Its header costs a block.
+const APPEND_BLOCKS: u64 = 4;
 
 /// How much of a batch is done already, as the guest may see it. Room in the backlog comes in whole batches; counted like this, a guest
 /// at the bound goes on evenly at the destager's pace, and does not wait for a batch and then run for one.
@@ -278,6 +281,32 @@ impl Volume {
         }
     }
 
+    /// How many requests to the primary go together now. Few while the backlog is shallow, so that a guest with few writes in flight does not find the
+    /// disk busy with ours; more the nearer it gets to its bound, at which the guest would wait; all when somebody waits for it.
+    fn group(&self) -> usize {
+        let Some(engine) = self.engine.upgrade() else { return GROUP };
+        let state = self.state.borrow();
+        let closed = state.logs.iter().rev().take_while(|log| !log.state.borrow().sealed).count() > 1;
+        if closed || state.backlog_full || state.drain_waiters > 0 {
+            return GROUP;
+        }
+        match Self::backlog(&state) * 8 / engine.config().backlog_bytes_max.max(1) {
+            ..=4 => GROUP / 8,
+            5 => GROUP / 4,
+            6 => GROUP / 2,
+            _ => GROUP,
+        }
+    }
+
+    /// Pieces of `all`, each as large as [`Self::group`] says when it is its turn.
+    fn in_groups<'a, T>(&'a self, mut all: &'a [T]) -> impl Iterator<Item = &'a [T]> {
+        std::iter::from_fn(move || {
+            let (group, rest) = all.split_at(self.group().min(all.len()));
+            all = rest;
+            (!group.is_empty()).then_some(group)
+        })
+    }
+
     /// Whether a log has something that must not wait any longer.
     fn is_due(&self, state: &State, log: &Log, eighths: u64) -> bool {
         let inner = log.state.borrow();
@@ -424,7 +453,7 @@ impl Volume {
             }
             group.push((block, count));
             grouped += count;
-            if grouped >= IO_BLOCKS {
+            if grouped >= (APPEND_BLOCKS * self.group() as u64) {
                 let (read, appended) =
                     join(self.read_before(&group, landing), self.append_before(log, std::mem::take(&mut images))).await;
                 appended?;
@@ -512,7 +541,7 @@ impl Volume {
             }
         }
         let mut out = Vec::new();
-        let groups = reads.chunks(GROUP).map(|group| async move {
+        let groups = self.in_groups(&reads).map(|group| async move {
             (group, join_all(group.iter().map(|(block, count)| self.read_old(*block, *count))).await)
         });
         let mut groups = stream::iter(groups).buffered(GROUPS);
@@ -707,7 +736,7 @@ impl Volume {
     async fn write_and_sync_with(self: &Rc<Self>, writes: &[Write], landing: Option<&Landing>) -> Result<()> {
         let failed = RefCell::new(None);
         // After an error no more is begun, but what is under way is waited for: the writes of the next attempt must not meet these.
-        let groups = writes.chunks(GROUP).take_while(|_| failed.borrow().is_none());
+        let groups = self.in_groups(writes).take_while(|_| failed.borrow().is_none());
         let groups = groups.map(|group| async move {
             let results = join_all(group.iter().map(|write| self.write_one(write))).await;
             (group.iter().map(Write::len).sum::<u64>(), results.into_iter().find_map(Result::err))
