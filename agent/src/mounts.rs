@@ -253,9 +253,18 @@ pub fn attach(image: &Path, dir: &Path, partition: Option<u32>, writable: bool) 
         let said = String::from_utf8_lossy(&done.stderr).trim().to_owned();
         return Err(Error::State(format!("mounting {} at {}: {said}", part.words(), dir.display())));
     }
-    let mounted = device_at(dir)?.unwrap_or_default();
+    let Some(mounted) = devices_at(dir)?.pop() else {
+        let mut umount = Command::new("umount");
+        umount.arg("--").arg(dir);
+        run(&umount)?;
+        return Err(Error::State(format!(
+            "mounting {} at {}: the kernel does not list it",
+            part.words(),
+            dir.display()
+        )));
+    };
     // Past the page cache of the loop device, with many requests in flight. Where that is refused it works without.
-    if device.is_none() && !mounted.is_empty() {
+    if device.is_none() {
         let mut losetup = Command::new("losetup");
         losetup.args(["--direct-io=on", &mounted]);
         if let Ok(refused) = run(&losetup)
@@ -267,39 +276,54 @@ pub fn attach(image: &Path, dir: &Path, partition: Option<u32>, writable: bool) 
     Ok(Attached { device: mounted, kind: part.kind.clone(), partition: part.number })
 }
 
-/// The loop or NBD device that is mounted at `dir`, topmost.
-fn device_at(dir: &Path) -> Result<Option<String>> {
+/// The devices that are mounted at `dir`, the topmost last; of a loop or NBD device its path, of anything else what the kernel calls it.
+fn devices_at(dir: &Path) -> Result<Vec<String>> {
     let mounts = mounted().map_err(|error| Error::device("read", "/proc/self/mountinfo", &error))?;
-    let Some(mount) = mounts.iter().rev().find(|mount| mount.dir == dir) else { return Ok(None) };
-    if let Some(device) = nbd::device_of(&mount.source) {
-        return Ok(Some(device.to_owned()));
-    }
-    let bound = loops().into_iter().find(|bound| bound.device == mount.device);
-    // btrfs has a number of its own; its source is the device.
-    let named = || mount.source.strip_prefix("/dev/").filter(|name| name.starts_with("loop"));
-    Ok(bound.map(|bound| bound.name).or_else(|| named().map(str::to_owned)).map(|name| format!("/dev/{name}")))
+    let loops = loops();
+    let device = |mount: &Mount| match nbd::device_of(&mount.source) {
+        Some(device) => device.to_owned(),
+        // btrfs has a number of its own; its source is the device.
+        None => match loops.iter().find(|bound| bound.device == mount.device) {
+            Some(bound) => format!("/dev/{}", bound.name),
+            None => mount.source.clone(),
+        },
+    };
+    Ok(mounts.iter().filter(|mount| mount.dir == dir).map(device).collect())
+}
+
+/// Whether a device is mounted at `dir`, also below other mounts.
+///
+/// # Errors
+/// When the kernel's list cannot be read.
+pub fn is_mounted(dir: &Path, device: &str) -> Result<bool> {
+    Ok(devices_at(dir)?.iter().any(|found| found == device))
 }
 
 /// Unmounts what is mounted at `dir` from `device` (empty: from any loop or NBD device). Nothing there is no error. `lazily`: also when it is in
 /// use; programs that use it get errors when the image goes.
 ///
 /// # Errors
-/// When it is in use, or the system refuses.
+/// When it is in use, or something else is mounted on top of it, or the system refuses.
 pub fn detach(dir: &Path, device: &str, lazily: bool) -> Result<()> {
-    if let Some(found) = device_at(dir)?
-        && (found == device || device.is_empty())
-    {
-        let mut umount = Command::new("umount");
-        umount.args(lazily.then_some("--lazy")).arg("--").arg(dir);
-        let done = run(&umount)?;
-        if !done.status.success() && device_at(dir)?.is_some_and(|now| now == found) {
-            let said = String::from_utf8_lossy(&done.stderr).trim().to_owned();
-            return Err(Error::State(format!("{said}; end what uses it, or force it")));
-        }
+    let ours = |found: &String| match device {
+        "" => found.starts_with("/dev/loop") || nbd::device_of(found).is_some(),
+        device => found == device,
+    };
+    let there = devices_at(dir)?;
+    let Some(found) = there.iter().rfind(|found| ours(found)) else { return Ok(()) };
+    if let Some(top) = there.last().filter(|top| !ours(top)) {
+        let what = format!("{top} is mounted at {} on top of the view: unmount that first", dir.display());
+        return Err(Error::State(what));
+    }
+    let mut umount = Command::new("umount");
+    umount.args(lazily.then_some("--lazy")).arg("--").arg(dir);
+    let done = run(&umount)?;
+    if !done.status.success() && devices_at(dir)?.last() == Some(found) {
+        let said = String::from_utf8_lossy(&done.stderr).trim().to_owned();
+        return Err(Error::State(format!("{said}; end what uses it, or force it")));
     }
     Ok(())
 }
-
 /// Waits until no loop device has a file that `ours` says is ours; after a while it is asked to go.
 pub fn wait_for_loops(ours: impl Fn(&Loop) -> bool) {
     let end = Instant::now() + LOOP_PATIENCE;

@@ -362,11 +362,60 @@ fn bad_directories_are_refused() {
         (agent.file("volumes"), "own files"),
         (agent.file("primary.img"), "directory"),
         (PathBuf::from("/proc"), "nothing is mounted"),
+        (PathBuf::from("/etc"), "empty directory"),
+        (agent.file("link/x"), "own files"),
+        (agent.file("nowhere/../x"), "without"),
     ];
+    std::os::unix::fs::symlink(agent.file("views"), agent.file("link")).unwrap();
     for (dir, words) in table {
         agent.ctl_refused(&["view", "open", "demo", "--at", &at, "--mount", text(dir)], &[words]);
     }
     assert_eq!(agent.ctl(&["view", "list"])["views"], Value::Array(Vec::new()));
     assert_nothing_attached(agent.dir());
     disk.agent.stop();
+}
+
+/// Goal: a mount is listed and undone whatever way its directory was named, and what others do to it by hand is seen.
+#[test]
+fn a_mount_is_known_by_its_real_directory_and_by_what_the_kernel_says() {
+    skip_unless_mountable!();
+    let mut disk = Disk::make("ext4", false);
+    let agent = &disk.agent;
+    let at = mark(agent, "here");
+    let real = agent.file("real");
+    fs::create_dir(&real).unwrap();
+    std::os::unix::fs::symlink(&real, agent.file("link")).unwrap();
+    let listed = || agent.ctl(&["view", "list"])["views"][0]["mount"].as_str().unwrap_or("none").to_owned();
+    let open = |dir: &Path| agent.ctl(&["view", "open", "demo", "--at", &at, "--mount", text(dir)]);
+    let close = |view: &Value| agent.ctl(&["view", "close", view["id"].as_str().unwrap()]);
+    // A link as the last part, in the middle of it, and a directory behind one that is not there yet.
+    for (asked, meant) in [("link", "real"), ("link/new", "real/new")] {
+        let view = open(&agent.file(asked));
+        assert_eq!(Path::new(&listed()), agent.file(meant), "{asked}");
+        assert_eq!(mounts_under(&real), [agent.file(meant)], "{asked}");
+        assert_eq!(open(&agent.file(asked))["id"], view["id"], "asked again it is the same");
+        close(&view);
+        assert_nothing_attached(agent.dir());
+    }
+    // Unmounted by hand: it says so, and mounts again when it is asked to, also elsewhere.
+    let view = open(&real);
+    for dir in [&real, &agent.file("other")] {
+        run("umount", &[text(&mounts_under(agent.dir()).into_iter().find(|dir| !own(agent, dir)).unwrap())]);
+        assert_eq!(listed(), "");
+        open(dir);
+        assert_eq!(Path::new(&listed()), dir);
+        assert!(dir.join("lost+found").exists(), "it is mounted");
+    }
+    // With something else on top it is not closed behind anybody's back.
+    run("mount", &["-t", "tmpfs", "none", text(&agent.file("other"))]);
+    agent.ctl_refused(&["view", "close", view["id"].as_str().unwrap()], &["on top of the view"]);
+    run("umount", &[text(&agent.file("other"))]);
+    close(&view);
+    assert_nothing_attached(agent.dir());
+    disk.agent.stop();
+}
+
+/// The agent's own two directories of files are mounts, too.
+fn own(agent: &Agent, dir: &Path) -> bool {
+    [agent.file("views"), agent.file("volumes")].iter().any(|own| own == dir)
 }

@@ -186,15 +186,25 @@ impl Control {
         let view = self.view_status(id).await?;
         let images = self.local.read().clone().ok_or_else(no_files)?;
         let private = wish.dir.is_none();
-        let dir = wish.dir.unwrap_or_else(|| images.with_file_name("calls").join(id.to_string()));
-        if let Some(mount) = &view.record.mount {
-            if mount.dir == dir && wish.partition.is_none_or(|wanted| mount.partition == Some(wanted)) {
-                return Ok(view);
+        let dir = match wish.dir {
+            Some(dir) => resolve_dir(&images, dir).await?,
+            None => images.with_file_name("calls").join(id.to_string()),
+        };
+        let known = self.registry.read().views.get(&id).and_then(|slot| slot.record.mount.clone());
+        if let Some(mount) = known {
+            if mounts::is_mounted(&mount.dir, &mount.device)? {
+                if mount.dir == dir && wish.partition.is_none_or(|wanted| mount.partition == Some(wanted)) {
+                    return Ok(view);
+                }
+                let (at, number) = (mount.dir.display(), mount.partition.unwrap_or(0));
+                let part = if number == 0 { String::new() } else { format!("partition {number} of ") };
+                return Err(Error::State(format!("{part}view {id} is mounted at {at} already: close it first")));
             }
-            return Err(Error::State(format!("view {id} is mounted at {} already", mount.dir.display())));
+            // Somebody unmounted it by hand.
+            self.unmount(id, true).await?;
         }
         let mount = MountRecord {
-            made: prepare_dir(&images, &dir, private).await?,
+            made: prepare_dir(&dir, private).await?,
             dir,
             partition: wish.partition,
             device: String::new(),
@@ -323,6 +333,12 @@ impl Control {
             Some(ViewStatus { info, record })
         });
         let mut views: Vec<_> = futures::future::join_all(asked).await.into_iter().flatten().collect();
+        for view in &mut views {
+            let gone = |mount: &MountRecord| !mounts::is_mounted(&mount.dir, &mount.device).unwrap_or(true);
+            if view.record.mount.as_ref().is_some_and(|mount| !mount.device.is_empty() && gone(mount)) {
+                view.record.mount = None; // somebody unmounted it by hand
+            }
+        }
         views.sort_by_key(|view| (view.info.opened_ns, view.info.id));
         views
     }
@@ -371,14 +387,29 @@ fn no_files() -> Error {
     )
 }
 
-/// Has a directory to mount at. Whether it was made.
-async fn prepare_dir(images: &Path, dir: &Path, private: bool) -> Result<bool> {
-    let refuse = |why: &str| Err(Error::invalid("mount", dir.display(), why));
+/// The directory that a path means, as the kernel will name it in its list of mounts: without links, also where its last parts are to be made.
+async fn resolve_dir(images: &Path, dir: PathBuf) -> Result<PathBuf> {
+    let near = images.parent().unwrap_or(images).to_owned();
+    let own = |near: &Path, dir: &Path| ["views", "volumes"].iter().any(|name| dir.starts_with(near.join(name)));
+    let refuse = |dir: &Path| Err(Error::invalid("mount", dir.display(), "not inside of the agent's own files"));
     // Looking below our own files from here could wait for ourselves.
-    let near = images.parent().unwrap_or(images);
-    if dir.starts_with(images) || dir.starts_with(near.join("volumes")) {
-        return refuse("not inside of the agent's own files");
+    if own(&near, &dir) {
+        return refuse(&dir);
     }
+    blocking(move || {
+        let there = dir.ancestors().find(|part| part.symlink_metadata().is_ok()).unwrap_or(Path::new("/"));
+        let rest = dir.strip_prefix(there).expect("one of its ancestors");
+        let real = there.canonicalize();
+        let real = real.map_err(|error| Error::device("resolve", there.display().to_string(), &error))?;
+        let real = if rest.as_os_str().is_empty() { real } else { real.join(rest) };
+        if own(&near.canonicalize().unwrap_or(near), &real) { refuse(&dir) } else { Ok(real) }
+    })
+    .await
+}
+
+/// Has a directory to mount at. Whether it was made.
+async fn prepare_dir(dir: &Path, private: bool) -> Result<bool> {
+    let refuse = |why: &str| Err(Error::invalid("mount", dir.display(), why));
     let mounts = mounts::mounted().map_err(|error| Error::device("read", "/proc/self/mountinfo", &error))?;
     if mounts.iter().any(|mount| mount.dir == dir) {
         return refuse("a directory where nothing is mounted");
@@ -388,7 +419,17 @@ async fn prepare_dir(images: &Path, dir: &Path, private: bool) -> Result<bool> {
         use std::os::unix::fs::DirBuilderExt as _;
         let failed = |error| Error::device("make directory", dir.display().to_string(), &error);
         match std::fs::metadata(&dir) {
-            Ok(found) if found.is_dir() => return Ok(false),
+            Ok(found) if found.is_dir() => {
+                let mut entries = std::fs::read_dir(&dir).map_err(failed)?;
+                return match entries.next() {
+                    None => Ok(false),
+                    Some(_) => Err(Error::invalid(
+                        "mount",
+                        dir.display(),
+                        "an empty directory: a mount would hide what is in it",
+                    )),
+                };
+            }
             Ok(_) => return Err(Error::invalid("mount", dir.display(), "a directory")),
             Err(_) => {}
         }
