@@ -558,7 +558,8 @@ struct Source<'a> {
 
 impl Source<'_> {
     fn line(&self, offset: usize) -> usize {
-        1 + self.text.as_bytes().iter().take(offset).filter(|byte| **byte == b'\n').count()
+        let line = 1 + self.text.as_bytes().iter().take(offset).filter(|byte| **byte == b'\n').count();
+        line.min(self.text.lines().count().max(1)) // what is missing at the end is missing in the last line
     }
 }
 
@@ -899,6 +900,7 @@ mod tests {
             ("[[disk]]\n", 0, &["disk[0]", "path is missing"]),
             ("disk = 5", 1, &["[[disk]]"]),
             ("[[disk]]\npath = \"/a\"\n[[disk]]\npath = \"/a\"", 3, &["twice"]),
+            ("shards = 2\n[[\"\"\n", 2, &["unclosed"]),
             ("[views]\nattach = \"ublk\"", 2, &["views.attach", "ublk", "\"loop\" or \"nbd\""]),
             (
                 "[nbd]\nunix = \"off\"\ntcp = \"127.0.0.1:9\"\ninsecure = true\n[views]\nattach = \"nbd\"",
