@@ -24,7 +24,7 @@ use crate::grpc::convert::Place;
 use crate::grpc::{About, Service};
 use crate::mounts::{self, Mount};
 use crate::state::{StateDir, ViewRecord};
-use crate::{listen, metrics};
+use crate::{listen, metrics, quiesce};
 
 /// Clients get so long for the rest of their answers.
 const DRAIN_GRACE: Duration = Duration::from_secs(10);
@@ -108,6 +108,7 @@ pub async fn run(config: Config, config_path: Option<&Path>, dev: Option<Dev>) -
     let files = take_files(&config, &saved.views).await;
     let events = Arc::new(EventHub::default());
     let begun = std::time::Instant::now();
+    quiesce::thaw_left_behind(saved.frozen.clone(), &events, &state);
     let control = Control::start(&config, state, saved, events).await?;
     tracing::info!(ms = begun.elapsed().as_millis(), "recovered");
 

@@ -3,6 +3,7 @@
 //! Between freeze and thaw there is nothing but one look at the clock; the marker is written afterwards, under the instant that was taken. Invariants:
 //! * Once a freeze was sent, a thaw is sent, whatever comes: an error, a guest that does not answer, a caller who has gone.
 //! * It is sent at the latest when the bound on the frozen time has passed.
+//! * That a guest may be frozen is on record before it is, and until it is thawed: an agent that starts after a crash thaws it.
 //! * The instant counts only if each guest said that it froze something before, and that it thawed something after it: file systems that somebody else
 //!   thawed in between were not frozen at the instant.
 
@@ -21,6 +22,7 @@ use tokio::net::UnixStream;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use crate::events::EventHub;
+use crate::state::StateDir;
 
 /// What is sent before, and comes back before the answer of, a synchronisation: no JSON has this byte.
 const DELIMITER: u8 = 0xFF;
@@ -126,6 +128,7 @@ pub async fn while_frozen<T>(
     paths: &[PathBuf],
     bound: Duration,
     events: &Arc<EventHub>,
+    state: &Arc<StateDir>,
     inside: impl Future<Output = Result<T>>,
 ) -> Result<(T, Duration)> {
     let greeted = join_all(paths.iter().map(|path| async move {
@@ -136,6 +139,7 @@ pub async fn while_frozen<T>(
         }
     }));
     let guests: Vec<Guest> = greeted.await.into_iter().collect::<Result<_>>()?;
+    state.note_frozen(paths).await.map_err(|error| Error::device("write", "the list of frozen guests", &error))?;
     // From here on a thaw follows.
     let began = Instant::now();
     let deadline = began + bound;
@@ -148,7 +152,7 @@ pub async fn while_frozen<T>(
             Err(_) => Err(Error::State(format!("the guests were frozen for {bound:?}, and no instant was taken yet"))),
         },
     };
-    let thawed = join_all(frozen.into_iter().map(|(guest, result)| thaw(guest, result.is_ok(), events))).await;
+    let thawed = join_all(frozen.into_iter().map(|(guest, result)| thaw(guest, result.is_ok(), events, state))).await;
     let spent = began.elapsed();
     let inside = inside?;
     thawed.into_iter().collect::<Result<Vec<()>>>()?;
@@ -167,13 +171,18 @@ async fn freeze(mut guest: Guest, deadline: Instant) -> (Guest, Result<()>) {
 }
 
 /// Thaws a guest. `clean`: its connection has no answer outstanding, so the very next one is that of the thaw.
-async fn thaw(mut guest: Guest, clean: bool, events: &Arc<EventHub>) -> Result<()> {
+async fn thaw(mut guest: Guest, clean: bool, events: &Arc<EventHub>, state: &Arc<StateDir>) -> Result<()> {
     let path = guest.path.clone();
     let mut why = String::new();
     if clean {
         match timeout(THAW_PATIENCE, guest.count("guest-fsfreeze-thaw")).await {
-            Ok(Ok(0)) => return Err(failed(&path, "thaw", "its file systems were not frozen any more")),
-            Ok(Ok(_)) => return Ok(()),
+            Ok(Ok(count)) => {
+                state.note_thawed(&path).await;
+                return match count {
+                    0 => Err(failed(&path, "thaw", "its file systems were not frozen any more")),
+                    _ => Ok(()),
+                };
+            }
             Ok(Err(error)) => why = error.to_string(),
             Err(_) => why = format!("no answer within {THAW_PATIENCE:?}"),
         }
@@ -185,29 +194,44 @@ async fn thaw(mut guest: Guest, clean: bool, events: &Arc<EventHub>) -> Result<(
     let mut guest = Some(guest);
     for _ in 0..THAW_TRIES {
         match thaw_again(guest.take(), &path).await {
-            // It is thawed now; what it was at the instant nobody knows.
-            Ok(()) if clean => return Err(failed(&path, "thaw", format!("{why}; it was thawed at another try"))),
-            Ok(()) => return Ok(()),
+            Ok(()) => {
+                state.note_thawed(&path).await;
+                // It is thawed now; what it was at the instant nobody knows.
+                let late = || failed(&path, "thaw", format!("{why}; it was thawed at another try"));
+                return if clean { Err(late()) } else { Ok(()) };
+            }
             Err(error) => why = error.to_string(),
         }
         sleep(THAW_PAUSE).await;
     }
     let message = format!("guest agent {}: thaw: {why}; it is tried again every second", path.display());
     events.publish_now(EventKind::ThawFailed, None, None, message);
-    let (events, behind) = (Arc::clone(events), path.clone());
-    tokio::spawn(async move {
-        for _ in 0..THAW_TRIES_BEHIND {
-            sleep(THAW_PAUSE).await;
-            if thaw_again(None, &behind).await.is_ok() {
-                let message = format!("guest agent {}: thawed at last", behind.display());
-                events.publish_now(EventKind::ThawFailed, None, None, message);
-                return;
-            }
-        }
-        let message = format!("guest agent {}: given up: its file systems may be frozen", behind.display());
-        events.publish_now(EventKind::ThawFailed, None, None, message);
-    });
+    tokio::spawn(thaw_behind(path.clone(), Arc::clone(events), Arc::clone(state)));
     Err(failed(&path, "thaw", format!("{why}; THE GUEST MAY BE FROZEN, thawing is tried on for ten minutes")))
+}
+
+/// Thaws the guests that an agent which is gone had frozen, or had been about to.
+pub fn thaw_left_behind(guests: Vec<PathBuf>, events: &Arc<EventHub>, state: &Arc<StateDir>) {
+    for guest in guests {
+        let message = format!("guest agent {}: may be frozen by an agent that is gone: thawing it", guest.display());
+        events.publish_now(EventKind::ThawFailed, None, None, message);
+        tokio::spawn(thaw_behind(guest, Arc::clone(events), Arc::clone(state)));
+    }
+}
+
+/// Goes on until a guest is thawed; for ten minutes, then it is left to the next start.
+async fn thaw_behind(guest: PathBuf, events: Arc<EventHub>, state: Arc<StateDir>) {
+    for _ in 0..THAW_TRIES_BEHIND {
+        if thaw_again(None, &guest).await.is_ok() {
+            state.note_thawed(&guest).await;
+            let message = format!("guest agent {}: thawed at last", guest.display());
+            events.publish_now(EventKind::ThawFailed, None, None, message);
+            return;
+        }
+        sleep(THAW_PAUSE).await;
+    }
+    let message = format!("guest agent {}: given up: its file systems may be frozen", guest.display());
+    events.publish_now(EventKind::ThawFailed, None, None, message);
 }
 
 /// A thaw on a connection that may hold old answers, or on a new one. That nothing was frozen any more is as good.

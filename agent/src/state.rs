@@ -164,6 +164,8 @@ pub struct Saved {
     pub views: Vec<ViewRecord>,
     /// Groups added.
     pub groups: Vec<GroupRecord>,
+    /// Sockets of guest agents whose guests may be frozen: an agent ended between a freeze and its thaw.
+    pub frozen: Vec<PathBuf>,
     /// Fences by volume.
     pub fences: BTreeMap<Uuid, Fence>,
 }
@@ -175,6 +177,8 @@ pub struct StateDir {
     writer: Writer,
     /// Groups whose revert is not decided, with their volumes.
     undecided: Mutex<BTreeMap<Uuid, Vec<Uuid>>>,
+    /// Sockets of guests that are being quiesced, one for each call.
+    frozen: Mutex<Vec<PathBuf>>,
     _lock: Flock<File>,
 }
 
@@ -210,11 +214,14 @@ impl StateDir {
             views: required(&dir.join("views"), "views")?,
             // There only once a group was added.
             groups: read_file(&dir.join("groups"), "groups")?.unwrap_or_default(),
+            // There only once a guest was quiesced.
+            frozen: read_file(&dir.join("frozen"), "frozen")?.unwrap_or_default(),
             fences,
         };
+        let frozen = Mutex::new(saved.frozen.clone());
         let writer = Writer::start(saved.high_water).map_err(io_error("start the writer of", dir))?;
         let undecided = Mutex::new(undecided);
-        Ok((Arc::new(Self { dir: dir.to_owned(), host, writer, undecided, _lock: lock }), saved))
+        Ok((Arc::new(Self { dir: dir.to_owned(), host, writer, undecided, frozen, _lock: lock }), saved))
     }
 
     /// Whether the directory can be read and whether all in it is right. Changes nothing and takes no lock.
@@ -225,6 +232,7 @@ impl StateDir {
         read_file::<Vec<DiskRecord>>(&dir.join("disks"), "disks")?;
         read_file::<Vec<ViewRecord>>(&dir.join("views"), "views")?;
         read_file::<Vec<GroupRecord>>(&dir.join("groups"), "groups")?;
+        read_file::<Vec<PathBuf>>(&dir.join("frozen"), "frozen")?;
         if dir.join("fences").exists() {
             read_fences(&dir.join("fences"))?;
         }
@@ -267,6 +275,34 @@ impl StateDir {
     /// Replaces the list of groups.
     pub async fn put_groups(&self, groups: &[GroupRecord]) -> io::Result<()> {
         self.writer.put(self.dir.join("groups"), encode("groups", &groups)).await
+    }
+
+    /// Guests are about to be frozen: whoever starts next after a crash thaws them.
+    pub async fn note_frozen(&self, guests: &[PathBuf]) -> io::Result<()> {
+        self.change_frozen(|frozen| frozen.extend_from_slice(guests)).await
+    }
+
+    /// One of them is thawed again.
+    pub async fn note_thawed(&self, guest: &Path) {
+        let removed = self.change_frozen(|frozen| {
+            if let Some(at) = frozen.iter().position(|noted| noted == guest) {
+                frozen.remove(at);
+            }
+        });
+        if let Err(error) = removed.await {
+            // Then it is thawed once more at the next start, which does no harm.
+            tracing::warn!(guest = %guest.display(), %error, "its thaw could not be recorded");
+        }
+    }
+
+    async fn change_frozen(&self, change: impl FnOnce(&mut Vec<PathBuf>)) -> io::Result<()> {
+        let written = {
+            let mut frozen = self.frozen.lock();
+            change(&mut frozen);
+            // Sent under the lock: the writer keeps the order.
+            self.writer.send(self.dir.join("frozen"), Change::Replace(encode("frozen", &*frozen)))
+        };
+        answer(written).await
     }
 
     /// Groups whose revert is not decided: their records do not count at recovery.

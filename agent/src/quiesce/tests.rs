@@ -42,7 +42,8 @@ struct Seen {
 struct Fake {
     path: PathBuf,
     seen: Arc<Mutex<Seen>>,
-    _dir: tempfile::TempDir,
+    state: Arc<StateDir>,
+    dir: tempfile::TempDir,
 }
 
 impl Fake {
@@ -58,19 +59,43 @@ impl Fake {
                 let _ = serve(stream, habits, &guest).await;
             }
         });
-        Self { path, seen, _dir: dir }
+        let (state, _) = StateDir::open(&dir.path().join("state")).expect("a state directory");
+        Self { path, seen, state, dir }
     }
 
     async fn ask(&self, bound: Duration) -> Result<(bool, Duration)> {
         let seen = Arc::clone(&self.seen);
         let inside = async move { Ok(seen.lock().expect("whole").frozen) };
-        while_frozen(std::slice::from_ref(&self.path), bound, &Arc::default(), inside).await
+        while_frozen(std::slice::from_ref(&self.path), bound, &Arc::default(), &self.state, inside).await
     }
 
     fn assert_thawed(&self) {
         let seen = self.seen.lock().expect("whole");
         assert!(!seen.frozen && seen.thaws >= 1, "{seen:?}");
+        drop(seen);
+        assert_eq!(self.noted(), "[]", "nothing is left to thaw");
     }
+
+    /// What is on record as frozen.
+    fn noted(&self) -> String {
+        noted(&self.dir)
+    }
+}
+
+/// The list, behind the line that says what it is.
+fn noted(dir: &tempfile::TempDir) -> String {
+    let record = std::fs::read_to_string(dir.path().join("state/frozen")).expect("a record");
+    record.lines().last().unwrap_or_default().to_owned()
+}
+
+/// Waits for what must come.
+async fn until(holds: impl Fn() -> bool) {
+    let waited = timeout(Duration::from_secs(60), async {
+        while !holds() {
+            sleep(Duration::from_millis(5)).await;
+        }
+    });
+    waited.await.expect("it comes");
 }
 
 async fn serve(stream: UnixStream, habits: Habits, seen: &Mutex<Seen>) -> io::Result<()> {
@@ -184,8 +209,9 @@ async fn a_guest_that_never_answers_was_never_frozen() {
         assert!(error.contains("synchronise"), "{error}");
         assert_eq!(fake.seen.lock().expect("whole").freezes, 0);
     }
+    let state = Fake::start(Habits::default()).state;
     let nowhere = [PathBuf::from("/nonexistent/qga.sock")];
-    let error = while_frozen(&nowhere, BOUND, &Arc::default(), async { Ok(()) }).await.expect_err("no socket");
+    let error = while_frozen(&nowhere, BOUND, &Arc::default(), &state, async { Ok(()) }).await.expect_err("no socket");
     assert!(error.to_string().contains("/nonexistent/qga.sock"), "{error}");
 }
 
@@ -197,7 +223,8 @@ async fn what_takes_too_long_inside_is_cut_and_the_guest_thawed() {
         Ok(())
     };
     let paths = std::slice::from_ref(&fake.path);
-    let error = while_frozen(paths, BOUND, &Arc::default(), inside).await.expect_err("too long").to_string();
+    let error =
+        while_frozen(paths, BOUND, &Arc::default(), &fake.state, inside).await.expect_err("too long").to_string();
     assert!(error.contains("no instant was taken"), "{error}");
     fake.assert_thawed();
 }
@@ -207,8 +234,31 @@ async fn one_guest_that_fails_thaws_all_of_them() {
     let (good, bad) =
         (Fake::start(Habits::default()), Fake::start(Habits { freeze_refused: true, ..Habits::default() }));
     let paths = [good.path.clone(), bad.path.clone()];
-    let error = while_frozen(&paths, AMPLE, &Arc::default(), async { Ok(()) }).await.expect_err("one is refused");
+    let error =
+        while_frozen(&paths, AMPLE, &Arc::default(), &good.state, async { Ok(()) }).await.expect_err("one is refused");
     assert!(error.to_string().contains("no hooks"), "{error}");
     good.assert_thawed();
-    assert!(bad.seen.lock().expect("whole").thaws >= 1);
+    assert!(good.noted() == "[]" && bad.seen.lock().expect("whole").thaws >= 1);
+}
+
+/// Goal: an agent that ends between freeze and thaw leaves no guest frozen: the next one thaws it.
+/// Method: the task is dropped while the guest is frozen, as a kill would; then a second start on the same state directory.
+#[tokio::test]
+async fn a_guest_that_an_agent_left_frozen_is_thawed_by_the_next() {
+    let fake = Fake::start(Habits::default());
+    let paths = [fake.path.clone()];
+    let (state, seen) = (Arc::clone(&fake.state), Arc::clone(&fake.seen));
+    let cut = tokio::spawn(async move {
+        while_frozen(&paths, AMPLE, &Arc::default(), &state, std::future::pending::<Result<()>>()).await
+    });
+    until(|| seen.lock().expect("whole").frozen).await;
+    cut.abort();
+    let _ = cut.await; // it was cut
+    assert!(seen.lock().expect("whole").frozen && fake.noted().contains("qga.sock"));
+    let Fake { state, dir, .. } = fake;
+    drop(state);
+    let (state, saved) = StateDir::open(&dir.path().join("state")).expect("opens again");
+    assert_eq!(saved.frozen.len(), 1);
+    thaw_left_behind(saved.frozen, &Arc::default(), &state);
+    until(|| !seen.lock().expect("whole").frozen && noted(&dir) == "[]").await;
 }
