@@ -1,5 +1,5 @@
-//! How fast the copying behind reverts is, and when it will be done: looked at once a second, told in `Info`, in `WaitRevert`, and as an event every
-//! ten seconds.
+//! How fast the copying behind reverts is, and when it will be done: looked at four times a second, told in `Info`, in `WaitRevert`, and as an event
+//! after a second and every ten seconds.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Weak};
@@ -12,11 +12,12 @@ use uuid::Uuid;
 
 use crate::control::Control;
 
-const ROUND: Duration = Duration::from_secs(1);
-/// Rounds between two events.
-const TELL_ROUNDS: u32 = 10;
-/// Weight of the newest second in the rate: a change shows within some ten seconds, and one slow second does not.
-const WEIGHT: f64 = 0.2;
+const ROUND: Duration = Duration::from_millis(250);
+/// Rounds before the first event, and between any two.
+const TELL_FIRST_ROUNDS: u32 = 4;
+const TELL_ROUNDS: u32 = 40;
+/// Weight of the newest round in the rate: a change shows within some five seconds, and one slow moment does not.
+const WEIGHT: f64 = 0.1;
 
 /// Rates of pending reverts by volume.
 #[derive(Default)]
@@ -83,7 +84,7 @@ impl Copying {
         for (volume, revert) in pending {
             let rate = known.entry(*volume).or_insert_with(|| Rate::begin(revert, now));
             rate.look(revert, now);
-            if rate.rounds > 0 && rate.rounds.is_multiple_of(TELL_ROUNDS) {
+            if rate.rounds == TELL_FIRST_ROUNDS || (rate.rounds > 0 && rate.rounds.is_multiple_of(TELL_ROUNDS)) {
                 due.push((*volume, *revert));
             }
         }
@@ -128,21 +129,21 @@ mod tests {
     fn the_rate_is_that_of_the_last_seconds_and_a_new_revert_begins_anew() {
         let (copying, volume, start) = (Copying::default(), Uuid::from_u128(1), Instant::now());
         let mut due = Vec::new();
-        for second in 0..=10 {
-            let now = start + ROUND * second;
-            due = copying.look(&[(volume, progress(7, u64::from(second) * 20))], now);
-            assert_eq!(due.len(), usize::from(second == 10), "second {second}");
+        for round in 0..=40 {
+            let now = start + ROUND * round;
+            due = copying.look(&[(volume, progress(7, u64::from(round) * 5))], now);
+            assert_eq!(due.len(), usize::from(round == 4 || round == 40), "round {round}");
         }
         assert_eq!(due[0].1.blocks_done, 200);
         assert_eq!(copying.forecast(volume, &progress(7, 200)), (20, 40));
         // Another revert of the same volume has no rate yet.
         assert_eq!(copying.forecast(volume, &progress(8, 0)), (0, 0));
-        copying.look(&[(volume, progress(8, 0))], start + ROUND * 11);
+        copying.look(&[(volume, progress(8, 0))], start + ROUND * 41);
         assert_eq!(copying.forecast(volume, &progress(8, 0)), (0, 0));
         // Nothing moves: no rate, and no time left that would be a guess.
-        copying.look(&[(volume, progress(8, 0))], start + ROUND * 12);
+        copying.look(&[(volume, progress(8, 0))], start + ROUND * 42);
         assert_eq!(copying.forecast(volume, &progress(8, 0)), (0, 0));
-        copying.look(&[], start + ROUND * 13);
+        copying.look(&[], start + ROUND * 43);
         assert_eq!(copying.forecast(volume, &progress(8, 500)), (0, 0));
     }
 }

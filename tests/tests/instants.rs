@@ -330,15 +330,17 @@ fn a_revert_that_is_copied_tells_its_progress() {
     client.flush().unwrap();
     client.close();
     agent.ctl(&["revert", "demo", "--at", &before.to_string()]);
-    // Progress is told as long as there is any; a machine that is done at once has nothing to tell.
+    // Progress is told as long as there is any; a machine that is done within a second need not have told how fast.
+    let (begun, mut told) = (std::time::Instant::now(), false);
     loop {
         let info = agent.info("demo");
         let Some(revert) = info["revert"].as_object() else { break };
         let (done, total) = (revert["blocks_done"].as_u64().unwrap(), revert["blocks_total"].as_u64().unwrap());
         assert!(done <= total && total == 192 * 256, "{info}");
-        assert!(revert.contains_key("eta_s") && revert.contains_key("blocks_per_s"), "{info}");
+        told |= revert["eta_s"].as_u64().is_some_and(|eta| eta > 0) && revert["blocks_per_s"].as_u64() > Some(0);
         std::thread::sleep(std::time::Duration::from_millis(100));
     }
+    assert!(told || begun.elapsed() < std::time::Duration::from_secs(1), "no rate and no time left were told");
     assert!(agent.live_image("demo").iter().all(|byte| *byte == 0));
     agent.stop();
 }
