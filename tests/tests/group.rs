@@ -84,6 +84,21 @@ fn a_group_shows_one_instant_and_is_undone_by_it() {
     let undo = (times[0].as_u64().unwrap() - 1).to_string();
     agent.ctl(&["revert", "demo", "second", "third", "--at", &undo]);
     assert!(images(&agent) == new, "every volume is as it was before the revert");
+    agent.ctl(&["revert", "demo", "second", "third", "--undo"]);
+    assert!(images(&agent) == old, "undone by one command");
+    // Reverts of different calls are not undone together: that would be no instant of the group.
+    agent.ctl(&["revert", "second", "--undo"]);
+    agent.ctl_refused(&["revert", "demo", "second", "--undo"], &["not of one call", "second at"]);
+}
+
+/// Goal: views of a group have an owner and an end, as others have.
+#[test]
+fn views_of_a_group_have_an_owner_and_an_end() {
+    let agent = Agent::dev_with(&NAMES[1..], SIZE, "2GiB");
+    agent.ctl(&["view", "open", "demo", "second", "--at", "now", "--owner", "anna", "--ttl", "1h"]);
+    let views = agent.ctl(&["view", "list"])["views"].as_array().unwrap().clone();
+    assert_eq!(views.len(), 2);
+    assert!(views.iter().all(|view| view["owner"] == "anna" && view["expires"].as_u64() > Some(0)), "{views:?}");
 }
 
 #[test]

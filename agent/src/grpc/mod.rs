@@ -34,6 +34,7 @@ use uuid::Uuid;
 use crate::control::{Control, NewVolume, Resolved, Terms, ViewStatus};
 use crate::groups::Group;
 use crate::listen::Connection;
+use crate::listen::Peer;
 use crate::quiesce;
 use crate::revert::Rewind;
 
@@ -385,9 +386,14 @@ impl CdpAgent for Service {
             let ticked = this.control.instant();
             let (instant, frozen) = match mark.quiesce.is_empty() {
                 true => (ticked.await.map_err(|error| status(&error))?, Duration::ZERO),
-                false => quiesce::while_frozen(&mark.quiesce, mark.frozen_max, this.control.events(), ticked)
-                    .await
-                    .map_err(|error| status(&error))?,
+                false => {
+                    // No guest is frozen for what can be seen to fail.
+                    this.can_mark(&volumes, &mark.name).await.map_err(|error| status(&error))?;
+                    let (events, state) = (this.control.events(), this.control.state());
+                    quiesce::while_frozen(&mark.quiesce, mark.frozen_max, events, state, ticked)
+                        .await
+                        .map_err(|error| status(&error))?
+                }
             };
             let done = this.mark_all(volumes, &mark, instant).await;
             let (success, fail) = tally(done.iter().map(|(result, _)| result));
@@ -598,10 +604,12 @@ impl CdpAgent for Service {
     }
 
     async fn view_group(&self, call: Request<v1::ViewGroupRequest>) -> Answer<v1::ViewGroupResponse> {
-        let (metadata, _, wire) = call.into_parts();
+        let (metadata, extensions, wire) = call.into_parts();
+        let peer = extensions.get::<Peer>().cloned().unwrap_or_default();
         let this = self.clone();
         self.run(&metadata, async move {
-            let asked = request::View::try_from(&wire).map_err(|error| status(&error))?;
+            let mut asked = request::View::try_from(&wire).map_err(|error| status(&error))?;
+            asked.owner = peer.owner(asked.owner);
             let volumes = this.resolve_all(&wire.volumes)?;
             let volumes = volumes.into_iter().map(|(_, volume)| volume).collect::<Result<Vec<_>>>();
             let volumes = volumes.map_err(|error| status(&error))?;
@@ -734,6 +742,18 @@ impl CdpAgent for Service {
 
 impl Service {
     /// Adds one marker to each volume; one without a name is called alike in all of them.
+    /// Whether each volume is there and none has a marker of this name (empty: one that is made).
+    async fn can_mark(&self, volumes: &[(String, Result<Resolved>)], name: &str) -> Result<()> {
+        for (_, volume) in volumes {
+            let volume = volume.as_ref().map_err(Clone::clone)?;
+            let info = self.control.info(volume.uuid).await?;
+            if info.markers.iter().any(|marker| marker.name == name) {
+                return Err(Error::Exists { what: "marker", name: format!("{name} in {}", volume.name) });
+            }
+        }
+        Ok(())
+    }
+
     async fn mark_all(
         &self,
         volumes: Vec<(String, Result<Resolved>)>,
@@ -819,6 +839,15 @@ impl Service {
                 let mut targets = Vec::new();
                 for volume in volumes {
                     targets.push((volume.uuid, self.before_last_revert(volume).await?));
+                }
+                // The members of one revert have one instant.
+                if targets.iter().any(|(_, target)| *target != targets[0].1) {
+                    let each = volumes.iter().zip(&targets);
+                    let each = each.map(|(volume, (_, target))| format!("{} at {}", volume.name, target.0 + 1));
+                    return Err(Error::State(format!(
+                        "the newest reverts of these volumes are not of one call ({}): undo each by itself, or give an instant",
+                        each.collect::<Vec<_>>().join(", ")
+                    )));
                 }
                 Ok(targets)
             }

@@ -250,6 +250,8 @@ impl TryFrom<&v1::ViewGroupRequest> for View {
             timestamp: wire.timestamp,
             writable: wire.writable,
             ago_ns: wire.ago_ns,
+            ttl_s: wire.ttl_s,
+            owner: wire.owner.clone(),
             flush_before: wire.flush_before,
             ..v1::ViewRequest::default()
         })

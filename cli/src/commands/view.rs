@@ -27,6 +27,8 @@ pub async fn open(agent: &Agent, args: ViewOpen) -> Result<Answer, Failure> {
         timestamp,
         writable: args.writable,
         ago_ns,
+        ttl_s: args.ttl.unwrap_or(0),
+        owner: args.owner.clone().unwrap_or_else(user),
         flush_before,
     };
     let [volume] = args.volumes.as_slice() else {
@@ -41,7 +43,7 @@ pub async fn open(agent: &Agent, args: ViewOpen) -> Result<Answer, Failure> {
     };
     let question = v1::ViewRequest {
         ttl_s: args.ttl.unwrap_or(0),
-        owner: args.owner.unwrap_or_else(user),
+        owner: args.owner.clone().unwrap_or_else(user),
         mount,
         partition: args.partition,
         volume: volume.clone(),
