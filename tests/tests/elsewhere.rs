@@ -8,6 +8,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use cdp_tests::local::{self, Loop, Mounted};
 use cdp_tests::nbd;
@@ -16,6 +17,33 @@ use cdp_tests::{Rng, now_ns, rounds, seed, skip_unless_mountable, tools};
 use serde_json::Value;
 
 const SIZE: u64 = 16 << 20;
+
+/// What is awaited happens within a minute.
+fn until(what: &str, done: impl Fn() -> bool) {
+    let begun = Instant::now();
+    while !done() {
+        assert!(begun.elapsed() < Duration::from_secs(60), "{what}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// Ids of the views that are open.
+fn views(agent: &Agent) -> Vec<String> {
+    let listed = agent.ctl(&["view", "list"]);
+    listed["views"].as_array().unwrap().iter().map(|view| view["id"].as_str().unwrap().to_owned()).collect()
+}
+
+/// A `cdpctl` call that answers in JSON and can be killed.
+fn cdpctl(agent: &Agent, args: &[&str]) -> Command {
+    let mut command = Command::new(binaries().join("cdpctl"));
+    command
+        .args(["--agent", &format!("unix:{}", agent.file("agent.sock").display()), "--output", "json"])
+        .args(args)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null());
+    command
+}
 
 /// Random writes, zeroes, discards and flushes; answers instants between them, with what the volume held then.
 fn history(agent: &Agent, rng: &mut Rng, steps: usize) -> Vec<(u64, Vec<u8>)> {
@@ -332,6 +360,96 @@ fn bisect_refuses_what_has_no_answer() {
     agent.ctl(&["enable", "demo"]);
     fs::remove_file(&state).unwrap();
     ask(&from, "now", "exit 0", &["not kept"]);
+    agent.stop();
+}
+
+/// Goal: however a search is broken off, no view stays.
+#[test]
+fn a_search_that_is_broken_off_leaves_no_view() {
+    let mut agent = Agent::dev("16MiB", "1GiB");
+    let from = now_ns().to_string();
+    let mut client = agent.connect("demo");
+    for at in 0..8 {
+        client.write(at * 4096, &[1; 4096]).unwrap();
+    }
+    client.close();
+    let (to, state, begun) = (now_ns().to_string(), agent.file("state.json"), agent.file("begun"));
+    let log = agent.file("log");
+    let search = |state: &str, command: &[&str]| {
+        let _ = fs::remove_file(&begun);
+        let args = ["bisect", "demo", "--from", &from, "--to", &to, "--state", state];
+        let args = [&args[..], &["--restart", "--log", log.to_str().unwrap(), "--"], command].concat();
+        cdpctl(&agent, &args).spawn().unwrap()
+    };
+    let state = state.to_str().unwrap();
+    let nowhere = agent.file("no/folder/state.json");
+    for (state, command) in [
+        (state, &["sh", "-c", "exit 125"][..]),
+        (state, &["sh", "-c", "kill -9 $$"]),
+        (state, &["/no/such/command"]),
+        (nowhere.to_str().unwrap(), &["true"]),
+    ] {
+        let ended = search(state, command).wait().unwrap();
+        assert!(!ended.success(), "{command:?}");
+        until(&format!("a view stays after {command:?}"), || views(&agent).is_empty());
+    }
+    let sleep = format!("touch {}; exec sleep 1", begun.display());
+    for signal in ["KILL", "INT", "TERM"] {
+        let mut child = search(state, &["sh", "-c", &sleep]);
+        until("the command begins", || begun.exists());
+        assert!(!views(&agent).is_empty());
+        tools::run("kill", [format!("-{signal}"), child.id().to_string()]);
+        assert!(!child.wait().unwrap().success());
+        until(&format!("a view stays after {signal}"), || views(&agent).is_empty());
+    }
+    agent.stop();
+}
+
+/// Goal: a verdict on a view that was not served to the end does not count; the search goes on from there and names the right write.
+/// Method: the command kills the agent and says that the state is bad; the agent is down when it ends, or up again.
+#[test]
+fn a_verdict_without_the_view_does_not_count() {
+    let mut agent = Agent::dev("16MiB", "1GiB");
+    let mut client = agent.connect("demo");
+    let from = now_ns().to_string();
+    for at in 0..40u64 {
+        client.write(at * 4096, &[if at == 30 { 0x5A } else { 1 }; 4096]).unwrap();
+    }
+    client.flush().unwrap();
+    client.close();
+    let (to, state) = (now_ns().to_string(), agent.file("state.json"));
+    for up_again in [false, true] {
+        let (pid, done) = (agent.file("pid"), agent.file("done"));
+        let _ = fs::remove_file(&done);
+        fs::write(&pid, agent.pid().to_string()).unwrap();
+        // Once, on a state between the good one and the broken one.
+        let check = format!(
+            "if [ $CDP_BISECT_STATE -gt 0 -a $CDP_BISECT_STATE -lt 31 -a -e {pid} ]; then \
+             kill -9 $(cat {pid}); rm {pid}; until [ -e {done} ]; do sleep 0.02; done; exit 1; fi; \
+             said=$(qemu-io -r -f raw -c 'read -P 0x5A 122880 512' \"$CDP_VIEW_NBD_URI\") || [ -n \"$said\" ] || exit 126; \
+             echo \"$said\" | grep -q 'verification failed'",
+            pid = pid.display(),
+            done = done.display()
+        );
+        let args = ["bisect", "demo", "--from", &from, "--to", &to, "--state", state.to_str().unwrap(), "--restart"];
+        let args = |restart: bool| [&args[..args.len() - usize::from(!restart)], &["--", "sh", "-c", &check]].concat();
+        let child = cdpctl(&agent, &args(true)).stderr(Stdio::piped()).spawn().unwrap();
+        until("the agent is killed", || !pid.exists());
+        agent.wait_for_end();
+        if up_again {
+            agent.start();
+        }
+        fs::write(&done, "").unwrap();
+        let said = child.wait_with_output().unwrap();
+        let words = String::from_utf8_lossy(&said.stderr);
+        assert!(!said.status.success() && words.contains("does not count"), "{words}");
+        if !up_again {
+            agent.start();
+        }
+        let found = agent.ctl(&args(false));
+        assert_eq!((found["offset"].as_u64(), found["number"].as_u64()), (Some(30 * 4096), Some(31)), "{found}");
+        assert!(views(&agent).is_empty());
+    }
     agent.stop();
 }
 
