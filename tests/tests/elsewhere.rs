@@ -5,7 +5,7 @@ use std::fs::{self, File};
 use std::io::Read as _;
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -43,6 +43,12 @@ fn cdpctl(agent: &Agent, args: &[&str]) -> Command {
         .stdout(Stdio::null())
         .stderr(Stdio::null());
     command
+}
+
+/// kill -9, unless it has ended.
+fn end(mut child: Child) {
+    let _ = child.kill();
+    child.wait().unwrap();
 }
 
 /// Random writes, zeroes, discards and flushes; answers instants between them, with what the volume held then.
@@ -164,7 +170,7 @@ fn increments_make_one_state_of_another() {
     agent.stop();
 }
 
-/// Goal: an export that is killed goes on where it was, and ends with the same bytes.
+/// Goal: an export that is killed goes on where it was, and ends with the same bytes; none leaves a view, or closes somebody else's.
 #[test]
 fn an_export_that_was_killed_goes_on() {
     let mut agent = Agent::dev("512MiB", "2GiB");
@@ -178,34 +184,123 @@ fn an_export_that_was_killed_goes_on() {
     let at = now_ns().to_string();
     for (format, name) in [("raw", "all.img"), ("qcow2", "all.qcow2")] {
         let target = agent.file(name);
-        let command = || {
-            let mut command = Command::new(binaries().join("cdpctl"));
-            command
-                .args(["--agent", &format!("unix:{}", agent.file("agent.sock").display()), "--output", "json"])
-                .args(["export", "demo", "--at", &at, "--format", format, target.to_str().unwrap()])
-                .stdin(Stdio::null());
-            command
-        };
+        let command = || cdpctl(&agent, &["export", "demo", "--at", &at, "--format", format, target.to_str().unwrap()]);
         let notes = format!("{}.cdp-export", target.display());
-        let mut child = command().stdout(Stdio::null()).spawn().unwrap();
-        // Killed once it has noted that something is done.
-        while fs::read_to_string(&notes).map_or(0, |text| text.lines().count()) < 2 {
-            assert!(child.try_wait().unwrap().is_none(), "it ended before it could be killed");
-        }
-        child.kill().unwrap();
-        child.wait().unwrap();
+        // Killed once it has noted that something is done: which file it is, nothing, something.
+        let noted = |child: &mut Child| {
+            while fs::read_to_string(&notes).map_or(0, |text| text.lines().count()) < 4 {
+                assert!(child.try_wait().unwrap().is_none(), "it ended before it could be killed");
+            }
+        };
+        let mut child = command().spawn().unwrap();
+        noted(&mut child);
+        end(child);
+        until("a killed export leaves a view", || views(&agent).is_empty());
         let other = ["export", "demo", "--at", "now", "--format", format, target.to_str().unwrap()];
         agent.ctl_refused(&other, &["asked with", "--restart"]);
-        let done = command().output().unwrap();
+        // Somebody else looks at the same instant meanwhile, and still does when the export is done.
+        let child = command().stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        until("the export opens no view", || !views(&agent).is_empty());
+        let view = agent.open_view("demo", &at);
+        let done = child.wait_with_output().unwrap();
         assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
         let done: Value = serde_json::from_slice(&done.stdout).unwrap();
         assert_eq!(done["resumed"], true);
-        let view = agent.open_view("demo", &at);
+        assert_eq!(views(&agent), [view.id.clone()], "the other one's view, and no other");
         tools::run("qemu-img", ["compare", "-f", format, "-F", "raw", target.to_str().unwrap(), &view.nbd_uri]);
         agent.close_view(&view);
-        agent.ctl_refused(&["export", "demo", "--at", &at, target.to_str().unwrap()], &["is there already"]);
+        let said = agent.ctl_refused(&["export", "demo", "--at", &at, target.to_str().unwrap()], &["is there already"]);
+        assert!(!said.said.contains("--restart"), "it is done, there is nothing to begin anew: {said}");
+        fs::remove_file(&target).unwrap();
+        // Begun anew, from half of another one.
+        let mut child = command().spawn().unwrap();
+        noted(&mut child);
+        end(child);
+        let anew = [&other[..], &["--restart"]].concat();
+        assert_eq!(agent.ctl(&anew)["resumed"], false);
+        agent.ctl_refused(&anew, &["is no export that was interrupted", "stays as it is"]);
         fs::remove_file(target).unwrap();
     }
+    agent.stop();
+}
+
+/// Goal: however early an export is killed, the same words go on with it.
+/// Method: killed at the very moment at which its file is there, and at random ones.
+#[test]
+fn an_export_that_was_killed_early_goes_on() {
+    let mut agent = Agent::dev("16MiB", "1GiB");
+    let mut rng = Rng::new(seed());
+    let (at, image) = history(&agent, &mut rng, 60).pop().unwrap();
+    let at = at.to_string();
+    for round in 0..rounds(24) {
+        let target = agent.file(&format!("{round}.img"));
+        let format = ["raw", "qcow2"][round % 2];
+        let args = ["export", "demo", "--at", &at, "--format", format, target.to_str().unwrap()];
+        let mut child = cdpctl(&agent, &args).spawn().unwrap();
+        match round % 4 {
+            0 | 1 => while !target.exists() && child.try_wait().unwrap().is_none() {},
+            _ => std::thread::sleep(Duration::from_micros(rng.below(60_000))),
+        }
+        end(child);
+        let notes = format!("{}.cdp-export", target.display());
+        if !target.exists() || Path::new(&notes).exists() {
+            agent.ctl(&args);
+        }
+        let expected = agent.file("expected.img");
+        fs::write(&expected, &image).unwrap();
+        let (target, expected) = (target.to_str().unwrap(), expected.to_str().unwrap());
+        tools::run("qemu-img", ["compare", "-f", format, "-F", "raw", target, expected]);
+        assert!(!Path::new(&notes).exists());
+    }
+    until("a killed export leaves a view", || views(&agent).is_empty());
+    agent.stop();
+}
+
+/// Goal: an export removes nothing that is not its own, makes nothing among the devices, and takes no backing file that cannot be right.
+#[test]
+fn an_export_touches_nothing_that_is_not_its_own() {
+    let mut agent = Agent::dev("16MiB", "1GiB");
+    let mut client = agent.connect("demo");
+    let from = now_ns().to_string();
+    client.write(0, &[7; 4096]).unwrap();
+    client.flush().unwrap();
+    client.close();
+    let primary = agent.info("demo")["path"].as_str().unwrap().to_owned();
+    let refused = |target: &str, more: &[&str], words: &[&str]| {
+        let args = [&["export", "demo", "--at", "now", target], more].concat();
+        agent.ctl_refused(&args, words).said
+    };
+    let held = fs::read(&primary).unwrap();
+    refused(&primary, &["--restart"], &["is no export that was interrupted"]);
+    assert!(!refused(&primary, &[], &["is there already"]).contains("--restart"));
+    // Notes that are of another file do not make it ours.
+    let notes = format!("{primary}.cdp-export");
+    for odd in ["", "mine", "{\"version\":2}\n"] {
+        fs::write(&notes, odd).unwrap();
+        refused(&primary, &["--restart"], &["is not what an export notes"]);
+        assert_eq!(fs::read_to_string(&notes).unwrap(), odd);
+    }
+    fs::remove_file(&notes).unwrap();
+    assert!(fs::read(&primary).unwrap() == held, "the volume's own file");
+    refused("/dev/cdp-no-device", &[], &["no files in /dev"]);
+    assert!(!Path::new("/dev/cdp-no-device").exists());
+    // An increment on a file that is not there, or is not as long as the volume was.
+    let (target, base) = (agent.file("new.qcow2"), agent.file("base.img"));
+    let increment = ["--since", &from, "--format", "qcow2", "--backing", "base.img"];
+    let name = base.to_str().unwrap();
+    refused(target.to_str().unwrap(), &increment, &[name, "no such file"]);
+    for bytes in [0, SIZE - 512, SIZE + 512] {
+        File::create(&base).unwrap().set_len(bytes).unwrap();
+        refused(target.to_str().unwrap(), &increment, &[name, &format!("{bytes} bytes"), &SIZE.to_string()]);
+    }
+    assert!(!target.exists() && views(&agent).is_empty());
+    fs::remove_file(&base).unwrap();
+    agent.ctl(&["export", "demo", "--at", &from, name]);
+    agent.ctl(&[&["export", "demo", "--at", "now", target.to_str().unwrap()], &increment[..]].concat());
+    let bare = agent.file("bare.qcow2");
+    let args = [&["export", "demo", "--at", "now", bare.to_str().unwrap()], &increment[..4]].concat();
+    let said = cdpctl(&agent, &args).stderr(Stdio::piped()).output().unwrap();
+    assert!(said.status.success() && String::from_utf8_lossy(&said.stderr).contains("read as zeroes"), "{said:?}");
     agent.stop();
 }
 
