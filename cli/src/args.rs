@@ -647,7 +647,7 @@ pub struct Export {
     /// qcow2: a raw file with the state at --since, as the new file is to name it
     #[arg(long, value_name = "FILE", requires = "since", value_parser = backing)]
     pub backing: Option<String>,
-    /// Forget an export to this file that was interrupted, and what it has written
+    /// Forget an export to this file that was interrupted, and what it has written; any other file stays
     #[arg(long)]
     pub restart: bool,
 }

@@ -13,6 +13,7 @@ mod info;
 mod list;
 mod man;
 mod mark;
+mod own_view;
 mod revert;
 mod settings;
 mod status;

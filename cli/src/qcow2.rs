@@ -8,7 +8,8 @@ pub const CLUSTER: u64 = 64 << 10;
 /// Longest name of a backing file that fits the format.
 pub const BACKING_MAX: usize = 1023;
 
-const MAGIC: u32 = u32::from_be_bytes(*b"QFI\xfb");
+/// First bytes of a file.
+pub const MAGIC: u32 = u32::from_be_bytes(*b"QFI\xfb");
 const HEADER_BYTES: u32 = 104;
 const BACKING_FORMAT: u32 = 0xe279_2aca;
 /// This cluster is used once: reads need not ask the reference counts.

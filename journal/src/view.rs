@@ -47,6 +47,16 @@ impl Volume {
         {
             return Ok(Rc::clone(view));
         }
+        self.open_another_view(time, snapshot_name, writable).await
+    }
+
+    /// Opens a view of its own, whichever are open.
+    pub async fn open_another_view(
+        self: &Rc<Self>,
+        time: Instant,
+        snapshot_name: &str,
+        writable: bool,
+    ) -> Result<Rc<View>> {
         let id = Uuid::from_u64_pair(self.host.random_u64(), self.host.random_u64());
         let id = uuid::Builder::from_random_bytes(*id.as_bytes()).into_uuid();
         self.open_view_as(id, time, snapshot_name, writable).await

@@ -1,13 +1,15 @@
 //! Promise: what is in the history can be had elsewhere: as a file, as an increment, by NBD tools that know nothing of us; and the write that broke it
 //! is found.
 
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::Read as _;
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use cdp_tests::local::{self, Loop, Mounted};
 use cdp_tests::nbd;
@@ -16,16 +18,76 @@ use cdp_tests::{Rng, now_ns, rounds, seed, skip_unless_mountable, tools};
 use serde_json::Value;
 
 const SIZE: u64 = 16 << 20;
+const BLOCK: u64 = 4096;
 
-/// Random writes, zeroes, discards and flushes; answers instants between them, with what the volume held then.
-fn history(agent: &Agent, rng: &mut Rng, steps: usize) -> Vec<(u64, Vec<u8>)> {
+/// What is awaited happens within a minute.
+fn until(what: &str, done: impl Fn() -> bool) {
+    let begun = Instant::now();
+    while !done() {
+        assert!(begun.elapsed() < Duration::from_secs(60), "{what}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// Ids of the views that are open.
+fn views(agent: &Agent) -> Vec<String> {
+    let listed = agent.ctl(&["view", "list"]);
+    listed["views"].as_array().unwrap().iter().map(|view| view["id"].as_str().unwrap().to_owned()).collect()
+}
+
+/// A `cdpctl` call that answers in JSON and can be killed.
+fn cdpctl(agent: &Agent, args: &[&str]) -> Command {
+    let mut command = Command::new(binaries().join("cdpctl"));
+    command
+        .args(["--agent", &format!("unix:{}", agent.file("agent.sock").display()), "--output", "json"])
+        .args(args)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null());
+    command
+}
+
+/// kill -9, unless it has ended.
+fn end(mut child: Child) {
+    let _ = child.kill();
+    child.wait().unwrap();
+}
+
+/// The blocks that extents touch.
+fn blocks(extents: impl IntoIterator<Item = (u64, u64)>) -> BTreeSet<u64> {
+    extents.into_iter().flat_map(|(offset, len)| offset / BLOCK..(offset + len).div_ceil(BLOCK)).collect()
+}
+
+/// The extents of a map that `wanted` picks, after a check that the map covers the whole volume without a gap.
+fn extents(map: &Value, start: &str, wanted: impl Fn(&Value) -> bool) -> Vec<(u64, u64)> {
+    let mut end = 0;
+    let mut found = Vec::new();
+    for extent in map.as_array().unwrap() {
+        let (offset, len) = (extent[start].as_u64().unwrap(), extent["length"].as_u64().unwrap());
+        assert_eq!(offset, end, "{map}");
+        end += len;
+        if wanted(extent) {
+            found.push((offset, len));
+        }
+    }
+    assert_eq!(end, SIZE, "{map}");
+    found
+}
+
+/// An instant, what the volume held then, and where it was written since the instant before in the list.
+type State = (u64, Vec<u8>, Vec<(u64, u64)>);
+
+/// Random writes, zeroes, discards and flushes; answers instants between them.
+fn history(agent: &Agent, rng: &mut Rng, steps: usize) -> Vec<State> {
     let mut client = agent.connect("demo");
     let mut image = client.read_all().unwrap();
     let mut states = Vec::new();
+    let mut written = Vec::new();
     for step in 0..steps {
         let len = rng.pick(&[512, 4096, 12288, 65536, 131_072]);
         let offset = rng.below((SIZE - len) / 512) * 512;
         let range = offset as usize..(offset + len) as usize;
+        written.push((offset, len));
         if rng.percent(80) {
             let mut data = vec![0; len as usize];
             if !rng.percent(10) {
@@ -38,7 +100,7 @@ fn history(agent: &Agent, rng: &mut Rng, steps: usize) -> Vec<(u64, Vec<u8>)> {
             image[range].fill(0);
         }
         if step % 10 == 9 {
-            states.push((now_ns(), image.clone()));
+            states.push((now_ns(), image.clone(), std::mem::take(&mut written)));
         }
     }
     client.close();
@@ -59,7 +121,7 @@ fn apply(overlay: &Path, onto: &Path) {
 }
 
 /// Goal: for any two instants, the increment put onto the state of the first is the state of the second, byte for byte; what nbdinfo and qemu-img make of
-/// `qemu:dirty-bitmap:` says the same.
+/// `qemu:dirty-bitmap:` says the same of every block: what differs is dirty, and so is what was written and nothing else.
 /// Method: a random history with a rotation, a revert and a restart in it; random pairs; raw overlays and qcow2 chains.
 #[test]
 fn increments_make_one_state_of_another() {
@@ -70,7 +132,8 @@ fn increments_make_one_state_of_another() {
     agent.ctl(&["enable", "demo"]);
     states.extend(history(&agent, &mut rng, 100));
     // Back to the middle of it: what a revert puts back has changed, too.
-    let (target, image) = states[states.len() / 2].clone();
+    let (middle, reverted) = (states.len() / 2, states.len());
+    let (target, image, _) = states[middle].clone();
     agent.ctl(&["revert", "demo", "--at", &target.to_string()]);
     assert!(agent.live_image("demo") == image);
     agent.kill();
@@ -78,7 +141,7 @@ fn increments_make_one_state_of_another() {
     states.extend(history(&agent, &mut rng, 100));
     for pair in 0..rounds(6) {
         let (a, b) = (rng.below(states.len() as u64) as usize, rng.below(states.len() as u64) as usize);
-        let ((from, before), (to, after)) = (&states[a.min(b)], &states[a.max(b)]);
+        let ((from, before, _), (to, after, _)) = (&states[a.min(b)], &states[a.max(b)]);
         let (since, at) = (from.to_string(), to.to_string());
         let file = |name: &str| agent.file(&format!("{pair}-{name}"));
         let (base, overlay, qcow2, whole) = (file("base.img"), file("inc.img"), file("inc.qcow2"), file("whole.qcow2"));
@@ -86,8 +149,6 @@ fn increments_make_one_state_of_another() {
         assert!(&fs::read(&base).unwrap() == before, "the state at {from} as a raw file");
         let done = agent.ctl(&["export", "demo", "--at", &at, "--since", &since, overlay.to_str().unwrap()]);
         let dirty = done["changed_bytes"].as_u64().unwrap();
-        let differing = before.chunks(4096).zip(after.chunks(4096)).filter(|(a, b)| a != b).count() as u64 * 4096;
-        assert!(dirty >= differing && dirty <= SIZE, "{dirty} bytes changed, {differing} differ");
         let format = ["--format", "qcow2"];
         let backing = ["--backing", base.to_str().unwrap()];
         let args = ["export", "demo", "--at", &at, "--since", &since, qcow2.to_str().unwrap()];
@@ -104,11 +165,35 @@ fn increments_make_one_state_of_another() {
         let view = agent.open_view("demo", at);
         let map = tools::run("nbdinfo", ["--json", &format!("--map=qemu:dirty-bitmap:since-{since}"), &view.nbd_uri]);
         let map: Value = serde_json::from_str(&map).unwrap();
-        let told: u64 =
-            map.as_array().unwrap().iter().filter(|e| e["type"] == 1).map(|e| e["length"].as_u64().unwrap()).sum();
-        assert_eq!(told, dirty);
-        let covered: u64 = map.as_array().unwrap().iter().map(|e| e["length"].as_u64().unwrap()).sum();
-        assert_eq!(covered, SIZE);
+        let told = extents(&map, "offset", |extent| extent["type"] == 1);
+        let listed = fs::read_to_string(format!("{}.blocks", overlay.display())).unwrap();
+        let listed: Vec<(u64, u64)> = listed
+            .lines()
+            .map(|line| line.split_once(' ').unwrap())
+            .map(|(offset, len)| (offset.parse().unwrap(), len.parse().unwrap()))
+            .collect();
+        assert_eq!(told, listed, "what nbdinfo is told is what was exported");
+        assert_eq!(told.iter().map(|(_, len)| len).sum::<u64>(), dirty);
+        let differing: BTreeSet<u64> = (0..SIZE / BLOCK)
+            .filter(|block| {
+                let range = (block * BLOCK) as usize..((block + 1) * BLOCK) as usize;
+                before[range.clone()] != after[range]
+            })
+            .collect();
+        // A revert counts whole logs, from its target's on: what it may have put back is all that was written before it.
+        let across = a.min(b) < reverted && a.max(b) >= reverted;
+        let written = states[..=a.max(b)].iter().skip(if across { 0 } else { a.min(b) + 1 });
+        let written = blocks(written.flat_map(|(.., written)| written.clone()));
+        let told = blocks(told);
+        assert_eq!(&differing - &told, BTreeSet::new(), "blocks that differ and are not dirty, from {from} to {to}");
+        assert_eq!(&told - &written, BTreeSet::new(), "blocks that are dirty and nobody wrote, from {from} to {to}");
+        if !across {
+            assert_eq!(
+                &written - &told,
+                BTreeSet::new(),
+                "blocks that were written and are not dirty, from {from} to {to}"
+            );
+        }
         let socket = agent.socket();
         let bitmap = format!(
             "driver=nbd,export={},server.type=unix,server.path={},x-dirty-bitmap=qemu:dirty-bitmap:since-{since}",
@@ -118,9 +203,7 @@ fn increments_make_one_state_of_another() {
         let map: Value =
             serde_json::from_str(&tools::run("qemu-img", ["map", "--output=json", "--image-opts", &bitmap])).unwrap();
         // QEMU shows a dirty extent as one without data.
-        let told: u64 =
-            map.as_array().unwrap().iter().filter(|e| e["data"] == false).map(|e| e["length"].as_u64().unwrap()).sum();
-        assert_eq!(told, dirty, "{map}");
+        assert_eq!(blocks(extents(&map, "start", |extent| extent["data"] == false)), told, "{map}");
         agent.close_view(&view);
         apply(&overlay, &base);
         assert!(&fs::read(&base).unwrap() == after, "the state at {from} with the increment is not that at {to}");
@@ -136,7 +219,7 @@ fn increments_make_one_state_of_another() {
     agent.stop();
 }
 
-/// Goal: an export that is killed goes on where it was, and ends with the same bytes.
+/// Goal: an export that is killed goes on where it was, and ends with the same bytes; none leaves a view, or closes somebody else's.
 #[test]
 fn an_export_that_was_killed_goes_on() {
     let mut agent = Agent::dev("512MiB", "2GiB");
@@ -150,34 +233,123 @@ fn an_export_that_was_killed_goes_on() {
     let at = now_ns().to_string();
     for (format, name) in [("raw", "all.img"), ("qcow2", "all.qcow2")] {
         let target = agent.file(name);
-        let command = || {
-            let mut command = Command::new(binaries().join("cdpctl"));
-            command
-                .args(["--agent", &format!("unix:{}", agent.file("agent.sock").display()), "--output", "json"])
-                .args(["export", "demo", "--at", &at, "--format", format, target.to_str().unwrap()])
-                .stdin(Stdio::null());
-            command
-        };
+        let command = || cdpctl(&agent, &["export", "demo", "--at", &at, "--format", format, target.to_str().unwrap()]);
         let notes = format!("{}.cdp-export", target.display());
-        let mut child = command().stdout(Stdio::null()).spawn().unwrap();
-        // Killed once it has noted that something is done.
-        while fs::read_to_string(&notes).map_or(0, |text| text.lines().count()) < 2 {
-            assert!(child.try_wait().unwrap().is_none(), "it ended before it could be killed");
-        }
-        child.kill().unwrap();
-        child.wait().unwrap();
+        // Killed once it has noted that something is done: which file it is, nothing, something.
+        let noted = |child: &mut Child| {
+            while fs::read_to_string(&notes).map_or(0, |text| text.lines().count()) < 4 {
+                assert!(child.try_wait().unwrap().is_none(), "it ended before it could be killed");
+            }
+        };
+        let mut child = command().spawn().unwrap();
+        noted(&mut child);
+        end(child);
+        until("a killed export leaves a view", || views(&agent).is_empty());
         let other = ["export", "demo", "--at", "now", "--format", format, target.to_str().unwrap()];
         agent.ctl_refused(&other, &["asked with", "--restart"]);
-        let done = command().output().unwrap();
+        // Somebody else looks at the same instant meanwhile, and still does when the export is done.
+        let child = command().stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        until("the export opens no view", || !views(&agent).is_empty());
+        let view = agent.open_view("demo", &at);
+        let done = child.wait_with_output().unwrap();
         assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
         let done: Value = serde_json::from_slice(&done.stdout).unwrap();
         assert_eq!(done["resumed"], true);
-        let view = agent.open_view("demo", &at);
+        assert_eq!(views(&agent), [view.id.clone()], "the other one's view, and no other");
         tools::run("qemu-img", ["compare", "-f", format, "-F", "raw", target.to_str().unwrap(), &view.nbd_uri]);
         agent.close_view(&view);
-        agent.ctl_refused(&["export", "demo", "--at", &at, target.to_str().unwrap()], &["is there already"]);
+        let said = agent.ctl_refused(&["export", "demo", "--at", &at, target.to_str().unwrap()], &["is there already"]);
+        assert!(!said.said.contains("--restart"), "it is done, there is nothing to begin anew: {said}");
+        fs::remove_file(&target).unwrap();
+        // Begun anew, from half of another one.
+        let mut child = command().spawn().unwrap();
+        noted(&mut child);
+        end(child);
+        let anew = [&other[..], &["--restart"]].concat();
+        assert_eq!(agent.ctl(&anew)["resumed"], false);
+        agent.ctl_refused(&anew, &["is no export that was interrupted", "stays as it is"]);
         fs::remove_file(target).unwrap();
     }
+    agent.stop();
+}
+
+/// Goal: however early an export is killed, the same words go on with it.
+/// Method: killed at the very moment at which its file is there, and at random ones.
+#[test]
+fn an_export_that_was_killed_early_goes_on() {
+    let mut agent = Agent::dev("16MiB", "1GiB");
+    let mut rng = Rng::new(seed());
+    let (at, image, _) = history(&agent, &mut rng, 60).pop().unwrap();
+    let at = at.to_string();
+    for round in 0..rounds(24) {
+        let target = agent.file(&format!("{round}.img"));
+        let format = ["raw", "qcow2"][round % 2];
+        let args = ["export", "demo", "--at", &at, "--format", format, target.to_str().unwrap()];
+        let mut child = cdpctl(&agent, &args).spawn().unwrap();
+        match round % 4 {
+            0 | 1 => while !target.exists() && child.try_wait().unwrap().is_none() {},
+            _ => std::thread::sleep(Duration::from_micros(rng.below(60_000))),
+        }
+        end(child);
+        let notes = format!("{}.cdp-export", target.display());
+        if !target.exists() || Path::new(&notes).exists() {
+            agent.ctl(&args);
+        }
+        let expected = agent.file("expected.img");
+        fs::write(&expected, &image).unwrap();
+        let (target, expected) = (target.to_str().unwrap(), expected.to_str().unwrap());
+        tools::run("qemu-img", ["compare", "-f", format, "-F", "raw", target, expected]);
+        assert!(!Path::new(&notes).exists());
+    }
+    until("a killed export leaves a view", || views(&agent).is_empty());
+    agent.stop();
+}
+
+/// Goal: an export removes nothing that is not its own, makes nothing among the devices, and takes no backing file that cannot be right.
+#[test]
+fn an_export_touches_nothing_that_is_not_its_own() {
+    let mut agent = Agent::dev("16MiB", "1GiB");
+    let mut client = agent.connect("demo");
+    let from = now_ns().to_string();
+    client.write(0, &[7; 4096]).unwrap();
+    client.flush().unwrap();
+    client.close();
+    let primary = agent.info("demo")["path"].as_str().unwrap().to_owned();
+    let refused = |target: &str, more: &[&str], words: &[&str]| {
+        let args = [&["export", "demo", "--at", "now", target], more].concat();
+        agent.ctl_refused(&args, words).said
+    };
+    let held = fs::read(&primary).unwrap();
+    refused(&primary, &["--restart"], &["is no export that was interrupted"]);
+    assert!(!refused(&primary, &[], &["is there already"]).contains("--restart"));
+    // Notes that are of another file do not make it ours.
+    let notes = format!("{primary}.cdp-export");
+    for odd in ["", "mine", "{\"version\":2}\n"] {
+        fs::write(&notes, odd).unwrap();
+        refused(&primary, &["--restart"], &["is not what an export notes"]);
+        assert_eq!(fs::read_to_string(&notes).unwrap(), odd);
+    }
+    fs::remove_file(&notes).unwrap();
+    assert!(fs::read(&primary).unwrap() == held, "the volume's own file");
+    refused("/dev/cdp-no-device", &[], &["no files in /dev"]);
+    assert!(!Path::new("/dev/cdp-no-device").exists());
+    // An increment on a file that is not there, or is not as long as the volume was.
+    let (target, base) = (agent.file("new.qcow2"), agent.file("base.img"));
+    let increment = ["--since", &from, "--format", "qcow2", "--backing", "base.img"];
+    let name = base.to_str().unwrap();
+    refused(target.to_str().unwrap(), &increment, &[name, "no such file"]);
+    for bytes in [0, SIZE - 512, SIZE + 512] {
+        File::create(&base).unwrap().set_len(bytes).unwrap();
+        refused(target.to_str().unwrap(), &increment, &[name, &format!("{bytes} bytes"), &SIZE.to_string()]);
+    }
+    assert!(!target.exists() && views(&agent).is_empty());
+    fs::remove_file(&base).unwrap();
+    agent.ctl(&["export", "demo", "--at", &from, name]);
+    agent.ctl(&[&["export", "demo", "--at", "now", target.to_str().unwrap()], &increment[..]].concat());
+    let bare = agent.file("bare.qcow2");
+    let args = [&["export", "demo", "--at", "now", bare.to_str().unwrap()], &increment[..4]].concat();
+    let said = cdpctl(&agent, &args).stderr(Stdio::piped()).output().unwrap();
+    assert!(said.status.success() && String::from_utf8_lossy(&said.stderr).contains("read as zeroes"), "{said:?}");
     agent.stop();
 }
 
@@ -332,6 +504,96 @@ fn bisect_refuses_what_has_no_answer() {
     agent.ctl(&["enable", "demo"]);
     fs::remove_file(&state).unwrap();
     ask(&from, "now", "exit 0", &["not kept"]);
+    agent.stop();
+}
+
+/// Goal: however a search is broken off, no view stays.
+#[test]
+fn a_search_that_is_broken_off_leaves_no_view() {
+    let mut agent = Agent::dev("16MiB", "1GiB");
+    let from = now_ns().to_string();
+    let mut client = agent.connect("demo");
+    for at in 0..8 {
+        client.write(at * 4096, &[1; 4096]).unwrap();
+    }
+    client.close();
+    let (to, state, begun) = (now_ns().to_string(), agent.file("state.json"), agent.file("begun"));
+    let log = agent.file("log");
+    let search = |state: &str, command: &[&str]| {
+        let _ = fs::remove_file(&begun);
+        let args = ["bisect", "demo", "--from", &from, "--to", &to, "--state", state];
+        let args = [&args[..], &["--restart", "--log", log.to_str().unwrap(), "--"], command].concat();
+        cdpctl(&agent, &args).spawn().unwrap()
+    };
+    let state = state.to_str().unwrap();
+    let nowhere = agent.file("no/folder/state.json");
+    for (state, command) in [
+        (state, &["sh", "-c", "exit 125"][..]),
+        (state, &["sh", "-c", "kill -9 $$"]),
+        (state, &["/no/such/command"]),
+        (nowhere.to_str().unwrap(), &["true"]),
+    ] {
+        let ended = search(state, command).wait().unwrap();
+        assert!(!ended.success(), "{command:?}");
+        until(&format!("a view stays after {command:?}"), || views(&agent).is_empty());
+    }
+    let sleep = format!("touch {}; exec sleep 1", begun.display());
+    for signal in ["KILL", "INT", "TERM"] {
+        let mut child = search(state, &["sh", "-c", &sleep]);
+        until("the command begins", || begun.exists());
+        assert!(!views(&agent).is_empty());
+        tools::run("kill", [format!("-{signal}"), child.id().to_string()]);
+        assert!(!child.wait().unwrap().success());
+        until(&format!("a view stays after {signal}"), || views(&agent).is_empty());
+    }
+    agent.stop();
+}
+
+/// Goal: a verdict on a view that was not served to the end does not count; the search goes on from there and names the right write.
+/// Method: the command kills the agent and says that the state is bad; the agent is down when it ends, or up again.
+#[test]
+fn a_verdict_without_the_view_does_not_count() {
+    let mut agent = Agent::dev("16MiB", "1GiB");
+    let mut client = agent.connect("demo");
+    let from = now_ns().to_string();
+    for at in 0..40u64 {
+        client.write(at * 4096, &[if at == 30 { 0x5A } else { 1 }; 4096]).unwrap();
+    }
+    client.flush().unwrap();
+    client.close();
+    let (to, state) = (now_ns().to_string(), agent.file("state.json"));
+    for up_again in [false, true] {
+        let (pid, done) = (agent.file("pid"), agent.file("done"));
+        let _ = fs::remove_file(&done);
+        fs::write(&pid, agent.pid().to_string()).unwrap();
+        // Once, on a state between the good one and the broken one.
+        let check = format!(
+            "if [ $CDP_BISECT_STATE -gt 0 -a $CDP_BISECT_STATE -lt 31 -a -e {pid} ]; then \
+             kill -9 $(cat {pid}); rm {pid}; until [ -e {done} ]; do sleep 0.02; done; exit 1; fi; \
+             said=$(qemu-io -r -f raw -c 'read -P 0x5A 122880 512' \"$CDP_VIEW_NBD_URI\") || [ -n \"$said\" ] || exit 126; \
+             echo \"$said\" | grep -q 'verification failed'",
+            pid = pid.display(),
+            done = done.display()
+        );
+        let args = ["bisect", "demo", "--from", &from, "--to", &to, "--state", state.to_str().unwrap(), "--restart"];
+        let args = |restart: bool| [&args[..args.len() - usize::from(!restart)], &["--", "sh", "-c", &check]].concat();
+        let child = cdpctl(&agent, &args(true)).stderr(Stdio::piped()).spawn().unwrap();
+        until("the agent is killed", || !pid.exists());
+        agent.wait_for_end();
+        if up_again {
+            agent.start();
+        }
+        fs::write(&done, "").unwrap();
+        let said = child.wait_with_output().unwrap();
+        let words = String::from_utf8_lossy(&said.stderr);
+        assert!(!said.status.success() && words.contains("does not count"), "{words}");
+        if !up_again {
+            agent.start();
+        }
+        let found = agent.ctl(&args(false));
+        assert_eq!((found["offset"].as_u64(), found["number"].as_u64()), (Some(30 * 4096), Some(31)), "{found}");
+        assert!(views(&agent).is_empty());
+    }
     agent.stop();
 }
 

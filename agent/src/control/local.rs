@@ -131,8 +131,11 @@ impl Control {
             return self.view_status(open.info.id).await;
         }
         self.within_limits(volume, writable)?;
+        // Who shares what was decided above: the engine does not know which ones are temporary.
         let info = self
-            .on_volume(volume, move |volume| async move { Ok(volume.open_view(time, &name, writable).await?.info()) })
+            .on_volume(volume, move |volume| async move {
+                Ok(volume.open_another_view(time, &name, writable).await?.info())
+            })
             .await?;
         let record = ViewRecord {
             id: info.id,

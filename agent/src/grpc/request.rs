@@ -215,6 +215,9 @@ impl TryFrom<&v1::UseViewRequest> for At {
     type Error = Error;
 
     fn try_from(wire: &v1::UseViewRequest) -> Result<Self> {
+        if let (true, Some(partition)) = (wire.unmounted, wire.partition) {
+            return Err(Error::invalid("partition", partition, "not together with unmounted"));
+        }
         Ok(Self::new(&wire.snapshot_name, wire.timestamp, wire.ago_ns)?.with(wire.flush_before))
     }
 }
@@ -483,6 +486,12 @@ mod tests {
         refused(at("", 0, None), &["timestamp", "ago_ns"]);
         refused(at("", 5, Some(1)), &["ago_ns", "not together"]);
         refused(at("m", 0, Some(1)), &["ago_ns", "not together"]);
+        let used = |partition, unmounted| {
+            At::try_from(&v1::UseViewRequest { timestamp: 5, partition, unmounted, ..Default::default() })
+        };
+        assert_eq!(used(Some(1), false).expect("valid"), At::Time(5));
+        assert_eq!(used(None, true).expect("valid"), At::Time(5));
+        refused(used(Some(1), true), &["partition", "unmounted"]);
     }
 
     #[test]

@@ -108,7 +108,10 @@ impl Service {
     ) -> Answer<Streaming<v1::UseViewResponse>> {
         let peer = call.extensions().get::<Peer>().cloned().unwrap_or_default();
         let wire = call.into_inner();
-        peer.may_mount()?;
+        let mounts = !wire.unmounted;
+        if mounts {
+            peer.may_mount()?;
+        }
         let at = At::try_from(&wire).map_err(|error| status(&error))?;
         let owner = peer.owner(request::owner(&wire.owner).map_err(|error| status(&error))?);
         let volume = self.resolve(&wire.volume)?;
@@ -118,16 +121,18 @@ impl Service {
         // A task of its own: whoever goes, and whenever, it closes what it opened.
         tokio::spawn(async move {
             let terms = Terms { owner, ttl: None, temporary: true };
-            // On scratch, so that the file system can bring itself in order.
-            let opened = this.control.open_view(volume.uuid, time, wire.snapshot_name, true, terms).await;
+            // What is mounted is on scratch, so that the file system can bring itself in order.
+            let opened = this.control.open_view(volume.uuid, time, wire.snapshot_name, mounts, terms).await;
             let view = match opened {
                 Ok(view) => view,
                 Err(error) => return drop(told.send(Err(error)).await),
             };
             let id = view.info.id;
-            let wish = MountWish { dir: None, partition: wire.partition };
-            let mounted: Result<ViewStatus> = this.control.mount_view(id, wish).await;
-            if told.send(mounted).await.is_ok() {
+            let ready: Result<ViewStatus> = match mounts {
+                true => this.control.mount_view(id, MountWish { dir: None, partition: wire.partition }).await,
+                false => Ok(view),
+            };
+            if told.send(ready).await.is_ok() {
                 tokio::select! {
                     () = told.closed() => {}
                     _ = this.stopping.wait_for(|stopping| *stopping) => {}

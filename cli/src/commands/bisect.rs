@@ -11,11 +11,10 @@ use std::process::{Command, ExitStatus, Stdio};
 use cdp_proto::{parse::When, v1};
 use serde_json::{Value, json};
 
-use super::{files::with_files, missing, when};
+use super::{files::with_files, missing, own_view::OwnView, when};
 use crate::{
     args::{Bisect, ViewFiles},
     connect::Agent,
-    exit::Exit,
     failure::Failure,
     output::{self, Answer, count, instant},
 };
@@ -40,10 +39,6 @@ struct Search {
     /// The oldest state known to be bad; `None`: state `total` was not run yet.
     bad: Option<u64>,
     runs: u64,
-    /// The view that keeps the history from ageing out while the search goes on, if the search opened it.
-    anchor: String,
-    /// The view of the run that goes on, if the search opened it: after a crash it is still ours to close.
-    opened: String,
 }
 
 impl Search {
@@ -68,8 +63,6 @@ impl Search {
             "good": self.good,
             "bad": self.bad,
             "runs": self.runs,
-            "anchor": self.anchor,
-            "opened": self.opened,
         })
     }
 
@@ -85,8 +78,6 @@ impl Search {
             good: number("good"),
             bad: number("bad"),
             runs: number("runs")?,
-            anchor: value["anchor"].as_str()?.to_owned(),
-            opened: value["opened"].as_str()?.to_owned(),
         };
         let sound = search.good.is_none_or(|good| good <= search.total)
             && search.bad.is_none_or(|bad| bad <= search.total && search.good.is_some_and(|good| good < bad));
@@ -126,19 +117,40 @@ pub async fn bisect(agent: &Agent, args: Bisect) -> Result<Answer, Failure> {
             search
         }
     };
+    // It keeps the history from ageing out under the search, as long as this program runs.
+    let anchor = OwnView::unmounted(agent, "bisect", &volume.volume_uuid, search.from).await?;
+    let answer = go_on(agent, &args, &mut search, &volume.volume_name, &state, &log).await;
+    if !matches!(answer, Err(Failure::Unreachable { .. }))
+        && let Err(failure) = anchor.close().await
+        && answer.is_ok()
+    {
+        eprintln!("cdpctl: {failure}");
+    }
+    answer
+}
+
+/// Runs the command until the write is found.
+async fn go_on(
+    agent: &Agent,
+    args: &Bisect,
+    search: &mut Search,
+    name: &str,
+    state: &Path,
+    log: &Log,
+) -> Result<Answer, Failure> {
     while let Some(number) = search.next() {
-        let good = judge(agent, &args, &mut search, number, &state, &log).await?;
+        let good = judge(agent, args, search, number, log).await?;
         search.runs += 1;
         match (good, number) {
             (true, number) if number == search.total && search.bad.is_none() && number > 0 => {
-                finish(agent, &state, &search).await;
+                finish(state);
                 return Err(Failure::Usage(format!(
                     "--to {}: the command finds the volume good there too, so there is nothing to look for",
                     args.to
                 )));
             }
             (false, 0) => {
-                finish(agent, &state, &search).await;
+                finish(state);
                 return Err(Failure::Usage(format!(
                     "--from {}: the command finds the volume bad there already",
                     args.from
@@ -147,10 +159,10 @@ pub async fn bisect(agent: &Agent, args: Bisect) -> Result<Answer, Failure> {
             (true, number) => search.good = Some(number),
             (false, number) => search.bad = Some(number),
         }
-        save(&state, &search)?;
+        save(state, search)?;
     }
-    let answer = conclude(agent, &search, &volume.volume_name, &log).await?;
-    finish(agent, &state, &search).await;
+    let answer = conclude(agent, search, name, log).await?;
+    finish(state);
     Ok(answer)
 }
 
@@ -164,67 +176,47 @@ async fn begin(agent: &Agent, args: &Bisect, volume: &v1::VolumeEntry, asked: Va
     if total == 0 {
         return Err(Failure::Usage(format!("nothing was written between {from} and {to}")));
     }
-    let known = open_views(agent, &volume.volume_uuid).await?;
-    let anchor = open(agent, &volume.volume_uuid, from).await?;
-    let ours = !known.iter().any(|view| view.id == anchor.id);
-    Ok(Search {
-        volume_uuid: volume.volume_uuid.clone(),
-        asked,
-        from,
-        to,
-        total,
-        good: None,
-        bad: None,
-        runs: 0,
-        anchor: if ours { anchor.id } else { String::new() },
-        opened: String::new(),
-    })
+    Ok(Search { volume_uuid: volume.volume_uuid.clone(), asked, from, to, total, good: None, bad: None, runs: 0 })
 }
 
 /// Runs the command on a state; answers whether it found it good.
-async fn judge(
-    agent: &Agent,
-    args: &Bisect,
-    search: &mut Search,
-    number: u64,
-    state: &Path,
-    log: &Log,
-) -> Result<bool, Failure> {
+async fn judge(agent: &Agent, args: &Bisect, search: &Search, number: u64, log: &Log) -> Result<bool, Failure> {
     let time = time_of(agent, search, number).await?;
     let run = search.runs + 1;
     log.line(&format!("run {run}: state {number} of {}, at {time} ({})", search.total, instant(time)))?;
-    let ended = if args.mount {
-        // A view of its own, which the agent takes away with this call, however it ends.
+    // A view of its own in either case, which the agent takes away with this call, however it ends.
+    let mut ended = None;
+    let served = if args.mount {
         let files = ViewFiles { volume: search.volume_uuid.clone(), at: When::At(time), partition: args.partition };
-        let search = &*search;
         with_files(agent, "bisect", files, async |_, view| {
-            Ok(run_command(&args.command, search, number, view, log).await)
+            ended = Some(run_command(&args.command, search, number, view, log).await);
+            Ok(())
         })
-        .await?
+        .await
     } else {
-        let known = open_views(agent, &search.volume_uuid).await?;
-        let view = open(agent, &search.volume_uuid, time).await?;
-        if !known.iter().any(|known| known.id == view.id) {
-            search.opened.clone_from(&view.id);
-            save(state, search)?;
-        }
-        let ended = run_command(&args.command, search, number, &view, log).await;
-        if view.id == search.opened && view.id != search.anchor {
-            close(agent, &view.id).await;
-        }
-        ended
+        let own = OwnView::unmounted(agent, "bisect", &search.volume_uuid, time).await?;
+        ended = Some(run_command(&args.command, search, number, &own.view, log).await);
+        own.close().await
     };
-    let (verdict, status) = match ended {
-        Ok(status) => (verdict(status), status.to_string()),
-        Err(source) => return Err(Failure::io(format!("run {:?}", args.command), source)),
+    let status = match (ended, served) {
+        (Some(Err(source)), _) => return Err(Failure::io(format!("run {:?}", args.command), source)),
+        // A command that found nothing to read has judged nothing.
+        (Some(Ok(status)), Err(failure)) => {
+            log.line(&format!("run {run}: {status}, which does not count: {failure}"))?;
+            return Err(uncounted(run, failure));
+        }
+        (None, Err(failure)) => return Err(failure),
+        (None, Ok(())) => return Err(missing("bisect")),
+        (Some(Ok(status)), Ok(())) => status,
     };
+    let verdict = verdict(status);
     let words = match verdict {
-        Some(true) => "good",
-        Some(false) => "bad",
-        None => "cannot tell",
+        Some(true) => "is good",
+        Some(false) => "is bad",
+        None => "cannot be judged",
     };
-    log.line(&format!("run {run}: {status}: {words}"))?;
-    eprintln!("cdpctl: run {run}: {} is {words} ({} left to search)", instant(time), left(search, number, verdict));
+    log.line(&format!("run {run}: {status}: it {words}"))?;
+    eprintln!("{}", told(run, time, words, left(search, number, verdict)));
     verdict.ok_or_else(|| {
         Failure::Usage(format!(
             "{:?} could not judge the state at {time} ({status}; {CANNOT_TELL} and above, and signals, say so); \
@@ -233,6 +225,21 @@ async fn judge(
             log.0.display()
         ))
     })
+}
+
+/// What a run came to.
+fn told(run: u64, time: u64, words: &str, left: u64) -> String {
+    format!("cdpctl: run {run}: the state at {} {words} ({left} left to search)", instant(time))
+}
+
+/// Why the verdict of a command that ran is not taken.
+fn uncounted(run: u64, failure: Failure) -> Failure {
+    let words = format!("run {run} does not count (the same command line goes on from here)");
+    match failure {
+        Failure::Unreachable { endpoint, why } => Failure::Unreachable { endpoint, why: format!("{words}: {why}") },
+        Failure::Call { what, status } => Failure::Call { what: format!("{words}: {what}"), status },
+        other => other,
+    }
 }
 
 /// Changes left between good and bad after a verdict.
@@ -338,11 +345,8 @@ async fn conclude(agent: &Agent, search: &Search, name: &str, log: &Log) -> Resu
     Ok(Answer::done(json, text))
 }
 
-/// The search is over: its view and its file go.
-async fn finish(agent: &Agent, state: &Path, search: &Search) {
-    if !search.anchor.is_empty() {
-        close(agent, &search.anchor).await;
-    }
+/// The search is over: its file goes.
+fn finish(state: &Path) {
     if let Err(error) = fs::remove_file(state) {
         eprintln!("cdpctl: remove {}: {error}", state.display());
     }
@@ -358,33 +362,6 @@ pub async fn changes(
 ) -> Result<v1::ChangesResponse, Failure> {
     let question = v1::ChangesRequest { volume: volume.to_owned(), from, to, skip, limit };
     agent.call("changes", question, |mut client, question| async move { client.changes(question).await }).await
-}
-
-async fn open(agent: &Agent, volume: &str, time: u64) -> Result<v1::ViewInfo, Failure> {
-    let question = v1::ViewRequest { volume: volume.to_owned(), timestamp: time, ..Default::default() };
-    let what = format!("view of {volume} at {time}");
-    let answer =
-        agent.call(what.clone(), question, |mut client, question| async move { client.view(question).await }).await?;
-    answer.view.ok_or_else(|| missing(&what))
-}
-
-async fn open_views(agent: &Agent, volume: &str) -> Result<Vec<v1::ViewInfo>, Failure> {
-    let question = v1::ListViewsRequest { volume: volume.to_owned() };
-    let answer = agent
-        .call("view list", question, |mut client, question| async move { client.list_views(question).await })
-        .await?;
-    Ok(answer.views)
-}
-
-/// Closes a view; that it cannot be closed is said, and ends nothing.
-async fn close(agent: &Agent, id: &str) {
-    let question = v1::CloseViewRequest { id: id.to_owned(), force: true };
-    let closed =
-        agent.call("view close", question, |mut client, question| async move { client.close_view(question).await });
-    match closed.await {
-        Err(failure) if failure.exit() != Exit::NotFound => eprintln!("cdpctl: {failure}"),
-        _ => {}
-    }
 }
 
 /// Where the search of a volume is remembered, unless --state says otherwise.
@@ -459,8 +436,6 @@ mod tests {
             good: None,
             bad: None,
             runs: 0,
-            anchor: String::new(),
-            opened: String::new(),
         }
     }
 
@@ -501,6 +476,31 @@ mod tests {
         }
         (odd.good, odd.bad) = (Some(11), None);
         assert_eq!(Search::parse(&odd.json().to_string()), None);
+    }
+
+    #[test]
+    fn what_a_run_came_to_is_a_sentence() {
+        for (words, expected) in [("is good", "Z is good (7 left"), ("cannot be judged", "Z cannot be judged (7 left")]
+        {
+            let told = told(1, 1_000_000_000, words, 7);
+            assert!(told.contains("run 1: the state at 1970-") && told.contains(expected), "{told}");
+        }
+    }
+
+    #[test]
+    fn a_run_that_does_not_count_says_so_and_why() {
+        let status = tonic::Status::failed_precondition("it went away");
+        for failure in [
+            Failure::call("bisect", status),
+            Failure::Unreachable { endpoint: "unix:/x".into(), why: "it went away".into() },
+        ] {
+            let exit = failure.exit();
+            let told = uncounted(3, failure);
+            assert_eq!(told.exit(), exit);
+            for words in ["run 3 does not count", "goes on", "it went away"] {
+                assert!(told.to_string().contains(words), "{told}");
+            }
+        }
     }
 
     #[test]

@@ -21,7 +21,7 @@ use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
 use serde_json::{Value, json};
 use tokio::signal::unix::{SignalKind, signal};
 
-use super::{missing, view::user, when::Fields};
+use super::{own_view::OwnView, when::Fields};
 use crate::{
     args::{ViewCp, ViewFiles, ViewLs},
     connect::Agent,
@@ -130,38 +130,30 @@ pub(super) async fn with_files<T>(
         ago_ns,
         flush_before,
         partition: files.partition,
-        owner: format!("{}, cdpctl {}", user(), std::process::id()),
+        ..Default::default()
     };
     let stopped = |kind| signal(kind).map_err(|source| Failure::io("watch for signals", source));
     let (mut interrupt, mut terminate) = (stopped(SignalKind::interrupt())?, stopped(SignalKind::terminate())?);
-    let mut answers = agent
-        .stream(what.clone(), question, |mut client, question| async move { client.use_view(question).await })
-        .await?;
     let interrupted = || Failure::io(&*what, io::Error::new(io::ErrorKind::Interrupted, "interrupted"));
-    let view = tokio::select! {
-        answer = answers.next() => answer?.and_then(|answer| answer.view).ok_or_else(|| missing(&what))?,
+    let own = tokio::select! {
+        own = OwnView::open(agent, what.clone(), question) => own?,
         _ = interrupt.recv() => return Err(interrupted()),
         _ = terminate.recv() => return Err(interrupted()),
     };
     let ended = {
-        let root = fs::File::open(&view.mount).map(OwnedFd::from);
-        let root = root.map_err(|source| Failure::io(format!("open {}", view.mount), source))?;
+        let mount = &own.view.mount;
+        let root = fs::File::open(mount).map(OwnedFd::from);
+        let root = root.map_err(|source| Failure::io(format!("open {mount}"), source))?;
         tokio::select! {
-            done = work(&root, &view) => done,
+            done = work(&root, &own.view) => done,
             _ = interrupt.recv() => Err(interrupted()),
             _ = terminate.recv() => Err(interrupted()),
         }
     };
     // The end of the stream would do; this way it has happened when the command ends.
-    let question = v1::CloseViewRequest { id: view.id, force: true };
-    let closed =
-        agent
-            .call(format!("{what}: close"), question, |mut client, question| async move {
-                client.close_view(question).await
-            })
-            .await;
+    let closed = own.close().await;
     let answer = ended?;
-    closed.map(|_| answer)
+    closed.map(|()| answer)
 }
 
 /// Opens a path inside of a mounted file system, whatever links are on the way.
