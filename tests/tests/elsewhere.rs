@@ -255,7 +255,7 @@ fn an_export_that_was_killed_goes_on() {
         assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
         let done: Value = serde_json::from_slice(&done.stdout).unwrap();
         assert_eq!(done["resumed"], true);
-        assert_eq!(views(&agent), [view.id.clone()], "the other one's view, and no other");
+        assert_eq!(views(&agent), [view.id.as_str()], "the other one's view, and no other");
         tools::run("qemu-img", ["compare", "-f", format, "-F", "raw", target.to_str().unwrap(), &view.nbd_uri]);
         agent.close_view(&view);
         let said = agent.ctl_refused(&["export", "demo", "--at", &at, target.to_str().unwrap()], &["is there already"]);
