@@ -22,6 +22,7 @@ pub mod process;
 pub mod rig;
 pub mod tools;
 
+use std::io::Write as _;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 /// The wall clock in nanoseconds since the epoch: the time line that instants are on.
@@ -34,6 +35,17 @@ pub fn now_ns() -> u64 {
 pub fn rounds(rounds: usize) -> usize {
     let factor = std::env::var("CDP_SOAK").ok().and_then(|factor| factor.parse().ok()).unwrap_or(1_usize);
     rounds * factor.max(1)
+}
+
+/// Ends a test that this machine cannot run: says why, and also in the file that `CDP_SKIPPED` names, from which `make test` tells it at its end.
+pub fn skip(why: &str) {
+    let thread = std::thread::current();
+    let line = format!("{}: {why}\n", thread.name().unwrap_or("a test"));
+    print!("SKIPPED: {line}");
+    if let Some(path) = std::env::var_os("CDP_SKIPPED") {
+        let file = std::fs::OpenOptions::new().create(true).append(true).open(&path);
+        file.and_then(|mut file| file.write_all(line.as_bytes())).expect("write to the file of CDP_SKIPPED");
+    }
 }
 
 /// The seed of this run: `CDP_SEED` replays one, otherwise it is drawn from the clock. Printed, so that a failure shows it.

@@ -24,8 +24,7 @@ pub fn why_not() -> Option<String> {
 macro_rules! skip_unless_mountable {
     () => {
         if let Some(why) = $crate::local::why_not() {
-            println!("SKIPPED: nothing can be mounted here ({why})");
-            return;
+            return $crate::skip(&format!("nothing can be mounted here ({why})"));
         }
     };
 }

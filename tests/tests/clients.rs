@@ -294,14 +294,14 @@ fn an_xfs_image_is_sound_in_every_view_of_its_changes() {
 #[test]
 fn mounted_file_systems_are_sound_at_random_instants() {
     if !Mount::possible() {
-        println!("skipped: needs root, /dev/fuse and loop devices");
+        cdp_tests::skip("needs root, /dev/fuse and loop devices");
         return;
     }
     let known = fs::read_to_string("/proc/filesystems").unwrap_or_default();
     let mut tried = 0;
     for (kind, mkfs) in [("ext4", &["mkfs.ext4", "-q", "-F"][..]), ("xfs", &["mkfs.xfs", "-q", "-f"][..])] {
         if !known.contains(kind) {
-            println!("skipped: this kernel has no {kind}");
+            cdp_tests::skip(&format!("this kernel has no {kind}"));
             continue;
         }
         tried += 1;

@@ -21,7 +21,7 @@ fn rig(seed: u64, engine: &str) -> Option<Rig> {
     if FaultFs::possible() {
         return Some(Rig::new(seed, Sizes::SMALL, engine));
     }
-    println!("skipped: needs root and /dev/fuse");
+    cdp_tests::skip("needs root and /dev/fuse");
     None
 }
 
@@ -146,7 +146,7 @@ fn a_cdp_disk_whose_syncs_hang_costs_the_guest_nothing() {
     if FaultFs::possible() && Path::new("/dev/loop-control").exists() {
         cdp_disk_fails_on(Rig::on_block_device(6, Sizes::SMALL, STALL), 6, Op::Sync, Effect::Hang, 0);
     } else {
-        println!("skipped: needs root, /dev/fuse and loop devices");
+        cdp_tests::skip("needs root, /dev/fuse and loop devices");
     }
 }
 
@@ -518,7 +518,7 @@ fn a_cdp_disk_that_comes_back_with_an_old_watermark_is_not_believed() {
 #[test]
 fn a_cdp_disk_lost_with_a_revert_pending_gives_errors_only_where_nothing_was_copied() {
     if !FaultFs::possible() {
-        println!("skipped: needs root and /dev/fuse");
+        cdp_tests::skip("needs root and /dev/fuse");
         return;
     }
     // Larger than what is copied at a time: the rest is lost with the disk.

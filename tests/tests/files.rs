@@ -314,7 +314,7 @@ fn heavy_writes_through_a_loop_mount_in_a_small_memory_cgroup_end() {
     File::create(agent.file("primary.img")).unwrap().set_len(1 << 30).unwrap();
     let cgroup = match Cgroup::new(LIMIT) {
         Ok(cgroup) => cgroup,
-        Err(why) => return println!("SKIPPED: no memory cgroup can be made here ({why})"),
+        Err(why) => return cdp_tests::skip(&format!("no memory cgroup can be made here ({why})")),
     };
     agent.start();
     let disk = agent.file("cdp.img").display().to_string();

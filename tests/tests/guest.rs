@@ -29,7 +29,7 @@ fn a_guest_goes_on_through_a_killed_agent_and_its_past_can_be_read() {
         Contents { modules: &["virtio_console"], packaged: &["qemu-ga"], programs: &[], files: &[], start: START };
     let boot = match Boot::fetch(&contents) {
         Ok(boot) => boot,
-        Err(why) => return println!("SKIPPED: no kernel for a guest ({why})"),
+        Err(why) => return cdp_tests::skip(&format!("no kernel for a guest ({why})")),
     };
     let mut agent = Agent::dev("64MiB", "2GiB");
     agent.ctl(&["edit", "demo", "--reserve-capacity", "700MiB"]);

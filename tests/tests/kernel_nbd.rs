@@ -78,7 +78,7 @@ fn views_are_mounted_by_the_kernels_nbd_client_and_leave_no_device_behind() {
     };
     let boot = match Boot::fetch(&contents) {
         Ok(boot) => boot,
-        Err(why) => return println!("SKIPPED: no guest ({why})"),
+        Err(why) => return cdp_tests::skip(&format!("no guest ({why})")),
     };
     let dir = scratch();
     let (primary, journal) = (dir.path().join("primary.img"), dir.path().join("journal.img"));

@@ -211,7 +211,7 @@ fn look_for_the_drop(agent: &Agent, database: &Postgres, good: u64) -> serde_jso
 fn a_database_at_any_instant_and_a_dropped_table_back() {
     skip_unless_mountable!();
     let Some(bin) = programs() else {
-        return println!("SKIPPED: there is no PostgreSQL under /usr/lib/postgresql");
+        return cdp_tests::skip("there is no PostgreSQL under /usr/lib/postgresql");
     };
     let mut rng = Rng::new(seed());
     let mut agent = Agent::dev("512MiB", "4GiB");

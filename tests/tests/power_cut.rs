@@ -126,7 +126,7 @@ fn check_some_view(rig: &Rig, rng: &mut Rng, begun: u64, time: u64, safe: u64, w
 #[test]
 fn flushed_writes_and_earlier_views_survive_a_power_cut_anywhere() {
     if !FaultFs::possible() {
-        println!("skipped: needs root and /dev/fuse");
+        cdp_tests::skip("needs root and /dev/fuse");
         return;
     }
     let seed = seed();
@@ -160,7 +160,7 @@ fn flushed_writes_and_earlier_views_survive_a_power_cut_anywhere() {
 #[test]
 fn a_mounted_ext4_is_sound_after_a_power_cut_anywhere() {
     if !FaultFs::possible() || !Mount::possible() {
-        println!("skipped: needs root, /dev/fuse and loop devices");
+        cdp_tests::skip("needs root, /dev/fuse and loop devices");
         return;
     }
     let seed = seed();
