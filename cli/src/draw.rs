@@ -87,10 +87,10 @@ fn row(label: &str, cells: &[char]) -> String {
 }
 
 fn density(buckets: &[v1::TimelineBucket]) -> String {
-    let peak = buckets.iter().map(|bucket| bucket.writes).max().unwrap_or(0);
+    let peak = buckets.iter().map(|bucket| bucket.blocks).max().unwrap_or(0);
     let level = |bucket: &v1::TimelineBucket, row: u64| {
         // Rounded up: a single write is seen beside a million.
-        let height = (u128::from(bucket.writes) * u128::from(DENSITY_ROWS * 8)).div_ceil(u128::from(peak.max(1)));
+        let height = (u128::from(bucket.blocks) * u128::from(DENSITY_ROWS * 8)).div_ceil(u128::from(peak.max(1)));
         LEVELS
             [usize::try_from(height).unwrap_or(usize::MAX).saturating_sub(usize::try_from(row * 8).unwrap_or(0)).min(8)]
     };
@@ -201,16 +201,16 @@ fn logs(axis: &Axis, logs: &[v1::CdpInfo]) -> Vec<char> {
 fn legend(timeline: &v1::TimelineResponse) -> String {
     // An agent is not trusted to send numbers that add up.
     let total = |of: fn(&v1::TimelineBucket) -> u64| timeline.buckets.iter().map(of).fold(0, u64::saturating_add);
-    let writes = total(|bucket| bucket.writes);
+    let blocks = total(|bucket| bucket.blocks);
     let bytes = total(|bucket| bucket.bytes);
     let flushes = total(|bucket| bucket.flushes);
     let clean = total(|bucket| bucket.flushes_clean);
-    let peak = timeline.buckets.iter().map(|bucket| bucket.writes).max().unwrap_or(0);
+    let peak = timeline.buckets.iter().map(|bucket| bucket.blocks).max().unwrap_or(0);
     let mut text = format!(
-        "\n{} ({}), {flushes} flush points, {clean} of them clean; at most {} in a column\n",
-        count(writes, "write"),
+        "\n{} written ({}), {flushes} flush points, {clean} of them clean; at most {} in a column\n",
+        count(blocks, "block"),
         size_text(bytes),
-        count(peak, "write")
+        count(peak, "block")
     );
     for snap in timeline.snaps.iter().filter(|snap| !snap.auto) {
         text += &format!("▼ {}  {} ({})\n", instant(snap.time), snap.name, snap.time);
@@ -248,7 +248,7 @@ mod tests {
     fn sample() -> v1::TimelineResponse {
         let bucket = |at: u64, writes| v1::TimelineBucket {
             start: at * S,
-            writes,
+            blocks: writes,
             bytes: writes * 4096,
             flushes: writes % 3,
             flushes_clean: writes % 2,
@@ -299,7 +299,7 @@ mod tests {
         let mut wide = sample();
         (wide.from, wide.to) = (1, u64::MAX);
         for bucket in &mut wide.buckets {
-            (bucket.writes, bucket.bytes) = (u64::MAX, u64::MAX);
+            (bucket.blocks, bucket.bytes) = (u64::MAX, u64::MAX);
         }
         wide.snaps[0].time = u64::MAX;
         wide.cdp_info[0].end_time = u64::MAX;

@@ -217,7 +217,7 @@ pub fn event(event: &v1::Event) -> Value {
 }
 
 pub fn timeline(timeline: &v1::TimelineResponse) -> Value {
-    let bucket = |bucket: &v1::TimelineBucket| json!({ "start": bucket.start, "writes": bucket.writes, "bytes": bucket.bytes, "flushes": bucket.flushes, "flushes_clean": bucket.flushes_clean });
+    let bucket = |bucket: &v1::TimelineBucket| json!({ "start": bucket.start, "blocks": bucket.blocks, "bytes": bucket.bytes, "flushes": bucket.flushes, "flushes_clean": bucket.flushes_clean });
     json!({
         "from": timeline.from,
         "to": timeline.to,

@@ -41,22 +41,22 @@ pub fn timeline(volume: &str, timeline: &v1::TimelineResponse) -> String {
         out += &format!("<text x=\"8\" y=\"{}\" fill=\"#555\">{name}</text>\n", row_y(name) + 14);
     }
     out += &format!("<text x=\"8\" y=\"{}\" fill=\"#555\">writes</text>\n", DENSITY_TOP + DENSITY_HEIGHT);
-    let peak = timeline.buckets.iter().map(|bucket| bucket.writes).max().unwrap_or(0);
+    let peak = timeline.buckets.iter().map(|bucket| bucket.blocks).max().unwrap_or(0);
     let most_flushes = timeline.buckets.iter().map(|bucket| bucket.flushes).max().unwrap_or(0);
     for (place, bucket) in timeline.buckets.iter().enumerate() {
         let end = timeline.buckets.get(place + 1).map_or(timeline.to, |next| next.start);
         let (left, right) = (x(bucket.start), x(end).max(x(bucket.start) + 1));
         let tip = format!(
-            "{}: {}, {} bytes, {} flushes ({} clean)",
+            "{}: {} written, {} bytes, {} flushes ({} clean)",
             instant(bucket.start),
-            count(bucket.writes, "write"),
+            count(bucket.blocks, "block"),
             bucket.bytes,
             bucket.flushes,
             bucket.flushes_clean
         );
-        if bucket.writes > 0 {
+        if bucket.blocks > 0 {
             let tall =
-                (u128::from(bucket.writes) * u128::from(DENSITY_HEIGHT)).div_ceil(u128::from(peak.max(1))) as u64;
+                (u128::from(bucket.blocks) * u128::from(DENSITY_HEIGHT)).div_ceil(u128::from(peak.max(1))) as u64;
             out += &format!(
                 "<rect x=\"{}\" y=\"{}\" width=\"{}\" height=\"{tall}\" fill=\"#4477aa\"><title>{tip}</title></rect>\n",
                 at(left),
@@ -180,7 +180,7 @@ mod tests {
             buckets: (0..10u64)
                 .map(|i| v1::TimelineBucket {
                     start: 1_000 + i * 10_000,
-                    writes: i,
+                    blocks: i,
                     bytes: i * 4096,
                     flushes: i % 3,
                     flushes_clean: 1,
@@ -207,7 +207,7 @@ mod tests {
         assert_eq!(opened, closed);
         (sample.from, sample.to) = (0, u64::MAX);
         sample.snaps[0].time = u64::MAX;
-        sample.buckets[0].writes = u64::MAX;
+        sample.buckets[0].blocks = u64::MAX;
         assert!(timeline("demo", &sample).ends_with("</svg>\n"));
         assert!(timeline("demo", &v1::TimelineResponse::default()).ends_with("</svg>\n"));
     }

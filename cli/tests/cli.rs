@@ -417,7 +417,7 @@ fn timeline_resolves_its_ends_by_the_agents_clock() {
     assert!(fake.question().contains(&expected), "{}", fake.question());
     assert_eq!(
         timeline["buckets"][9],
-        json!({ "start": NOW - 1, "writes": 9, "bytes": 4608, "flushes": 1, "flushes_clean": 1 })
+        json!({ "start": NOW - 1, "blocks": 9, "bytes": 4608, "flushes": 1, "flushes_clean": 1 })
     );
     assert_eq!(timeline["reverts"][0]["target"], NOW - 8);
     let ran = fake.run(&["timeline", "demo", "--to", "nowhere"]);

@@ -277,8 +277,8 @@ pub struct VolumeInfo {
 pub struct TimelineBucket {
     /// First instant of the bucket.
     pub start: Instant,
-    /// Writes in it.
-    pub writes: u64,
+    /// Blocks written in it: a write of 64 KiB counts 16.
+    pub blocks: u64,
     /// Bytes written in it.
     pub bytes: u64,
     /// Flush points in it.

@@ -285,7 +285,7 @@ fn the_time_line_is_drawn_and_zoomed() {
     assert_eq!(line["to"].as_u64().unwrap() - line["from"].as_u64().unwrap(), 60_000_000_000);
     let reasons: Vec<_> = line["coverage"].as_array().unwrap().iter().map(|i| i["end_reason"].to_string()).collect();
     assert!(reasons.iter().any(|reason| reason.contains("switched off")), "{reasons:?}");
-    let written: u64 = line["buckets"].as_array().unwrap().iter().map(|b| b["writes"].as_u64().unwrap()).sum();
+    let written: u64 = line["buckets"].as_array().unwrap().iter().map(|b| b["blocks"].as_u64().unwrap()).sum();
     assert_eq!(written, 200);
     let svg = std::fs::read_to_string(&picture).unwrap();
     assert!(svg.contains("middle") && svg.contains("switched off"), "{svg}");

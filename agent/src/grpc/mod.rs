@@ -979,7 +979,7 @@ impl Service {
                 .iter()
                 .map(|piece| v1::TimelineBucket {
                     start: piece.start.0,
-                    writes: piece.writes,
+                    blocks: piece.blocks,
                     bytes: piece.bytes,
                     flushes: piece.flushes,
                     flushes_clean: piece.flushes_clean,

@@ -500,7 +500,7 @@ impl CdpAgent for Agent {
         let question = self.hear(request);
         let bucket = |at: u64| v1::TimelineBucket {
             start: NOW - 10 + at,
-            writes: at,
+            blocks: at,
             bytes: at * 512,
             flushes: 1,
             flushes_clean: 1,

@@ -1389,7 +1389,7 @@ impl Volume {
                     return;
                 }
                 if let Some(bucket) = out.get_mut(((at - from.0) / width) as usize) {
-                    bucket.writes += 1;
+                    bucket.blocks += 1;
                     if entry.kind() == EntryKind::Write {
                         bucket.bytes += u64::from(entry.mask.count_ones()) * 512;
                     }
