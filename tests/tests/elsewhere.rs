@@ -355,13 +355,13 @@ fn an_export_touches_nothing_that_is_not_its_own() {
 
 /// One request in flight after the other on `clients` connections: `writes` of them, each its own change. Answers how many writes were acked when the
 /// broken one was sent, and when.
-fn many_writes(agent: &Agent, writes: u64, broken: u64) {
+fn many_writes(agent: &Agent, blocks: &Arc<Vec<u64>>, writes: u64, broken: u64) {
     const CLIENTS: u64 = 4;
     const DEPTH: u64 = 64;
     let next = Arc::new(AtomicU64::new(0));
     let threads: Vec<_> = (0..CLIENTS)
         .map(|_| {
-            let (socket, next) = (agent.socket(), Arc::clone(&next));
+            let (socket, next, blocks) = (agent.socket(), Arc::clone(&next), Arc::clone(blocks));
             std::thread::spawn(move || {
                 let (mut sender, mut receiver) = nbd::Client::connect(&socket, "demo").unwrap().split();
                 let (mut sent, mut got) = (0, 0);
@@ -371,7 +371,8 @@ fn many_writes(agent: &Agent, writes: u64, broken: u64) {
                         break;
                     }
                     // The broken one is the only one that writes there.
-                    let offset = if number == broken { 0 } else { 4096 + number % 2048 * 4096 };
+                    let place = if number == broken { 0 } else { 1 + number % (blocks.len() as u64 - 1) };
+                    let offset = blocks[usize::try_from(place).unwrap()] * 4096;
                     // One in eight carries bytes; a write of zeroes is a change like any other.
                     if number == broken || number % 8 == 0 {
                         sender
@@ -403,8 +404,22 @@ fn many_writes(agent: &Agent, writes: u64, broken: u64) {
     }
 }
 
+/// Makes an ext4 on the volume with one file, `data`, of so many blocks of 0x11; answers which blocks of the volume they are.
+fn file_of_blocks(agent: &Agent, blocks: u64) -> Vec<u64> {
+    let (volume, content) = (agent.file("volumes/demo"), agent.file("content"));
+    fs::create_dir(&content).unwrap();
+    fs::write(content.join("data"), vec![0x11; usize::try_from(blocks * 4096).unwrap()]).unwrap();
+    let (volume, content) = (volume.to_str().unwrap(), content.to_str().unwrap());
+    local::run("mkfs.ext4", &["-q", "-F", "-b", "4096", "-O", "^has_journal", "-d", content, volume]);
+    let list = local::run("debugfs", &["-R", "blocks /data", volume]);
+    let list: Vec<u64> = list.split_whitespace().filter_map(|block| block.parse().ok()).collect();
+    assert_eq!(list.len() as u64, blocks);
+    list
+}
+
 /// Goal: bisect names the very write that broke it, within log2 + 2 runs, and goes on after a crash.
-/// Method: many changes, one of which puts a byte where none may be; the check is qemu-io on the view. In between, cdpctl is killed.
+/// Method: many changes of a file in an ext4, as by a guest that writes past its cache; one of them puts bytes into the file's first block, where none may
+/// be. The check compares the file in the mounted view; where nothing can be mounted, it is qemu-io on the view. In between, cdpctl is killed.
 #[test]
 fn bisect_finds_the_write_among_very_many() {
     let optimised = binaries().ends_with("release");
@@ -414,16 +429,24 @@ fn bisect_finds_the_write_among_very_many() {
     let mut agent = Agent::dev("16MiB", "4GiB");
     let mut rng = Rng::new(seed());
     agent.ctl(&["edit", "demo", "--reserve-capacity", "3GiB"]);
+    let whole = agent.file("whole");
+    fs::write(&whole, [0x11; 4096]).unwrap();
+    let in_file = local::why_not().is_none();
+    let (blocks, sound) = if in_file { (file_of_blocks(&agent, 2049), 0x11) } else { ((0..2049).collect(), 0) };
+    let base = blocks[0] * 4096;
     let from = now_ns();
     let broken = writes / 10 + rng.below(writes * 8 / 10);
-    many_writes(&agent, writes, broken);
+    many_writes(&agent, &Arc::new(blocks), writes, broken);
     let to = now_ns();
     let state = agent.file("bisect.json");
     let seen = agent.file("seen");
-    let check = format!(
-        "echo run >> {}; qemu-io -r -f raw -c 'read -P 0 0 4096' \"$CDP_VIEW_NBD_URI\" | grep -q 'verification failed' && exit 1 || exit 0",
-        seen.display()
-    );
+    let check = match in_file {
+        true => format!("echo run >> {}; cmp -s -n 4096 \"$CDP_VIEW_MOUNT/data\" {}", seen.display(), whole.display()),
+        false => format!(
+            "echo run >> {}; qemu-io -r -f raw -c 'read -P 0 0 4096' \"$CDP_VIEW_NBD_URI\" | grep -q 'verification failed' && exit 1 || exit 0",
+            seen.display()
+        ),
+    };
     let command = || {
         let mut command = Command::new(binaries().join("cdpctl"));
         command
@@ -436,6 +459,7 @@ fn bisect_finds_the_write_among_very_many() {
                 "demo",
             ])
             .args(["--from", &from.to_string(), "--to", &to.to_string(), "--state", state.to_str().unwrap()])
+            .args(in_file.then_some("--mount"))
             .args(["--", "sh", "-c", &check])
             .stdin(Stdio::null());
         command
@@ -454,21 +478,22 @@ fn bisect_finds_the_write_among_very_many() {
     let found: Value = serde_json::from_slice(&done.stdout).unwrap();
     println!("{found}");
     assert_eq!(found["changes"], writes);
-    assert_eq!((found["offset"].as_u64(), found["length"].as_u64()), (Some(0), Some(4096)));
+    assert_eq!((found["offset"].as_u64(), found["length"].as_u64()), (Some(base), Some(4096)));
     let bound = u64::from(writes.next_power_of_two().trailing_zeros()) + 2;
     assert!(found["runs"].as_u64().unwrap() <= bound, "{found}, at most {bound}");
     // The run that was killed is done once more, and that is all that the crash cost.
     assert!(runs() <= found["runs"].as_u64().unwrap() + 1, "{} after {killed_after}", runs());
     let (good, bad) = (found["last_good"].as_u64().unwrap(), found["first_bad"].as_u64().unwrap());
     assert_eq!(good + 1, bad);
-    for (at, expected) in [(good, 0), (bad, 0x5A)] {
+    for (at, expected) in [(good, sound), (bad, 0x5A)] {
         let view = agent.open_view("demo", at);
         let mut client = agent.connect(&view.id);
-        assert_eq!(client.read(0, 4096).unwrap(), vec![expected; 4096], "at {at}");
+        assert_eq!(client.read(base, 4096).unwrap(), vec![expected; 4096], "at {at}");
         client.close();
         agent.close_view(&view);
     }
     assert_eq!(agent.ctl(&["view", "list"])["views"], serde_json::json!([]), "it leaves no view");
+    local::assert_nothing_attached(agent.dir());
     let mut log = String::new();
     File::open(state.with_extension("log")).unwrap().read_to_string(&mut log).unwrap();
     assert!(log.contains("goes on after") && log.contains("found after"), "{log}");
