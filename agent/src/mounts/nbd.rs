@@ -12,6 +12,8 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
 use cdp_journal::{Error, Result};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use parking_lot::Mutex;
 use uuid::Uuid;
 
@@ -102,7 +104,10 @@ impl NbdDevices {
                 Err(RecvTimeoutError::Disconnected) => return Ok(Err("nbd-client ended".to_owned())),
             }
         }
-        disconnect(&device);
+        // Our own client and with it what it has of the device, which may be somebody else's meanwhile.
+        if let Some(pid) = pid {
+            let _ = kill(Pid::from_raw(pid.cast_signed()), Signal::SIGKILL); // it has just ended
+        }
         Ok(Err(format!("{device} was not connected in {} s", PATIENCE.as_secs())))
     }
 
