@@ -276,8 +276,11 @@ pub fn attach(image: &Path, dir: &Path, partition: Option<u32>, writable: bool) 
     Ok(Attached { device: mounted, kind: part.kind.clone(), partition: part.number })
 }
 
-/// The devices that are mounted at `dir`, the topmost last; of a loop or NBD device its path, of anything else what the kernel calls it.
-fn devices_at(dir: &Path) -> Result<Vec<String>> {
+/// What is mounted where, in order; of a loop or NBD device its path, of anything else what the kernel calls it.
+///
+/// # Errors
+/// When the kernel's list cannot be read.
+pub fn places() -> Result<Vec<(PathBuf, String)>> {
     let mounts = mounted().map_err(|error| Error::device("read", "/proc/self/mountinfo", &error))?;
     let loops = loops();
     let device = |mount: &Mount| match nbd::device_of(&mount.source) {
@@ -288,15 +291,17 @@ fn devices_at(dir: &Path) -> Result<Vec<String>> {
             None => mount.source.clone(),
         },
     };
-    Ok(mounts.iter().filter(|mount| mount.dir == dir).map(device).collect())
+    Ok(mounts.iter().map(|mount| (mount.dir.clone(), device(mount))).collect())
+}
+
+/// The devices that are mounted at `dir`, the topmost last.
+fn devices_at(dir: &Path) -> Result<Vec<String>> {
+    Ok(places()?.into_iter().filter(|(place, _)| place == dir).map(|(_, device)| device).collect())
 }
 
 /// Whether a device is mounted at `dir`, also below other mounts.
-///
-/// # Errors
-/// When the kernel's list cannot be read.
-pub fn is_mounted(dir: &Path, device: &str) -> Result<bool> {
-    Ok(devices_at(dir)?.iter().any(|found| found == device))
+pub fn is_mounted(places: &[(PathBuf, String)], dir: &Path, device: &str) -> bool {
+    places.iter().any(|(place, found)| place == dir && found == device)
 }
 
 /// Unmounts what is mounted at `dir` from `device` (empty: from any loop or NBD device). Nothing there is no error. `lazily`: also when it is in

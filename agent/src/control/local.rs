@@ -195,7 +195,7 @@ impl Control {
         };
         let known = self.registry.read().views.get(&id).and_then(|slot| slot.record.mount.clone());
         if let Some(mount) = known {
-            if mounts::is_mounted(&mount.dir, &mount.device)? {
+            if mounts::is_mounted(&mounts::places()?, &mount.dir, &mount.device) {
                 if mount.dir == dir && wish.partition.is_none_or(|wanted| mount.partition == Some(wanted)) {
                     return Ok(view);
                 }
@@ -336,10 +336,14 @@ impl Control {
             Some(ViewStatus { info, record })
         });
         let mut views: Vec<_> = futures::future::join_all(asked).await.into_iter().flatten().collect();
-        for view in &mut views {
-            let gone = |mount: &MountRecord| !mounts::is_mounted(&mount.dir, &mount.device).unwrap_or(true);
-            if view.record.mount.as_ref().is_some_and(|mount| !mount.device.is_empty() && gone(mount)) {
-                view.record.mount = None; // somebody unmounted it by hand
+        let made = |view: &ViewStatus| view.record.mount.as_ref().is_some_and(|mount| !mount.device.is_empty());
+        if views.iter().any(made)
+            && let Ok(places) = mounts::places()
+        {
+            for view in views.iter_mut().filter(|view| made(view)) {
+                // Otherwise somebody unmounted it by hand.
+                let there = |mount: &MountRecord| mounts::is_mounted(&places, &mount.dir, &mount.device);
+                view.record.mount = view.record.mount.take().filter(there);
             }
         }
         views.sort_by_key(|view| (view.info.opened_ns, view.info.id));

@@ -33,8 +33,7 @@ use uuid::Uuid;
 
 use crate::control::{Control, NewVolume, Resolved, Terms, ViewStatus};
 use crate::groups::Group;
-use crate::listen::Connection;
-use crate::listen::Peer;
+use crate::listen::{Connection, Peer};
 use crate::quiesce;
 use crate::revert::Rewind;
 
@@ -741,7 +740,6 @@ impl CdpAgent for Service {
 }
 
 impl Service {
-    /// Adds one marker to each volume; one without a name is called alike in all of them.
     /// Whether each volume is there and none has a marker of this name (empty: one that is made).
     async fn can_mark(&self, volumes: &[(String, Result<Resolved>)], name: &str) -> Result<()> {
         for (_, volume) in volumes {
@@ -754,6 +752,7 @@ impl Service {
         Ok(())
     }
 
+    /// Adds one marker to each volume; one without a name is called alike in all of them.
     async fn mark_all(
         &self,
         volumes: Vec<(String, Result<Resolved>)>,

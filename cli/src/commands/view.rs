@@ -20,6 +20,7 @@ pub async fn open(agent: &Agent, args: ViewOpen) -> Result<Answer, Failure> {
     let names = args.volumes.join(" ");
     let what = format!("view {names} at {}", args.at);
     let Fields { snapshot_name, timestamp, ago_ns, flush_before } = args.at.into();
+    let (ttl_s, owner) = (args.ttl.unwrap_or(0), args.owner.unwrap_or_else(user));
     let of_group = |volumes: &[String]| v1::ViewGroupRequest {
         volumes: volumes.to_vec(),
         op: "on".into(),
@@ -27,8 +28,8 @@ pub async fn open(agent: &Agent, args: ViewOpen) -> Result<Answer, Failure> {
         timestamp,
         writable: args.writable,
         ago_ns,
-        ttl_s: args.ttl.unwrap_or(0),
-        owner: args.owner.clone().unwrap_or_else(user),
+        ttl_s,
+        owner: owner.clone(),
         flush_before,
     };
     let [volume] = args.volumes.as_slice() else {
@@ -42,8 +43,8 @@ pub async fn open(agent: &Agent, args: ViewOpen) -> Result<Answer, Failure> {
         None => String::new(),
     };
     let question = v1::ViewRequest {
-        ttl_s: args.ttl.unwrap_or(0),
-        owner: args.owner.clone().unwrap_or_else(user),
+        ttl_s,
+        owner: owner.clone(),
         mount,
         partition: args.partition,
         volume: volume.clone(),
