@@ -650,17 +650,34 @@ impl PageReader for Disk {
             if let Some(page) = self.cached(segment, block, crc) {
                 return Ok(page);
             }
-            let place = || format!("{} segment {segment} block {block}", self.path);
-            if u64::from(segment) >= self.geometry.segments || u64::from(block) >= self.geometry.segment_size / BLOCK {
-                return Err(Error::Damaged { what: "pointer to an index page", place: place() });
-            }
-            let bytes = self.read(segment, block, 1).await?;
-            let page = Rc::new(IndexPage::parse(&bytes, None)?);
-            if page.crc() != crc {
-                return Err(Error::Damaged { what: "index page", place: place() });
-            }
+            let page = self.pages(segment, block, vec![crc]).await?.remove(0);
             self.cache.borrow_mut().insert((self.cache_id, segment, block), Rc::clone(&page));
             Ok(page)
+        })
+    }
+
+    fn pages(&self, segment: u32, block: u32, crcs: Vec<u32>) -> LocalFuture<'_, Result<Vec<Rc<IndexPage>>>> {
+        Box::pin(async move {
+            let place = || format!("{} segment {segment} block {block}", self.path);
+            let room = (self.geometry.segment_size / BLOCK).saturating_sub(u64::from(block));
+            let count = crcs.len().min(room as usize);
+            if u64::from(segment) >= self.geometry.segments || count == 0 {
+                return Err(Error::Damaged { what: "pointer to an index page", place: place() });
+            }
+            let bytes = self.read(segment, block, count as u32).await?;
+            let parsed = bytes.chunks(BLOCK as usize).zip(&crcs).map(|(bytes, crc)| match IndexPage::parse(bytes, None) {
+                Ok(page) if page.crc() != *crc => Err(Error::Damaged { what: "index page", place: place() }),
+                result => result.map(Rc::new),
+            });
+            let mut pages = Vec::with_capacity(count);
+            for page in parsed {
+                match page {
+                    Ok(page) => pages.push(page),
+                    Err(error) if pages.is_empty() => return Err(error),
+                    Err(_) => break,
+                }
+            }
+            Ok(pages)
         })
     }
 

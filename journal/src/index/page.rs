@@ -22,7 +22,10 @@ const _: () = assert!(HEAD + IndexPageHeader::ENTRIES * ENTRY == BLOCK as usize)
 pub trait PageReader {
     /// The page at a place whose `crc` field is `crc`; [`Error::Damaged`] when something else is there.
     fn page(&self, segment: u32, block: u32, crc: u32) -> LocalFuture<'_, Result<Rc<IndexPage>>>;
-    /// The same, when no I/O is needed.
+    /// Pages that lie one after the other from `block` on and whose `crc` fields are `crcs`, read at once and past the cache: for scans, each of which
+    /// needs a page once. At least one of them and at most all: what is behind a damaged page is left out. [`Error::Damaged`] when the first is.
+    fn pages(&self, segment: u32, block: u32, crcs: Vec<u32>) -> LocalFuture<'_, Result<Vec<Rc<IndexPage>>>>;
+    /// What [`page`](Self::page) would answer, when no I/O is needed.
     fn cached(&self, segment: u32, block: u32, crc: u32) -> Option<Rc<IndexPage>>;
 }
 

@@ -1,5 +1,6 @@
 //! Reading a run: point lookups and ordered scans. Each page is checked against what its parent says of it.
 
+use std::collections::VecDeque;
 use std::rc::Rc;
 
 use super::entry::{Key, aligned};
@@ -13,6 +14,8 @@ use crate::types::Instant;
 const HEIGHT_MAX: u32 = 9;
 /// Entries between two yields of a whole scan.
 const YIELD_ENTRIES: u32 = 1024;
+/// Leaves that a scan reads at once where they lie one after the other, as in a segment's footer.
+const READ_AHEAD: usize = 16;
 
 /// An immutable sorted run of entries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -90,7 +93,7 @@ impl Run {
 
     /// A scan of the entries from `from` on, by key.
     pub fn cursor(&self, from: Key) -> RunCursor {
-        RunCursor { run: *self, from, state: CursorState::Start, path: Vec::new(), last: None }
+        RunCursor { run: *self, from, state: CursorState::Start, path: Vec::new(), ahead: VecDeque::new(), last: None }
     }
 
     /// Calls `each` with every entry, by key; yields now and then.
@@ -160,11 +163,20 @@ impl Run {
     ) -> Result<Rc<IndexPage>> {
         let page = match reader.cached(segment, block, crc) {
             Some(page) => page,
-            None => reader.page(segment, block, crc).await.map_err(|error| match error {
-                Error::Damaged { what, place } if place.is_empty() => damaged(what, segment, block),
-                error => error,
-            })?,
+            None => reader.page(segment, block, crc).await.map_err(|error| placed(error, segment, block))?,
         };
+        self.checked(page, (segment, block), crc, height, first)
+    }
+
+    /// A page, if it is the one that its parent means.
+    fn checked(
+        &self,
+        page: Rc<IndexPage>,
+        (segment, block): (u32, u32),
+        crc: u32,
+        height: u8,
+        first: Option<Key>,
+    ) -> Result<Rc<IndexPage>> {
         let wrong = if page.log_id() != self.log_id {
             "index page (of another log)"
         } else if page.crc() != crc {
@@ -182,6 +194,14 @@ impl Run {
     }
 }
 
+/// The error of a reader that does not know the place.
+fn placed(error: Error, segment: u32, block: u32) -> Error {
+    match error {
+        Error::Damaged { what, place } if place.is_empty() => damaged(what, segment, block),
+        error => error,
+    }
+}
+
 fn damaged(what: &'static str, segment: u32, block: u32) -> Error {
     Error::Damaged { what, place: format!("segment {segment}, block {block}") }
 }
@@ -194,6 +214,8 @@ pub struct RunCursor {
     state: CursorState,
     /// Inner pages above the leaf, each with the next child to visit.
     path: Vec<(Rc<IndexPage>, usize)>,
+    /// The next leaves below the last page of `path`, read ahead.
+    ahead: VecDeque<Rc<IndexPage>>,
     last: Option<Key>,
 }
 
@@ -253,6 +275,7 @@ impl RunCursor {
     /// To the leaf that holds `from`, if any does.
     async fn descend(&mut self, reader: &dyn PageReader) -> Result<(Rc<IndexPage>, usize)> {
         self.path.clear();
+        self.ahead.clear();
         let mut page = self.run.root_page(reader).await?;
         while page.height() > 0 {
             let at = page.count_upto(self.from).saturating_sub(1);
@@ -265,19 +288,43 @@ impl RunCursor {
         Ok((page, at))
     }
 
+    /// The child at `at` of `page`, which is the last page of the path. Of leaves those behind it are read with it.
+    async fn child(&mut self, reader: &dyn PageReader, page: &IndexPage, at: usize) -> Result<Rc<IndexPage>> {
+        let child = &page.children()[at];
+        let (segment, block, crc) = (child.segment.get(), u32::from(child.page.get()), child.crc.get());
+        if self.ahead.is_empty() {
+            let neighbours = (block..).zip(&page.children()[at..]).take(READ_AHEAD);
+            let neighbours = neighbours.take_while(|(block, c)| {
+                page.height() == 1 && c.segment == child.segment && u32::from(c.page.get()) == *block
+            });
+            let crcs: Vec<u32> = neighbours.map(|(_, child)| child.crc.get()).collect();
+            if crcs.len() < 2 || reader.cached(segment, block, crc).is_some() {
+                return self.run.child_page(reader, child, page.height()).await;
+            }
+            let pages = reader.pages(segment, block, crcs).await.map_err(|error| placed(error, segment, block))?;
+            self.ahead = pages.into();
+        }
+        match self.ahead.front().cloned() {
+            Some(leaf) => self.run.checked(leaf, (segment, block), crc, page.height() - 1, Some(child.key())),
+            None => Err(damaged("index page", segment, block)),
+        }
+    }
+
     /// To the next leaf.
     async fn forward(&mut self, reader: &dyn PageReader) -> Result<Option<Rc<IndexPage>>> {
-        while let Some((page, next)) = self.path.last_mut() {
-            let Some(child) = page.children().get(*next) else {
+        while let Some((page, next)) = self.path.last().map(|(page, next)| (Rc::clone(page), *next)) {
+            let Some(child) = page.children().get(next) else {
                 self.path.pop();
                 continue;
             };
             let (segment, block) = (child.segment.get(), u32::from(child.page.get()));
-            let child = self.run.child_page(reader, child, page.height()).await?;
+            let child = self.child(reader, &page, next).await?;
             if self.last.is_some_and(|last| child.first_key() <= last) {
                 return Err(damaged("index page (order)", segment, block));
             }
-            *next += 1;
+            // Only now: after an error the same page is asked for again.
+            self.ahead.pop_front();
+            self.path.last_mut().expect("looked at just above").1 += 1;
             if child.height() == 0 {
                 self.last = child.entries().last().map(IndexEntry::key);
                 return Ok(Some(child));

@@ -1022,12 +1022,15 @@ impl Volume {
             disk.fail(format!("seal log: {error}"));
             error
         };
-        let writes_root = if recording {
-            log.merge_index(&self.host, StreamKind::Writes, point).await.map_err(fail)?
-        } else {
-            Default::default()
+        // Side by side: nothing is destaged until both are done.
+        let writes = async {
+            match recording {
+                true => log.merge_index(&self.host, StreamKind::Writes, point).await,
+                false => Ok(Default::default()),
+            }
         };
-        let before_root = log.merge_index(&self.host, StreamKind::Before, point).await.map_err(fail)?;
+        let (writes_root, before_root) = join(writes, log.merge_index(&self.host, StreamKind::Before, point)).await;
+        let (writes_root, before_root) = (writes_root.map_err(fail)?, before_root.map_err(fail)?);
         self.sync_completed(disk).await?;
         {
             let mut state = log.state.borrow_mut();

@@ -45,9 +45,11 @@ const RECEIVE_BYTES: usize = 64 << 10;
 const SEND_BUFFER: usize = 1 << 20;
 /// Longest payload that is read and thrown away after a refused write; a longer one ends the connection.
 const REFUSED_PAYLOAD_MAX: u32 = 2 * PAYLOAD_MAX;
-/// A batch of replies is closed when it holds so many pieces or bytes.
+/// A batch of replies is closed when it holds so many pieces, or so many bytes. Few bytes: a client that has its first data can ask for more while the
+/// rest is sent. With all that is ready in one call, client and server took turns, and the disk was idle in between (docs/performance.md). The replies
+/// to writes are small: a batch takes all of them.
 const BATCH_PIECES: usize = 900;
-const BATCH_BYTES: usize = 4 << 20;
+const BATCH_BYTES: usize = 8 << 10;
 /// Payload that a connection may always have in flight, whatever the others of its shard hold: clients that take their answers slowly, or
 /// never, must not slow down the small requests of others.
 pub const SHARE_MIN: u64 = 128 << 10;
