@@ -26,6 +26,10 @@ use futures::future::join_all;
 use serde_json::{Value, json};
 use uuid::Uuid;
 
+/// As in the agent.
+#[global_allocator]
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
+
 /// Measures the engine alone, without a socket, and prints a JSON object.
 #[derive(Parser)]
 #[command(version)]
