@@ -456,22 +456,25 @@ impl Volume {
         let mut live = Vec::new();
         if matches!(point, Point::Live) {
             for block in first..first + count {
-                live.push(self.resolve_live(&row, block).await?);
+                live.push((block, self.resolve_live(&row, block).await?));
             }
         }
-        let mut live = live.into_iter();
         let primary_end = end.min(self.primary.size());
         let holes = if primary_end > offset {
             self.primary.allocation(offset, primary_end - offset).await.map_err(device)?
         } else {
             Vec::new()
         };
+        // A pending revert shows an older state as the newest: where that rested on the primary, and a before-image came in between, the map may be of
+        // what was written since.
+        let overtaken = self.overtaken(&row, &live);
+        let mut live = live.into_iter();
         let (mut piece, mut piece_end) = (0, offset + holes.first().map_or(0, |p| p.len));
         for block in first..first + count {
             let from = offset.max(block * BLOCK);
             let until = end.min((block + 1) * BLOCK);
             let layers = match point {
-                Point::Live => live.next().expect("one for each block"),
+                Point::Live => live.next().expect("one for each block").1,
                 Point::At(instant, log) => {
                     let h =
                         row.position(log).ok_or_else(|| Error::Gone("the log of this instant was evicted".into()))?;
@@ -485,7 +488,7 @@ impl Volume {
             let in_hole = holes.get(piece).is_none_or(|p| p.hole) && until <= piece_end;
             let zero = layers.iter().all(|l| match l.source {
                 Source::Zero => true,
-                Source::Primary { .. } => in_hole,
+                Source::Primary { .. } => in_hole && overtaken.binary_search(&block).is_err(),
                 _ => false,
             });
             push(until - from, zero, zero);
