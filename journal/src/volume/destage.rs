@@ -7,7 +7,8 @@
 //! Steps 1 to 3 of a batch run beside steps 4 to 6 of the batch before it. Order is kept per block: a block that is in both is written by the
 //! later batch later, and needs no before-image there, since the earlier one took it in the same log. Of two logs only one is destaged at a time.
 //!
-//! When the log is closed and its overlay is empty, it copies the log's revert, merges the index and seals it.
+//! When the log is closed and its overlay is empty, it copies the log's revert, merges the index and seals it. The next log is destaged beside the
+//! sealing, and no further one.
 
 use std::cell::{Cell, RefCell};
 use std::ops::ControlFlow;
@@ -137,11 +138,11 @@ impl Volume {
                 Ok(ControlFlow::Continue(())) => {}
                 Ok(ControlFlow::Break(())) => break,
                 Err(error) => {
-                    // Not the disk's write path (that latches): damage or a failing primary. Say so, wait, try again; nothing is dropped.
-                    tracing::error!(volume = %self.id, %error, "destaging failed");
                     if self.state.borrow().attach.is_none() {
                         break;
                     }
+                    // Not the disk's write path (that latches): damage or a failing primary. Say so, wait, try again; nothing is dropped.
+                    tracing::error!(volume = %self.id, %error, "destaging failed");
                     self.note_primary_failing(&error);
                     self.host.sleep(BACK_OFF_NS.1).await;
                 }
@@ -192,7 +193,18 @@ impl Volume {
             Work::Stop => return Ok(ControlFlow::Break(())),
             Work::Destage(log) => self.destage_log(disk, &log).await?,
             Work::Copy(log) => self.copy_revert(disk, &log).await?,
-            Work::Seal(log) => self.seal(disk, &log).await?,
+            Work::Seal(log) => {
+                let sealing = Cell::new(true);
+                let seal = async {
+                    let result = self.seal(disk, &log).await;
+                    sealing.set(false);
+                    self.work.notify();
+                    result
+                };
+                let (sealed, destaged) = join(seal, self.destage_beside(disk, &log, &sealing)).await;
+                sealed?;
+                destaged?;
+            }
             Work::Punch(ranges) => {
                 let punched = ranges.len();
                 for (block, count) in ranges {
@@ -255,6 +267,25 @@ impl Volume {
         }
     }
 
+    /// Destages the log behind `log` for as long as that is being sealed: the merge of a large log takes longer than the backlog has room for.
+    ///
+    /// All of `log` is on the primary, durably, and every frame that is appended from here on says so by its watermark. A before-image of the next log
+    /// is durable before the block is overwritten, so a start that finds one never redoes a write of `log` over it.
+    async fn destage_beside(self: &Rc<Self>, disk: &Rc<Disk>, log: &Rc<Log>, sealing: &Cell<bool>) -> Result<()> {
+        loop {
+            let next = self.work.until(|| {
+                let state = self.state.borrow();
+                if !sealing.get() || state.attach.is_none() || disk.failure().is_some() || !state.punch.is_empty() {
+                    return Some(None);
+                }
+                let next = state.logs.iter().find(|l| l.seq > log.seq)?;
+                self.is_due(&state, next, BACKLOG_BEGINS_EIGHTHS).then(|| Some(Rc::clone(next)))
+            });
+            let Some(next) = next.await else { return Ok(()) };
+            self.destage_log(disk, &next).await?;
+        }
+    }
+
     /// Takes a batch of a log, if one is due and nothing else comes first.
     fn next_batch(&self, disk: &Disk, log: &Log) -> Option<Batch> {
         let state = self.state.borrow();
@@ -286,7 +317,10 @@ impl Volume {
     fn group(&self) -> usize {
         let Some(engine) = self.engine.upgrade() else { return GROUP };
         let state = self.state.borrow();
-        let closed = state.logs.iter().rev().take_while(|log| !log.state.borrow().sealed).count() > 1;
+        let closed = state.logs.iter().rev().take_while(|log| !log.state.borrow().sealed).any(|log| {
+            let log = log.state.borrow();
+            log.closed && log.overlay.has_work()
+        });
         if closed || state.backlog_full || state.drain_waiters > 0 {
             return GROUP;
         }
@@ -1022,7 +1056,6 @@ impl Volume {
             disk.fail(format!("seal log: {error}"));
             error
         };
-        // Side by side: nothing is destaged until both are done.
         let writes = async {
             match recording {
                 true => log.merge_index(&self.host, StreamKind::Writes, point).await,
@@ -1032,6 +1065,10 @@ impl Volume {
         let (writes_root, before_root) = join(writes, log.merge_index(&self.host, StreamKind::Before, point)).await;
         let (writes_root, before_root) = (writes_root.map_err(fail)?, before_root.map_err(fail)?);
         self.sync_completed(disk).await?;
+        if self.state.borrow().attach.is_none() {
+            // The volume left meanwhile: nobody records that the log is sealed, so nothing of it may be freed for that.
+            return Err(Error::Gone("the volume has left the journal".into()));
+        }
         {
             let mut state = log.state.borrow_mut();
             state.sealed = true;
