@@ -87,6 +87,8 @@ fn forgiven(world: &World, vol: &Vol, forced: u64, error: &Error) -> bool {
     // Blocks of a pending revert that were on the lost disk only.
     let bad_health = matches!(vol.handle().info().health, Health::RevertIncomplete | Health::Offline)
         || matches!(error, Error::Device { op: "read CDP disk", .. } if vol.forced.get() > 0)
+        // The same blocks, kept as unreadable by a later log, and shown by a revert to before it while that is copied.
+        || matches!(error, Error::Device { op: "read before-image of", .. } if vol.forced.get() > 0)
         || matches!(error, Error::Device { message, .. } if message.contains("lost with the CDP disk"));
     // Damage on the CDP disk shows where a pending revert or the overlay needs it: an error, never wrong bytes.
     let damage = world.damaged.get() && matches!(error, Error::Damaged { .. } | Error::Device { .. });
