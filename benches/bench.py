@@ -7,7 +7,8 @@ usage: benches/bench.py [--quick | --full] [--dir FOLDER] [--size MiB] [--only R
 
 --quick   under 3 minutes, short turns; --full adds the rows that take 60 s and more (10 million records, 10 minutes of writes)
 --size    MiB of the volume (default 8192, with --quick 1024, less when the disk has little room)
---only    rows by their names in the results, for work on one of them
+--only    steps by their names (writes, peers, latency, sequential, curves, memory, views, revert, restart, engine, records, scaling, idle, stability); the other
+          rows stay as the last run of the same mode and size left them, and the report says so
 """
 import argparse
 import concurrent.futures
@@ -144,7 +145,28 @@ class Bench:
 
     def start_nbdkit(self):
         socket = self.path("nbdkit.sock")
+        # What an earlier turn left behind: nbdkit does not replace it.
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(socket)
         return Server("nbdkit file", ["nbdkit", "-f", "-U", socket, "file", self.path("peer.img")], f"nbd+unix:///?socket={socket}", self.log)
+
+    def prepare(self):
+        """The volume, the peers' files, and a CDP disk whose ring has wrapped."""
+        self.say(f"files: a volume of {self.size} MiB")
+        os.makedirs(self.path("cdp"))
+        for name in ["cdp/primary.img", "peer.img"]:
+            fill(self.path(name), self.size)
+        if self.wanted("peers"):
+            fill(self.path("copy.img"), self.size)
+        self.start_ours().stop()
+        rewrite(self.path("cdp/cdp.img"))
+        self.start_ours()
+        self.qemu = self.start_qemu()
+        self.say("warming up: until the ring has wrapped")
+        # A log is charged 8 KiB for each write, so this is more than the CDP disk holds.
+        for _ in range(1 if self.args.quick else 3):
+            self.fio(self.ours.uri, rw="write", bs="1m", depth=8, seconds=600, extra=["--time_based=0", "--loops=1"], ramp=0)
+        self.settle()
 
     # -- one turn ------------------------------------------------------------------------------------------------------
 
@@ -217,24 +239,27 @@ def writes(b):
           note=f"{seconds} s a turn" + ("" if b.args.full else "; 60 s with FULL=1"))
     b.row("cpu", "CPU time per 4K write, whole process / qemu-nbd raw", ("<=", 1.5), b.ratios(results, ours.name, qemu.name, "cpu_us"),
           note="what runs behind the ack counted in")
-    our_iops = [r["iops"] for r in results[ours.name]]
-    others = {}
-    for name, start in [("copy-before-write", lambda: b.start_qsd(True)), ("qemu-storage-daemon raw", lambda: b.start_qsd(False)),
-                        ("nbdkit file", b.start_nbdkit), ("qemu-nbd writeback", lambda: b.start_qemu("qemu-nbd-writeback", "writeback"))]:
-        b.qemu.stop()
-        runs = []
-        for _ in range(3 if name == "copy-before-write" or not b.args.quick else 1):
-            # A fresh start each time: its point in time begins anew, as ours does with each log.
+
+
+def peers(b):
+    """Other servers of the same file: only one of them is up at a time."""
+    starts = {"copy-before-write": lambda: b.start_qsd(True), "qemu-storage-daemon raw": lambda: b.start_qsd(False), "nbdkit file": b.start_nbdkit,
+              "qemu-nbd writeback": lambda: b.start_qemu("qemu-nbd-writeback", "writeback")}
+    others, ours = {name: [] for name in starts}, []
+    b.qemu.stop()
+    for number in range(b.pairs):
+        ours.append(b.turn(b.ours, rw="randwrite", depth=32))
+        for name, start in starts.items():
+            if name != "copy-before-write" and number >= (1 if b.args.quick else 3):
+                continue
+            # A fresh start each time: the copy's point in time begins anew, as ours does with each log.
             server = start()
-            runs.append(b.turn(server, rw="randwrite", depth=32))
+            others[name].append(b.turn(server, rw="randwrite", depth=32))
             server.stop()
-        others[name] = runs
-        b.qemu = b.start_qemu()
-    runs = [b.fio(b.path("peer.img"), rw="randwrite", depth=32, ramp=0) for _ in range(1 if b.args.quick else 3)]
-    others["fio on the file"] = runs
-    b.facts["randwrite_others"] = others
-    ours_again = statistics.median(our_iops)
-    b.row("cbw", "the same / qemu-storage-daemon copy-before-write", (">=", 2.0), [ours_again / r["iops"] for r in others["copy-before-write"]],
+    others["fio on the file"] = [b.fio(b.path("peer.img"), rw="randwrite", depth=32, ramp=0) for _ in range(1 if b.args.quick else 3)]
+    b.qemu = b.start_qemu()
+    b.facts["randwrite_others"] = {"cdp-agent beside them": ours, **others}
+    b.row("cbw", "the same / qemu-storage-daemon copy-before-write", (">=", 2.0), [a["iops"] / r["iops"] for a, r in zip(ours, others["copy-before-write"])],
           note="the peer from a fresh start each turn")
     hot = b.interleaved([b.ours, b.qemu], rw="randwrite", depth=32, size=64)
     b.facts["hot_set"] = hot
@@ -304,7 +329,9 @@ def engine(b):
     b.row("amplification", "total write amplification, before-images and primary counted in", (None, None), [total(r) for r in runs],
           note="engine alone, QD32, uniform")
     depth = [1, 32] if b.args.quick else [1, 4, 16, 32, 128]
-    points = [(d, engine_bench(b, *options[:4], "--seconds", 2, "--ramp", 1, "--depth", d)) for d in depth]
+    # A smaller volume: each point makes its own files.
+    of_depth = ["--size", min(size, 1024), "--reserve", min(size, 1024), "--seconds", 2, "--ramp", 1]
+    points = [(d, engine_bench(b, *of_depth, "--depth", d)) for d in depth]
     b.curves["amplification_depth"] = {"x": "writes in flight", "y": "bytes written / guest bytes", "log": True, "series": {
         "CDP disk, without before-images": [(d, r["journal_bytes_per_guest_byte"]) for d, r in points], "all": [(d, total(r)) for d, r in points]}}
     sets = [64] if b.args.quick else [64, 256, 1024, size]
@@ -472,7 +499,9 @@ def stability(b):
 
 
 def idle_volumes(b):
-    """1,000 protected volumes that do nothing."""
+    """1,000 protected volumes that do nothing. Their CDP disk takes 34 GiB: what no later step needs makes room for it."""
+    if os.path.exists(b.path("copy.img")):
+        os.remove(b.path("copy.img"))
     folder = b.path("idle")
     os.makedirs(folder)
     with open(f"{folder}/cdp.img", "wb") as file:
@@ -499,6 +528,10 @@ def idle_volumes(b):
         agent.wait()
         shutil.rmtree(folder)
     b.row("memory_idle", "memory: 1,000 idle protected volumes, MiB", ("<=", 1024), [used])
+
+
+# Steps that make all of their files themselves.
+SELF_CONTAINED = {"records", "scaling", "idle"}
 
 
 # -- what is written ---------------------------------------------------------------------------------------------------
@@ -566,9 +599,20 @@ def priority():
 
 def report(b, load_before):
     about = machine(b)
-    figures = {"about": about, "volume_mib": b.size, "rows": b.rows, "curves": b.curves, "facts": b.facts}
     os.makedirs(f"{HERE}/results", exist_ok=True)
-    with open(f"{HERE}/results/{about['mode']}.json", "w") as out:
+    results = f"{HERE}/results/{about['mode']}.json"
+    kept = []
+    if b.args.only and os.path.exists(results):
+        with open(results) as file:
+            last = json.load(file)
+        if last["volume_mib"] == b.size:
+            earlier = last.get("kept", [])
+            fresh = set(last["rows"]).difference(b.rows, *(run_["rows"] for run_ in earlier))
+            kept = [{**run_, "rows": sorted(set(run_["rows"]) - set(b.rows))} for run_ in [*earlier, {**last["about"], "rows": fresh}]]
+            kept = [run_ for run_ in kept if run_["rows"]]
+            b.rows, b.curves, b.facts = {**last["rows"], **b.rows}, {**last["curves"], **b.curves}, {**last["facts"], **b.facts}
+    figures = {"about": about, "kept": kept, "volume_mib": b.size, "rows": b.rows, "curves": b.curves, "facts": b.facts}
+    with open(results, "w") as out:
         json.dump(figures, out, indent=1)
         out.write("\n")
     lines = ["# Benchmarks", "", f"Written by `{'QUICK=1 ' if b.args.quick else 'FULL=1 ' if b.args.full else ''}make bench` on {about['date']}; the raw figures are in "
@@ -576,7 +620,9 @@ def report(b, load_before):
              "What stands behind the figures is in `docs/performance.md`.", "", f"- Machine: {about['machine']}; load average {load_before:.1f} before the run{priority()}.",
              f"- Versions: {about['versions']}; commit {about['commit']}.",
              f"- Volume: {b.size} MiB, written before, uniform random unless a row says otherwise; CDP disk {b.cdp_size} MiB, written before, so that the ring wraps"
-             f" on blocks that are there. {b.seconds} s a turn, {b.pairs} to 5 pairs.", "", "| what | target | median | spread | met |", "|---|---|---|---|---|"]
+             f" on blocks that are there. {b.seconds} s a turn, {b.pairs} to 5 pairs.",
+             *(f"- From an earlier run, on {run_['date']}, commit {run_['commit']}, load average {run_['load']:.1f} at its end: {', '.join(run_['rows'])}."
+               for run_ in kept), "", "| what | target | median | spread | met |", "|---|---|---|---|---|"]
     for name in ORDER:
         row = b.rows.get(name)
         if not row:
@@ -627,21 +673,9 @@ def main():
     b = Bench(args)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        b.say(f"files: a volume of {b.size} MiB")
-        os.makedirs(b.path("cdp"))
-        for name in ["cdp/primary.img", "peer.img"]:
-            fill(b.path(name), b.size)
-        fill(b.path("copy.img"), b.size) if b.wanted("cbw", "writes") else None
-        b.start_ours().stop()
-        rewrite(b.path("cdp/cdp.img"))
-        b.start_ours()
-        b.qemu = b.start_qemu()
-        b.say("warming up: until the ring has wrapped")
-        # A log is charged 8 KiB for each write, so this is more than the CDP disk holds.
-        for _ in range(1 if args.quick else 3):
-            b.fio(b.ours.uri, rw="write", bs="1m", depth=8, seconds=600, extra=["--time_based=0", "--loops=1"], ramp=0)
-        b.settle()
-        steps = [("writes", writes), ("latency", latency), ("sequential", sequential), ("curves", curves), ("memory", memory), ("views", views), ("revert", revert),
+        if not args.only or set(args.only) - SELF_CONTAINED:
+            b.prepare()
+        steps = [("writes", writes), ("peers", peers), ("latency", latency), ("sequential", sequential), ("curves", curves), ("memory", memory), ("views", views), ("revert", revert),
                  ("restart", restart), ("engine", engine), ("records", records), ("scaling", scaling)]
         if not args.quick:
             steps.append(("idle", idle_volumes))
@@ -657,7 +691,7 @@ def main():
                 words = getattr(error, "stderr", None) or str(error)
                 b.say(f"{name}: not measured: {words.strip()[-400:]}")
                 for server in (b.ours, b.qemu):
-                    if server.process.poll() is not None:
+                    if server and server.process.poll() is not None:
                         b.ours.stop(), b.qemu.stop()
                         b.start_ours()
                         b.qemu = b.start_qemu()
