@@ -665,10 +665,11 @@ impl PageReader for Disk {
                 return Err(Error::Damaged { what: "pointer to an index page", place: place() });
             }
             let bytes = self.read(segment, block, count as u32).await?;
-            let parsed = bytes.chunks(BLOCK as usize).zip(&crcs).map(|(bytes, crc)| match IndexPage::parse(bytes, None) {
-                Ok(page) if page.crc() != *crc => Err(Error::Damaged { what: "index page", place: place() }),
-                result => result.map(Rc::new),
-            });
+            let parsed =
+                bytes.chunks(BLOCK as usize).zip(&crcs).map(|(bytes, crc)| match IndexPage::parse(bytes, None) {
+                    Ok(page) if page.crc() != *crc => Err(Error::Damaged { what: "index page", place: place() }),
+                    result => result.map(Rc::new),
+                });
             let mut pages = Vec::with_capacity(count);
             for page in parsed {
                 match page {

@@ -179,7 +179,8 @@ pub async fn merge(
     reader: &dyn PageReader,
     yielder: &dyn Fn() -> LocalFuture<'static, ()>,
 ) -> Result<RunRoot> {
-    let mut feeds: Vec<Feed> = sources.into_iter().map(Feed::new).collect();
+    let count = sources.len();
+    let mut feeds: Vec<Feed> = sources.into_iter().map(|source| Feed::new(source, count)).collect();
     let mut next = BinaryHeap::with_capacity(feeds.len());
     for (number, feed) in feeds.iter_mut().enumerate() {
         feed.fill(reader).await?;
@@ -236,9 +237,9 @@ enum Chunk {
 }
 
 impl Feed {
-    fn new(source: Source) -> Self {
+    fn new(source: Source, of: usize) -> Self {
         let rest = match source {
-            Source::Run(run) => Rest::Run(Box::new(run.cursor(Key::default()))),
+            Source::Run(run) => Rest::Run(Box::new(run.cursor(Key::default()).among(of))),
             Source::Mem(index) => Rest::Mem(index, None),
         };
         Self { rest, page: Chunk::Entries(Vec::new()), at: 0 }

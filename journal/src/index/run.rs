@@ -14,8 +14,10 @@ use crate::types::Instant;
 const HEIGHT_MAX: u32 = 9;
 /// Entries between two yields of a whole scan.
 const YIELD_ENTRIES: u32 = 1024;
-/// Leaves that a scan reads at once where they lie one after the other, as in a segment's footer.
+/// Most leaves that a scan reads at once where they lie one after the other, as in a segment's footer.
 const READ_AHEAD: usize = 16;
+/// Most leaves that all scans of a merge hold ahead.
+const READ_AHEAD_ALL: usize = 1024;
 
 /// An immutable sorted run of entries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -93,7 +95,15 @@ impl Run {
 
     /// A scan of the entries from `from` on, by key.
     pub fn cursor(&self, from: Key) -> RunCursor {
-        RunCursor { run: *self, from, state: CursorState::Start, path: Vec::new(), ahead: VecDeque::new(), last: None }
+        RunCursor {
+            run: *self,
+            from,
+            state: CursorState::Start,
+            path: Vec::new(),
+            ahead: VecDeque::new(),
+            ahead_max: READ_AHEAD,
+            last: None,
+        }
     }
 
     /// Calls `each` with every entry, by key; yields now and then.
@@ -216,6 +226,7 @@ pub struct RunCursor {
     path: Vec<(Rc<IndexPage>, usize)>,
     /// The next leaves below the last page of `path`, read ahead.
     ahead: VecDeque<Rc<IndexPage>>,
+    ahead_max: usize,
     last: Option<Key>,
 }
 
@@ -228,6 +239,12 @@ enum CursorState {
 }
 
 impl RunCursor {
+    /// As one of so many scans side by side, which are to hold a bounded number of leaves together.
+    pub fn among(mut self, scans: usize) -> Self {
+        self.ahead_max = (READ_AHEAD_ALL / scans.max(1)).clamp(1, READ_AHEAD);
+        self
+    }
+
     /// The next entry; `None` at the end.
     pub async fn next(&mut self, reader: &dyn PageReader) -> Result<Option<IndexEntry>> {
         loop {
@@ -293,7 +310,7 @@ impl RunCursor {
         let child = &page.children()[at];
         let (segment, block, crc) = (child.segment.get(), u32::from(child.page.get()), child.crc.get());
         if self.ahead.is_empty() {
-            let neighbours = (block..).zip(&page.children()[at..]).take(READ_AHEAD);
+            let neighbours = (block..).zip(&page.children()[at..]).take(self.ahead_max);
             let neighbours = neighbours.take_while(|(block, c)| {
                 page.height() == 1 && c.segment == child.segment && u32::from(c.page.get()) == *block
             });

@@ -20,7 +20,7 @@ use futures::future::{Either, join, join_all, select};
 use futures::stream;
 use zerocopy::IntoBytes;
 
-use super::{State, Volume, whole_mask};
+use super::{CloseReason, State, Volume, whole_mask};
 use crate::buf::{IoBuf, Slice};
 use crate::disk::Disk;
 use crate::error::{Error, Result};
@@ -201,9 +201,15 @@ impl Volume {
                     self.work.notify();
                     result
                 };
-                let (sealed, destaged) = join(seal, self.destage_beside(disk, &log, &sealing)).await;
-                sealed?;
-                destaged?;
+                // A start copies a revert anew unless it finds that done or the log sealed, and that copy may only meet writes which are in the overlay: so
+                // what says it must be durable before anything newer is destaged.
+                if log.state.borrow().close_reason == CloseReason::Reverted as u32 {
+                    seal.await?;
+                } else {
+                    let (sealed, destaged) = join(seal, self.destage_beside(disk, &log, &sealing)).await;
+                    sealed?;
+                    destaged?;
+                }
             }
             Work::Punch(ranges) => {
                 let punched = ranges.len();
@@ -269,7 +275,7 @@ impl Volume {
 
     /// Destages the log behind `log` for as long as that is being sealed: the merge of a large log takes longer than the backlog has room for.
     ///
-    /// All of `log` is on the primary, durably, and every frame that is appended from here on says so by its watermark. A before-image of the next log
+    /// `log` was not ended by a revert. All of it is on the primary, durably, and every frame that is appended from here on says so by its watermark. A before-image of the next log
     /// is durable before the block is overwritten, so a start that finds one never redoes a write of `log` over it.
     async fn destage_beside(self: &Rc<Self>, disk: &Rc<Disk>, log: &Rc<Log>, sealing: &Cell<bool>) -> Result<()> {
         loop {

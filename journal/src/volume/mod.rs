@@ -471,7 +471,11 @@ impl Volume {
             (fence, journal.map(|a| (Rc::clone(&a.disk), state.instant_last)))
         };
         match journal {
-            Some((disk, upto)) => self.sync_journal(&disk, upto).await?,
+            Some((disk, upto)) => {
+                self.sync_journal(&disk, upto).await?;
+                // A before-image carries no instant: one that says of a block that it was lost may have completed behind that.
+                self.sync_completed(&disk).await?;
+            }
             None => self.primary.sync().await.map_err(|e| Error::device("sync", self.path(), &e))?,
         }
         self.put_made_fence(fence).await
