@@ -243,7 +243,8 @@ impl Guest {
     /// `disks`: what each disk's `-blockdev` has beside its name; `/dev/vda` is the first. `more`: further arguments.
     pub fn boot(boot: &Boot, disks: &[String], more: &[&str]) -> Self {
         let mut command = Command::new("qemu-system-x86_64");
-        command.args(["-accel", "tcg", "-m", "512", "-smp", "1", "-display", "none", "-no-reboot", "-nodefaults"]);
+        // Half of it may hold files, and the agent with its symbols is a hundred megabytes.
+        command.args(["-accel", "tcg", "-m", "1024", "-smp", "1", "-display", "none", "-no-reboot", "-nodefaults"]);
         command.args(["-serial", "stdio", "-append", "console=ttyS0 quiet loglevel=1 panic=-1"]);
         command.arg("-kernel").arg(&boot.kernel).arg("-initrd").arg(&boot.initramfs);
         for (number, disk) in disks.iter().enumerate() {
