@@ -10,8 +10,7 @@ use cdp_proto::parse;
 use clap::Parser;
 use tracing_subscriber::EnvFilter;
 
-/// The blocks of the backlog are 4 KiB, aligned to as much: the system's allocator spends 8 KiB on each, and keeps what is free between them
-/// (docs/performance.md).
+/// The backlog is many blocks of 4 KiB, aligned to as much. The system's allocator took 136 MiB where this one takes 84 (docs/performance.md).
 #[global_allocator]
 static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 
