@@ -53,6 +53,8 @@ const BACK_OFF_NS: (u64, u64) = (100_000_000, 5_000_000_000);
 const GROUP: usize = 16;
 /// Groups under way at once: the device has work while the next one is made. More, or larger ones, keep the guest's own requests waiting.
 const GROUPS: usize = 2;
+/// A guest that asked for nothing for this long does not notice how busy the disk is, nanoseconds.
+const QUIET_NS: u64 = 20_000_000;
 /// Blocks of old content in one append, for each request of a group: a guest's own append waits for one that is under way. Its header costs a block.
 const APPEND_BLOCKS: u64 = 4;
 
@@ -319,15 +321,17 @@ impl Volume {
     }
 
     /// How many requests to the primary go together now. Few while the backlog is shallow, so that a guest with few writes in flight does not find the
-    /// disk busy with ours; more the nearer it gets to its bound, at which the guest would wait; all when somebody waits for it.
+    /// disk busy with ours; more the nearer it gets to its bound, at which the guest would wait; all when somebody waits for it, and all for a revert
+    /// that is copied while the guest is quiet.
     fn group(&self) -> usize {
         let Some(engine) = self.engine.upgrade() else { return GROUP };
+        let quiet = self.guest_is_quiet();
         let state = self.state.borrow();
-        let closed = state.logs.iter().rev().take_while(|log| !log.state.borrow().sealed).any(|log| {
+        let hurried = state.logs.iter().rev().take_while(|log| !log.state.borrow().sealed).any(|log| {
             let log = log.state.borrow();
-            log.closed && log.overlay.has_work()
+            (log.closed && log.overlay.has_work()) || (quiet && log.revert.is_some())
         });
-        if closed || state.backlog_full || state.drain_waiters > 0 {
+        if hurried || state.backlog_full || state.drain_waiters > 0 {
             return GROUP;
         }
         match Self::backlog(&state) * 8 / engine.config().backlog_bytes_max.max(1) {
@@ -336,6 +340,18 @@ impl Volume {
             6 => GROUP / 2,
             _ => GROUP,
         }
+    }
+
+    /// Whether no request of the guest ended for [`QUIET_NS`]. Seen from one call to the next, so that the guest's requests need not leave their time.
+    fn guest_is_quiet(&self) -> bool {
+        let stats = self.stats.borrow();
+        let answered = stats.reads + stats.writes + stats.zeroes + stats.discards + stats.flushes;
+        let now = self.host.boot_ns();
+        let (seen, since) = self.answered.get();
+        if answered != seen {
+            self.answered.set((answered, now));
+        }
+        answered == seen && now.saturating_sub(since) >= QUIET_NS
     }
 
     /// Pieces of `all`, each as large as [`Self::group`] says when it is its turn.
@@ -491,9 +507,15 @@ impl Volume {
                 }
                 continue;
             }
-            group.push((block, count));
-            grouped += count;
-            if grouped >= (APPEND_BLOCKS * self.group() as u64) {
+            let mut at = block;
+            while at < block + count {
+                let n = IO_BLOCKS.min(block + count - at);
+                group.push((at, n));
+                grouped += n;
+                at += n;
+                if grouped < APPEND_BLOCKS * self.group() as u64 {
+                    continue;
+                }
                 let (read, appended) =
                     join(self.read_before(&group, landing), self.append_before(log, std::mem::take(&mut images))).await;
                 appended?;
@@ -929,15 +951,15 @@ impl Volume {
                 missing_ranges(imaged, *block, *count, &mut wanted);
             }
         }
-        // The target's content first: it is read as the state was, before-images of this log or not.
+        // The target's content is read as the state was, before-images of this log or not: both at once.
+        let contents = stream::iter(&ranges)
+            .map(|(block, count)| self.blocks_at(target, &source, *block, *count))
+            .buffered(RANGES)
+            .collect::<Vec<_>>();
+        let (contents, kept) = join(contents, self.take_before_images(log, &wanted, &[], None)).await;
+        kept?;
         let mut writes = Vec::new();
-        let mut contents = Vec::new();
         let mut unrestorable = Vec::new();
-        for chunk in ranges.chunks(RANGES) {
-            contents.extend(
-                join_all(chunk.iter().map(|(block, count)| self.blocks_at(target, &source, *block, *count))).await,
-            );
-        }
         for ((block, count), content) in ranges.iter().zip(contents) {
             match content {
                 Ok(data) => push_write(&mut writes, *block, data),
@@ -957,7 +979,6 @@ impl Volume {
                 }
             }
         }
-        self.take_before_images(log, &wanted, &[], None).await?;
         self.sync_before(disk, log).await?;
         // Only now: what the primary holds of them is what this log began with, and is kept, also through a power cut.
         unrestorable.iter().for_each(|block| self.lose_block(log, *block));

@@ -227,6 +227,8 @@ pub struct Volume {
     pub(crate) stats: RefCell<VolumeStats>,
     /// Raised whenever a before-image was added (invariant I6).
     pub(crate) image_epoch: Cell<u64>,
+    /// Requests of the guest that had ended when the destager last looked, and when it first saw that many.
+    pub(crate) answered: Cell<(u64, u64)>,
     /// Bytes of the backlog that the destager has as good as done.
     pub(crate) landing: Cell<u64>,
     /// Only one admin call at a time changes the row of logs.
