@@ -277,16 +277,37 @@ def latency(b):
     b.row("p99", "NBD 4K random write QD1 latency p99 / qemu-nbd raw", ("<=", 1.5), b.ratios(one, b.ours.name, b.qemu.name, "p99_us"))
 
 
+def both_ways(b, reads, **kwargs):
+    """MiB/s that the disk moves, straight and in both directions together, when so many percent are reads: the limit of what moves bytes several times."""
+    command = ["fio", "--name=t", "--ioengine=io_uring", "--direct=1", f"--filename={b.path('peer.img')}", "--rw=rw", f"--rwmixread={reads}", "--bs=1m",
+               "--iodepth=8", f"--size={b.size}m", "--time_based", f"--runtime={min(b.seconds, 3)}", "--output-format=json"]
+    out = run(*command)
+    job = json.loads(out[out.index("{"):])["jobs"][0]
+    b.commands["both_ways"] = " ".join(command)
+    return (job["read"]["bw"] + job["write"]["bw"]) / 1024
+
+
 def sequential(b):
     servers = [b.ours, b.qemu]
-    for name, what, rw, bs, depth, bound in [
-        ("seqwrite", "NBD 1 MiB sequential write", "write", "1m", 8, 0.9),
-        ("randread", "NBD 4K random read QD32", "randread", "4k", 32, 1.0),
-        ("seqread", "NBD 1 MiB sequential read", "read", "1m", 8, 1.0),
+    disk = lambda rw: b.fio(b.path("peer.img"), rw=rw, bs="1m", depth=8, seconds=min(b.seconds, 3), ramp=0)["mib_s"]
+    for name, what, rw, bs, depth, bound, limit in [
+        # Of each byte: append, read of the old content, its before-image, write to the primary.
+        ("seqwrite", "NBD 1 MiB sequential write", "write", "1m", 8, 0.9, lambda: both_ways(b, 25) / 4),
+        ("randread", "NBD 4K random read QD32", "randread", "4k", 32, 1.0, None),
+        ("seqread", "NBD 1 MiB sequential read", "read", "1m", 8, 1.0, lambda: disk("read")),
     ]:
-        results = b.interleaved(servers, rw=rw, bs=bs, depth=depth)
-        b.facts[name] = results
+        results, limits = {server.name: [] for server in servers}, []
+        for _ in range(b.pairs):
+            for server in servers:
+                results[server.name].append(b.turn(server, rw=rw, bs=bs, depth=depth))
+            if limit:
+                limits.append(limit())
+        b.facts[name] = {**results, "limit_mib_s": limits}
         b.row(name, f"{what} / qemu-nbd raw", (">=", bound), b.ratios(results, b.ours.name, b.qemu.name))
+        if limit:
+            moves = "fio straight on the file, the four moves of each byte on one disk" if rw == "write" else "fio straight on the file"
+            b.row(name + "_limit", f"the same / {moves}", (None, None), [turn["mib_s"] / most for turn, most in zip(results[b.ours.name], limits)],
+                  note=f"median {statistics.median(limits):.0f} MiB/s fit, that is {statistics.median(m / q['mib_s'] for m, q in zip(limits, results[b.qemu.name])):.2f} of qemu-nbd")
 
 
 def engine_bench(b, *options):
@@ -415,6 +436,11 @@ def revert(b):
     b.row("revert_call", f"revert over {changed} MiB of changed blocks: until the call returns, ms", ("<=", 200), [call_ms], note="with the start of cdpctl")
     b.row("revert_copy", "its background copy / disk bandwidth", (">=", 0.5), [changed / copy_s / disk],
           note=f"guest reads meanwhile: {guest['iops']:.0f}/s, none failed")
+    # Of each byte: read of the target's content and of the present one, its before-image, write to the primary.
+    limit = both_ways(b, 50) / 4
+    b.facts["revert"]["limit_mib_s"] = limit
+    b.row("revert_limit", "its background copy / fio straight on the file, the four moves of each byte on one disk", (None, None),
+          [changed / copy_s / limit], note=f"{limit:.0f} MiB/s fit, that is {limit / disk:.2f} of the disk's bandwidth")
 
 
 def restart(b):
@@ -491,11 +517,33 @@ def curves(b):
     b.curves["working_set"] = {"x": "MiB that are written to", "y": "4K random writes/s, 32 in flight", "log": True, "series": by_set}
 
 
-def stability(b):
-    result = b.fio(b.ours.uri, rw="randwrite", depth=8, seconds=600)
-    b.facts["stability"] = result
+def longest_each_second(path):
+    """The longest latency, in ms, of each second of a fio log."""
+    longest = {}
+    with open(path) as log:
+        for line in log:
+            at, value = (int(field) for field in line.split(",")[:2])
+            longest[at // 1000] = max(longest.get(at // 1000, 0), value / 1e6)
+    return longest
+
+
+def stability(b, seconds=600):
+    """Beside the guest, one request at a time goes straight to the disk, 20 a second: what is slow for both is the disk's."""
+    fill(b.path("probe.img"), 64)
+    logs = lambda name: [f"--write_lat_log={b.path(name)}", "--log_avg_msec=1000", "--log_max_value=1"]
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        probe = pool.submit(b.fio, b.path("probe.img"), rw="randwrite", depth=1, size=64, seconds=seconds, ramp=0,
+                            extra=["--sync=dsync", "--rate_iops=20", *logs("probe")])
+        result = b.fio(b.ours.uri, rw="randwrite", depth=8, seconds=seconds, ramp=0, extra=logs("guest"))
+        probe = probe.result()
+    guest_s, disk_s = longest_each_second(b.path("guest_clat.1.log")), longest_each_second(b.path("probe_clat.1.log"))
+    beside = lambda at: max(disk_s.get(near, 0) for near in (at - 1, at, at + 1))
+    stalls = [(at, ms, beside(at)) for at, ms in guest_s.items() if ms > 100]
+    b.facts["stability"] = {**result, "probe": probe, "seconds_over_100_ms": stalls, "longest_each_second": guest_s, "probe_longest_each_second": disk_s}
     b.row("stability", "write latency over 10 minutes of random writes: longest, ms", ("<=", 100), [result["max_us"] / 1000],
-          note=f"p99.9 {result['p999_us'] / 1000:.1f} ms")
+          note=f"p99.9 {result['p999_us'] / 1000:.1f} ms; {len(stalls)} of {len(guest_s)} seconds have one over 100 ms")
+    b.row("stability_disk", "single writes straight to the disk, 20 a second beside it: longest, ms", (None, None), [probe["max_us"] / 1000],
+          note=f"p99.9 {probe['p999_us'] / 1000:.1f} ms; over 50 ms within a second of {sum(ms > 50 for _, _, ms in stalls)} of these {len(stalls)}")
 
 
 def idle_volumes(b):
@@ -536,9 +584,9 @@ SELF_CONTAINED = {"records", "scaling", "idle"}
 
 # -- what is written ---------------------------------------------------------------------------------------------------
 
-ORDER = ["randwrite", "cbw", "hot", "flush", "p50", "p99", "seqwrite", "randread", "seqread", "engine", "cpu", "journal_bytes", "amplification",
-         "view_open", "view_open_flat", "view_read", "guest_beside_view", "revert_call", "revert_copy", "restart", "memory_loaded", "memory_idle",
-         "memory_records", "scaling", "stability"]
+ORDER = ["randwrite", "cbw", "hot", "flush", "p50", "p99", "seqwrite", "seqwrite_limit", "randread", "seqread", "seqread_limit", "engine", "cpu", "journal_bytes", "amplification",
+         "view_open", "view_open_flat", "view_read", "guest_beside_view", "revert_call", "revert_copy", "revert_limit", "restart", "memory_loaded", "memory_idle",
+         "memory_records", "scaling", "stability", "stability_disk"]
 UNMEASURED = {
     "memory_idle": ("memory: 1,000 idle protected volumes, MiB", ("<=", 1024)),
     "stability": ("write latency over 10 minutes of random writes: longest, ms", ("<=", 100)),
@@ -644,15 +692,17 @@ def report(b, load_before):
             lines.append(f"| {name} | {each} | {med('mean_us'):.0f} | {med('p99_us'):.0f} | {cpu} |")
     lines += ["", "## Curves", ""]
     for name, curve in b.curves.items():
-        os.makedirs(f"{ROOT}/docs/bench", exist_ok=True)
-        with open(f"{ROOT}/docs/bench/{name}.svg", "w") as out:
-            out.write(svg(curve))
+        if not b.args.no_docs:
+            os.makedirs(f"{ROOT}/docs/bench", exist_ok=True)
+            with open(f"{ROOT}/docs/bench/{name}.svg", "w") as out:
+                out.write(svg(curve))
         lines.append(f"![{curve['y']} over {curve['x']}](bench/{name}.svg)")
     lines += ["", "## Commands", "", "```", "cdp-agent --dev DIR --size SIZE --cdp-size CDP_SIZE", "qemu-nbd -f raw --cache=none --aio=io_uring --persistent --socket S FILE",
               "qemu-storage-daemon --blockdev driver=file,node-name=f,filename=FILE,cache.direct=on,aio=io_uring --blockdev driver=raw,node-name=r,file=f \\",
               "    [--blockdev driver=copy-before-write,node-name=c,file=r,target=t] --nbd-server addr.type=unix,addr.path=S --export type=nbd,id=e,node-name=r,name=x,writable=on",
               "nbdkit -f -U S file FILE",
               f"fio --name=t --ioengine=nbd --uri=URI --rw=randwrite --bs=4k --iodepth=32 --size=SIZE --randrepeat=0 --norandommap --time_based --runtime={b.seconds} --ramp_time=0.5",
+              "fio --name=t --ioengine=io_uring --direct=1 --filename=FILE --rw=rw --rwmixread=25 --bs=1m --iodepth=8 --size=SIZE --time_based --runtime=3",
               "cdp-bench engine DIR --depth 32; cdp-bench views DIR --records N", "```", ""]
     if not b.args.no_docs:
         with open(f"{ROOT}/docs/benchmarks.md", "w") as out:
