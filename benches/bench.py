@@ -356,10 +356,17 @@ def engine(b):
     b.curves["amplification_depth"] = {"x": "writes in flight", "y": "bytes written / guest bytes", "log": True, "series": {
         "CDP disk, without before-images": [(d, r["journal_bytes_per_guest_byte"]) for d, r in points], "all": [(d, total(r)) for d, r in points]}}
     sets = [64] if b.args.quick else [64, 256, 1024, size]
-    points = [(s, engine_bench(b, *options[:4], "--seconds", 3, "--ramp", 2, "--working-set", s)) for s in sorted(set(sets))]
+    small = lambda mib: options[:4] if mib > 1024 else of_depth[:4]
+    points = [(s, engine_bench(b, *small(s), "--seconds", 3, "--ramp", 2, "--working-set", s)) for s in sorted(set(sets))]
     b.curves["amplification_set"] = {"x": "MiB that are written to", "y": "bytes written / guest bytes", "log": True, "series": {
         "before-images": [(s, r["before_image_bytes_per_guest_byte"]) for s, r in points],
         "primary": [(s, r["primary_bytes_per_guest_byte"]) for s, r in points], "all": [(s, total(r)) for s, r in points]}}
+    # How long a block is left alone decides whether the backlog or its log knows it still.
+    apart = [16] if b.args.quick else [4, 16, 64, 256, 1024]
+    points = [(d, engine_bench(b, *small(d), "--seconds", 3, "--ramp", 2, "--distance", d)) for d in apart]
+    b.curves["amplification_distance"] = {"x": "MiB written between two writes of a block", "y": "bytes written / guest bytes", "log": True, "series": {
+        "before-images": [(d, r["before_image_bytes_per_guest_byte"]) for d, r in points],
+        "primary": [(d, r["primary_bytes_per_guest_byte"]) for d, r in points], "all": [(d, total(r)) for d, r in points]}}
     os.remove(b.path("appends.img"))
 
 

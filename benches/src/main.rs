@@ -56,6 +56,9 @@ struct EngineArgs {
     /// MiB of it that are written to; 0: all.
     #[arg(long, default_value_t = 0)]
     working_set: u64,
+    /// MiB of other blocks that are written between two writes of a block, which is the same for all of them; 0: blocks at random.
+    #[arg(long, default_value_t = 0, conflicts_with = "working_set")]
+    distance: u64,
     /// MiB of history that it may keep.
     #[arg(long, default_value_t = 2048)]
     reserve: u64,
@@ -206,6 +209,19 @@ impl Random {
     }
 }
 
+/// A step that visits each of so many blocks once before it comes back, neighbours far apart: the golden section of them, or the next that has no
+/// divisor in common with them.
+fn far_step(blocks: u64) -> u64 {
+    let divisor = |mut a: u64, mut b: u64| {
+        while b > 0 {
+            (a, b) = (b, a % b);
+        }
+        a
+    };
+    let golden = (blocks as f64 * 0.618_034) as u64;
+    (golden..).find(|step| divisor(*step, blocks) == 1).unwrap_or(1)
+}
+
 /// Processor seconds of this process, its threads in the kernel too.
 fn cpu_seconds() -> f64 {
     let stat = fs::read_to_string("/proc/self/stat").unwrap_or_default();
@@ -244,9 +260,21 @@ async fn engine(ring: &Ring, args: &EngineArgs) -> Result<Value> {
     ensure!(args.depth > 0, "--depth is at least 1");
     let world = world(ring, &args.dir, args.size, args.reserve, true).await?;
     let export = world.volume.export();
-    let working = if args.working_set == 0 { args.size } else { args.working_set.min(args.size) } << 20;
+    let working = match args.working_set.max(args.distance) {
+        0 => args.size,
+        some => some.min(args.size),
+    } << 20;
     let blocks = working / u64::from(args.block_size);
-    ensure!(blocks > 0, "--working-set holds no block");
+    ensure!(blocks > 0, "--working-set or --distance holds no block");
+    let step = far_step(blocks);
+    let turn = Cell::new(0);
+    let next_block = |random: &mut Random| {
+        if args.distance == 0 {
+            return random.below(blocks);
+        }
+        turn.set((turn.get() + step) % blocks);
+        turn.get()
+    };
     let begin = Instant::now();
     let from = begin + Duration::from_secs_f64(args.ramp);
     let until = from + Duration::from_secs_f64(args.seconds);
@@ -262,7 +290,7 @@ async fn engine(ring: &Ring, args: &EngineArgs) -> Result<Value> {
             if began >= from && before.get().is_none() {
                 before.set(Some((world.volume.stats(), cpu_seconds())));
             }
-            let offset = random.below(blocks) * u64::from(args.block_size);
+            let offset = next_block(&mut random) * u64::from(args.block_size);
             let mut data = payload_buf(offset, args.block_size);
             let stamp = random.next().to_le_bytes();
             let start = (offset % BLOCK) as usize;

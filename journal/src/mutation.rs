@@ -31,6 +31,8 @@ pub enum Mutation {
     RevertNotDurable,
     /// I5: blocks of a pending revert are read from the primary.
     RevertNotRedirected,
+    /// I5: the next log is destaged while what says that a revert was copied is not durable.
+    RevertSealedInCompany,
     /// I5: recovery counts the revert of a group that was not decided.
     UndecidedCounts,
     /// I6: a view does not look again for a before-image after it has read the primary.

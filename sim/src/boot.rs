@@ -47,7 +47,7 @@ fn config(world: &World) -> EngineConfig {
     EngineConfig {
         backlog_bytes_max: setup.backlog_bytes,
         // Small batches, so that two of them are under way also on small volumes.
-        destage_blocks_max: [1, 4, 2048][(world.history.seed % 3) as usize],
+        destage_blocks_max: if setup.stragglers { 1 } else { [1, 4, 2048][(world.history.seed % 3) as usize] },
         marker_interval_s: setup.marker_interval_s,
         default_settings: Settings {
             reserve_capacity: setup.reserve_segments * SEGMENT,

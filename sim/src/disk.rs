@@ -166,6 +166,8 @@ pub struct SimDisk {
     pub number: u64,
     /// What each call takes longer, nanoseconds.
     slow_ns: Cell<u64>,
+    /// Many calls take long.
+    stragglers: Cell<bool>,
     state: RefCell<State>,
 }
 
@@ -189,6 +191,7 @@ impl SimDisk {
             is_file,
             number,
             slow_ns: Cell::new(0),
+            stragglers: Cell::new(false),
             state: RefCell::new(State {
                 size,
                 size_opened: size,
@@ -212,6 +215,11 @@ impl SimDisk {
     /// From now on each call takes so much longer.
     pub fn set_slow(&self, ns: u64) {
         self.slow_ns.set(ns);
+    }
+
+    /// From now on one call of eight takes 1 to 60 ms, not one of 64.
+    pub fn set_stragglers(&self, stragglers: bool) {
+        self.stragglers.set(stragglers);
     }
 
     /// The device as one incarnation of the agent sees it.
@@ -500,9 +508,10 @@ impl Handle {
 
     fn latency(&self) -> u64 {
         let rng = self.rng();
-        match rng.below(64) {
-            0 => rng.range(1_000_000, 60_000_000),
-            1..8 => rng.range(100_000, 3_000_000),
+        let (slow, medium, of) = if self.disk.stragglers.get() { (1, 2, 8) } else { (1, 8, 64) };
+        match rng.below(of) {
+            place if place < slow => rng.range(1_000_000, 60_000_000),
+            place if place < medium => rng.range(100_000, 3_000_000),
             _ => rng.range(5_000, 100_000),
         }
     }

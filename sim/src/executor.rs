@@ -40,6 +40,8 @@ pub struct Shared {
     wall_offset_ns: Cell<u64>,
     hash: Cell<u64>,
     steps: Cell<u64>,
+    /// The step at which a crash was armed, and those since in which anything outside the process was begun or went on; `None`: nobody asked.
+    calls: RefCell<Option<(u64, Vec<u64>)>>,
 }
 
 impl Shared {
@@ -51,7 +53,27 @@ impl Shared {
             wall_offset_ns: Cell::new(wall_ns),
             hash: Cell::new(0),
             steps: Cell::new(0),
+            calls: RefCell::default(),
         })
+    }
+    /// From now on remembers the steps of calls.
+    pub fn record_calls(&self) {
+        self.calls.replace(Some((0, Vec::new())));
+    }
+    /// Each last step before a call is begun, takes effect or is answered, and the last of all; counted from the step at which a crash was armed. A crash at
+    /// any other step finds the same disks as one of these, and no more answers given to the guest.
+    pub fn last_steps_before_calls(&self) -> Vec<u64> {
+        let calls = self.calls.borrow();
+        let Some((armed, calls)) = &*calls else { return Vec::new() };
+        let before = calls.iter().map(|step| step - 1).chain([self.steps()]);
+        before.filter_map(|step| step.checked_sub(*armed)).filter(|steps| *steps > 0).collect()
+    }
+    fn note_call(&self) {
+        if let Some((_, calls)) = &mut *self.calls.borrow_mut()
+            && calls.last() != Some(&self.steps())
+        {
+            calls.push(self.steps());
+        }
     }
     /// Folds an event into the hash of all events.
     pub fn note(&self, words: &[u64]) {
@@ -151,6 +173,7 @@ impl Executor {
         if self.dead.get() {
             return;
         }
+        self.shared.note_call();
         let id = self.event_next.get();
         self.event_next.set(id + 1);
         self.events.borrow_mut().push(Reverse((self.shared.boot_ns() + ns, id)));
@@ -160,6 +183,9 @@ impl Executor {
     /// The process dies `steps` steps from now; `None` disarms.
     pub fn arm_crash(&self, steps: Option<u64>) {
         self.crash_at_step.set(steps.map(|n| self.shared.steps() + n));
+        if let Some((armed, _)) = &mut *self.shared.calls.borrow_mut() {
+            *armed = self.shared.steps();
+        }
     }
 
     /// Whether a crash is armed.
@@ -240,6 +266,7 @@ impl Executor {
 
     fn fire(&self) -> bool {
         let Some(Reverse((at, id))) = self.events.borrow_mut().pop() else { return false };
+        self.shared.note_call();
         self.shared.boot_ns.set(at.max(self.shared.boot_ns()));
         self.shared.note(&[1, at, id]);
         let action = self.actions.borrow_mut().remove(&id);

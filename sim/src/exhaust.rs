@@ -1,7 +1,7 @@
-//! All short histories: every sequence of a few operations over a small alphabet, with a crash at every scheduler step, of
-//! both kinds and with several subsets of the unsynced writes.
+//! All short histories: every sequence of a few operations over a small alphabet, with a crash before and after every call to a disk or to the folder of
+//! states, of both kinds and with several subsets of the unsynced writes, each with another order of events.
 
-use crate::run::{Report, run};
+use crate::run::{Report, run, run_for_calls};
 use crate::workload::{Action, Crash, History, Op, Setup, Then};
 
 /// The alphabet: on a volume of two blocks, so that nearly everything overlaps.
@@ -70,6 +70,7 @@ fn setup() -> Setup {
         marker_interval_s: 60,
         enabled: true,
         primary_slow_ns: 0,
+        stragglers: false,
         begin_eighths: 8,
     }
 }
@@ -79,30 +80,30 @@ pub fn sequences(depth: u32) -> u64 {
     (ALPHABET.len() as u64).pow(depth)
 }
 
-/// All cases of the sequence number `place` of `depth` letters: no crash, and a crash of each kind at every `stride`-th step,
-/// with `subsets` seeds for what survives. Answers how many cases ran and the first that failed.
+/// Later than any step: such a crash never comes.
+const NEVER: u64 = 1 << 40;
+
+/// All cases of the sequence number `place` of `depth` letters: no crash, and a crash at every `stride`-th step before or after a call: a power cut with
+/// each of `subsets` seeds for the order of events and what survives, a kill with the first. Answers how many cases ran and the first that failed.
 pub fn check(depth: u32, place: u64, stride: u64, subsets: u64) -> (u64, Option<(Case, Report)>) {
     let n = ALPHABET.len() as u64;
     let letters: Vec<usize> = (0..depth).map(|i| (place / n.pow(i) % n) as usize).collect();
-    let plain = Case { letters, crash: None, seed: 1 };
-    let report = plain.run();
-    let mut cases = 1;
-    if report.failure.is_some() {
-        return (cases, Some((plain, report)));
-    }
-    // The crash is counted from the first operation; later steps than these only repeat the idle agent.
-    let steps = report.counts.steps;
-    for at in (1..steps).step_by(stride.max(1) as usize) {
-        for power in [false, true] {
-            for seed in 0..if power { subsets } else { 1 } {
-                let case = Case { crash: Some((at, power)), seed: seed + 1, ..plain.clone() };
+    let mut cases = 0;
+    for seed in 1..=subsets {
+        let plain = Case { letters: letters.clone(), crash: Some((NEVER, false)), seed };
+        let (report, calls) = run_for_calls(plain.history());
+        cases += 1;
+        if report.failure.is_some() {
+            return (cases, Some((plain, report)));
+        }
+        let kinds: &[bool] = if seed == 1 { &[false, true] } else { &[true] };
+        for at in calls.into_iter().step_by(stride.max(1) as usize) {
+            for power in kinds {
+                let case = Case { crash: Some((at, *power)), ..plain.clone() };
                 let report = case.run();
                 cases += 1;
                 if report.failure.is_some() {
                     return (cases, Some((case, report)));
-                }
-                if report.counts.kills + report.counts.power_cuts == 0 {
-                    return (cases, None);
                 }
             }
         }

@@ -32,7 +32,19 @@ const INCARNATIONS_MAX: usize = 400;
 
 /// Runs a history. A panic of the engine is a violation.
 pub fn run(history: History, trace: bool) -> Report {
-    let world = World::new(history, trace);
+    run_in(World::new(history, trace))
+}
+
+/// Runs a history, and answers also at which of its steps a crash is worth trying (see [`crate::executor::Shared::last_steps_before_calls`]).
+pub fn run_for_calls(history: History) -> (Report, Vec<u64>) {
+    let world = World::new(history, false);
+    world.shared.record_calls();
+    let shared = Rc::clone(&world.shared);
+    let report = run_in(world);
+    (report, shared.last_steps_before_calls())
+}
+
+fn run_in(world: Rc<World>) -> Report {
     let outcome = catch_unwind(AssertUnwindSafe(|| incarnations(&world)));
     if let Err(panic) = outcome {
         let text = panic

@@ -230,6 +230,8 @@ pub struct Setup {
     pub enabled: bool,
     /// What each call of a primary takes longer, nanoseconds.
     pub primary_slow_ns: u64,
+    /// One call of eight to a CDP disk takes 1 to 60 ms, not one of 64.
+    pub stragglers: bool,
     /// Volumes begin with so many eighths of their sectors.
     pub begin_eighths: u64,
 }
@@ -268,6 +270,9 @@ struct Profile {
     huge: bool,
     many: bool,
     group: bool,
+    /// A few blocks that are written again as soon as a revert is recorded, flushes that wait for the primary, and disks of which many calls take long: what
+    /// is newer than a revert is destaged while that is still being finished.
+    rewrite: bool,
     resize: u64,
 }
 
@@ -291,10 +296,11 @@ const BASE: Profile = Profile {
     huge: false,
     many: false,
     group: false,
+    rewrite: false,
     resize: 0,
 };
 
-const PROFILES: [Profile; 15] = [
+const PROFILES: [Profile; 16] = [
     BASE,
     Profile {
         name: "writes",
@@ -321,6 +327,7 @@ const PROFILES: [Profile; 15] = [
     Profile { name: "damage", flip: 5, ..BASE },
     Profile { name: "group", revert: 10, crash: 8, group: true, many: true, switch: 0, clean: 0, ..BASE },
     Profile { name: "resize", resize: 6, crash: 5, revert: 5, switch: 4, ..BASE },
+    Profile { name: "rewrite", rewrite: true, revert: 12, crash: 8, flush: 16, view: 4, switch: 0, clean: 0, ..BASE },
 ];
 
 /// Names of all profiles; `all` takes each in turn by the seed (the long ones of `capacity` less often).
@@ -343,7 +350,11 @@ pub fn generate(seed: u64, profile: &str, ops: usize) -> Option<History> {
     // What came later draws from a stream of its own, so that the old seeds go on meaning what they meant.
     let extra = Rng::new(!seed ^ (place as u64) << 56);
     let setup = setup(profile, &rng, &extra);
-    let ops = (0..ops).map(|_| op(profile, &setup, &rng, &extra)).collect();
+    let ops = (0..ops).map(|place| match place % 8 {
+        place @ 0..5 if profile.rewrite => rewrite(place, &setup, &rng),
+        _ => op(profile, &setup, &rng, &extra),
+    });
+    let ops = ops.collect();
     Some(History { seed, profile: profile.name, setup, ops })
 }
 
@@ -367,6 +378,7 @@ fn setup(profile: &Profile, rng: &Rng, extra: &Rng) -> Setup {
         let blocks = match (profile.big, profile.huge) {
             (_, true) => rng.range(800, 1200),
             (true, _) => 64 + rng.below(64),
+            _ if profile.rewrite => *rng.pick(&[1, 2, 3]),
             _ => *rng.pick(&[1, 2, 4, 8, 16, 32, 64]),
         };
         blocks * 8 + if rng.one_in(6) { rng.range(1, 7) } else { 0 }
@@ -382,12 +394,27 @@ fn setup(profile: &Profile, rng: &Rng, extra: &Rng) -> Setup {
         reserve_segments,
         duration_s: if rng.one_in(4) { rng.range(5, 100) } else { 86400 },
         backlog_bytes: backlog_least.max(*rng.pick(&[256 << 10, 1 << 20, 16 << 20])),
-        flush_primary: rng.one_in(8),
+        flush_primary: rng.one_in(8) || profile.rewrite,
+        stragglers: profile.rewrite,
         marker_interval_s: *rng.pick(&[1, 5, 60]),
         enabled: !rng.one_in(10),
         primary_slow_ns,
         begin_eighths: if profile.resize > 0 { extra.range(1, 7) } else { 8 },
     }
+}
+
+/// A revert, new writes behind it, and a power cut about when these are destaged.
+fn rewrite(place: usize, setup: &Setup, rng: &Rng) -> Op {
+    let blocks = setup.volumes[0] / 8;
+    let action = match place {
+        0 => Action::Revert { vol: 0, at: rng.bits(), force: true, release: true },
+        1 | 2 => {
+            Action::Write { vol: 0, sector: rng.below(blocks.max(1)) * 8, count: setup.volumes[0].min(8), fua: false }
+        }
+        3 => Action::Crash(Crash { power: true, steps: rng.range(1, 400), again: None, down_ns: 1_000_000 }),
+        _ => Action::Flush { vol: 0 },
+    };
+    Op { action, then: if place == 0 { Then::Wait } else { Then::Go } }
 }
 
 fn op(profile: &Profile, setup: &Setup, rng: &Rng, extra: &Rng) -> Op {

@@ -264,7 +264,9 @@ impl World {
         let cdp = setup.disks.iter().enumerate().map(|(i, segments)| {
             // Superblock, table and a remainder besides the segments.
             let size = (segments + 2) * SEGMENT + rng.below(200) * 4096;
-            SimDisk::new(i as u64, &format!("cdp{i}"), size, setup.physical.0, false)
+            let disk = SimDisk::new(i as u64, &format!("cdp{i}"), size, setup.physical.0, false);
+            disk.set_stragglers(setup.stragglers);
+            disk
         });
         let volumes = setup.volumes.iter().enumerate().map(|(i, sectors)| {
             let size = sectors * 512;

@@ -11,7 +11,7 @@ use cdp_sim::run::run;
 use cdp_sim::workload::{Action, History, Op, Setup, Then, generate};
 
 /// The fault, what it breaks, the profile that looks for it, and a seed that found it when this was written.
-const FAULTS: [(Mutation, &str, &str, u64); 20] = [
+const FAULTS: [(Mutation, &str, &str, u64); 21] = [
     (Mutation::AckBeforeAppend, "I1", "crash", 27),
     (Mutation::FlushWithoutSync, "I1", "crash", 5),
     (Mutation::FlushSyncEarly, "I1", "crash", 473),
@@ -24,6 +24,7 @@ const FAULTS: [(Mutation, &str, &str, u64); 20] = [
     (Mutation::BeforeImageSkipped, "I4", "views", 0),
     (Mutation::RevertNotDurable, "I5", "revert", 8),
     (Mutation::RevertNotRedirected, "I5", "revert", 0),
+    (Mutation::RevertSealedInCompany, "I5", "rewrite", 5228),
     (Mutation::UndecidedCounts, "I5", "group", 6),
     (Mutation::NoRecheck, "I6", "views", 6),
     (Mutation::PayloadUnchecked, "I7", "damage", 2),

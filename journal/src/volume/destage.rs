@@ -205,7 +205,8 @@ impl Volume {
                 };
                 // A start copies a revert anew unless it finds that done or the log sealed, and that copy may only meet writes which are in the overlay: so
                 // what says it must be durable before anything newer is destaged.
-                if log.state.borrow().close_reason == CloseReason::Reverted as u32 {
+                let alone = log.state.borrow().close_reason == CloseReason::Reverted as u32;
+                if alone && !active(Mutation::RevertSealedInCompany) {
                     seal.await?;
                 } else {
                     let (sealed, destaged) = join(seal, self.destage_beside(disk, &log, &sealing)).await;
