@@ -30,7 +30,7 @@ target/release/cdp-sim --seed "$(date +%s)" --seconds "$(share 30)" --threads 2 
 histories=$(sed -n 's/^\([0-9]*\) histories, .*/\1/p' "$logs/sim" | tail -n 1)
 violations=$(sed -n 's/^[0-9]* histories, \([0-9]*\) violations.*/\1/p' "$logs/sim" | tail -n 1)
 
-# All of it took 656 s on one thread, so a soak of an hour or more does it all; a shorter one begins where chance says.
+# A shorter soak than it takes begins where chance says.
 echo "==> exhaustion, four operations: at most $(share 15) s"
 target/release/cdp-sim --exhaust 4 --seed "$RANDOM" --seconds "$(share 15)" --threads 2 | tee "$logs/exhaust"
 [ "${PIPESTATUS[0]}" = 0 ] || failed=$((failed + 1))

@@ -71,7 +71,7 @@ step "unit tests" cargo test --locked --workspace --exclude cdp-tests --no-fail-
 step build cargo build --locked --release --workspace --exclude cdp-fuzz || finish
 # Fixed seeds, so that a change fails by its own fault; `make soak` takes others.
 step simulator target/release/cdp-sim --seed 200000 --histories "${CDP_SIM_HISTORIES:-20000}" --threads 2
-step exhaustion target/release/cdp-sim --exhaust 3 --threads 2
+step exhaustion target/release/cdp-sim --exhaust 3 --subsets 2 --threads 2
 step "deliberate faults" cargo test --locked -p cdp-sim --features mutations --test mutations
 export CDP_BIN="$PWD/target/release"
 export CDP_SKIPPED="$logs/skipped"

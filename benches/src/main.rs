@@ -264,6 +264,7 @@ async fn engine(ring: &Ring, args: &EngineArgs) -> Result<Value> {
         0 => args.size,
         some => some.min(args.size),
     } << 20;
+    ensure!(args.distance <= args.size, "--distance {}: at most --size, {} MiB", args.distance, args.size);
     let blocks = working / u64::from(args.block_size);
     ensure!(blocks > 0, "--working-set or --distance holds no block");
     let step = far_step(blocks);

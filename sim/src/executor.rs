@@ -40,8 +40,16 @@ pub struct Shared {
     wall_offset_ns: Cell<u64>,
     hash: Cell<u64>,
     steps: Cell<u64>,
-    /// The step at which a crash was armed, and those since in which anything outside the process was begun or went on; `None`: nobody asked.
-    calls: RefCell<Option<(u64, Vec<u64>)>>,
+    /// What is outside the process; `None`: nobody asked.
+    calls: RefCell<Option<Calls>>,
+}
+
+/// Steps in which anything outside the process was begun or went on while a crash was armed.
+#[derive(Default)]
+struct Calls {
+    /// The step at which it was armed, and the one at which it was disarmed.
+    armed: Option<(u64, Option<u64>)>,
+    steps: Vec<u64>,
 }
 
 impl Shared {
@@ -58,21 +66,33 @@ impl Shared {
     }
     /// From now on remembers the steps of calls.
     pub fn record_calls(&self) {
-        self.calls.replace(Some((0, Vec::new())));
+        self.calls.replace(Some(Calls::default()));
     }
-    /// Each last step before a call is begun, takes effect or is answered, and the last of all; counted from the step at which a crash was armed. A crash at
-    /// any other step finds the same disks as one of these, and no more answers given to the guest.
+    /// Each last step before a call is begun, takes effect or is answered, and the last of all, while a crash was armed for the first time; counted from the step
+    /// at which it was. A crash at any other step finds the same disks as one of these, and no more answers given to the guest.
     pub fn last_steps_before_calls(&self) -> Vec<u64> {
         let calls = self.calls.borrow();
-        let Some((armed, calls)) = &*calls else { return Vec::new() };
-        let before = calls.iter().map(|step| step - 1).chain([self.steps()]);
-        before.filter_map(|step| step.checked_sub(*armed)).filter(|steps| *steps > 0).collect()
+        let Some(Calls { armed: Some((armed, Some(disarmed))), steps }) = &*calls else { return Vec::new() };
+        // A crash counts only when it comes before the step that disarms it.
+        let before = steps.iter().map(|step| step - 1).chain([disarmed - 1]);
+        let mut before: Vec<u64> = before.filter_map(|step| step.checked_sub(*armed)).filter(|n| *n > 0).collect();
+        before.dedup();
+        before
     }
     fn note_call(&self) {
-        if let Some((_, calls)) = &mut *self.calls.borrow_mut()
-            && calls.last() != Some(&self.steps())
+        if let Some(Calls { armed: Some((_, None)), steps }) = &mut *self.calls.borrow_mut()
+            && steps.last() != Some(&self.steps())
         {
-            calls.push(self.steps());
+            steps.push(self.steps());
+        }
+    }
+    fn note_armed(&self, armed: bool) {
+        if let Some(calls) = &mut *self.calls.borrow_mut() {
+            match (&mut calls.armed, armed) {
+                (first @ None, true) => *first = Some((self.steps(), None)),
+                (Some((_, end @ None)), false) => *end = Some(self.steps()),
+                _ => {}
+            }
         }
     }
     /// Folds an event into the hash of all events.
@@ -183,9 +203,7 @@ impl Executor {
     /// The process dies `steps` steps from now; `None` disarms.
     pub fn arm_crash(&self, steps: Option<u64>) {
         self.crash_at_step.set(steps.map(|n| self.shared.steps() + n));
-        if let Some((armed, _)) = &mut *self.shared.calls.borrow_mut() {
-            *armed = self.shared.steps();
-        }
+        self.shared.note_armed(steps.is_some());
     }
 
     /// Whether a crash is armed.

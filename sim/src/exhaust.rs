@@ -105,8 +105,41 @@ pub fn check(depth: u32, place: u64, stride: u64, subsets: u64) -> (u64, Option<
                 if report.failure.is_some() {
                     return (cases, Some((case, report)));
                 }
+                assert_eq!(report.counts.kills + report.counts.power_cuts, 1, "{}: it did not crash", case.name());
             }
         }
     }
     (cases, None)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn places(letters: &[usize]) -> Vec<u64> {
+        let case = Case { letters: letters.to_vec(), crash: Some((NEVER, false)), seed: 1 };
+        let (report, places) = run_for_calls(case.history());
+        assert_eq!(report.failure, None);
+        places
+    }
+
+    /// Goal: the places of a crash are those of the operations, not of what comes before or behind them.
+    #[test]
+    fn more_operations_have_more_places_for_a_crash() {
+        let counts = [&[][..], &[0], &[0, 2], &[0, 2, 4], &[0, 2, 4, 6]].map(|letters| places(letters).len());
+        assert!(counts.is_sorted_by(|few, many| few < many), "{counts:?}");
+    }
+
+    /// Goal: no place for a crash lies beyond the operations.
+    /// Method: a crash at each step up to the last place comes, and one behind it never.
+    #[test]
+    fn the_last_place_is_the_last_step_that_can_crash() {
+        let letters = vec![0, 2, 4, 6];
+        let last = *places(&letters).last().expect("there are some");
+        for step in (1..=last + 1).rev() {
+            let case = Case { letters: letters.clone(), crash: Some((step, false)), seed: 1 };
+            let report = case.run();
+            assert_eq!((report.failure, report.counts.kills), (None, u64::from(step <= last)), "{}", case.name());
+        }
+    }
 }

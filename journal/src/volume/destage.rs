@@ -343,16 +343,15 @@ impl Volume {
         }
     }
 
-    /// Whether no request of the guest ended for [`QUIET_NS`]. Seen from one call to the next, so that the guest's requests need not leave their time.
+    /// Whether no request of the guest is under way, and none was for [`QUIET_NS`], as far as was seen from one call to the next.
     fn guest_is_quiet(&self) -> bool {
-        let stats = self.stats.borrow();
-        let answered = stats.reads + stats.writes + stats.zeroes + stats.discards + stats.flushes;
+        let ((begun, ended), (seen, since)) = (self.requests.get(), self.answered.get());
         let now = self.host.boot_ns();
-        let (seen, since) = self.answered.get();
-        if answered != seen {
-            self.answered.set((answered, now));
+        if begun != ended || ended != seen {
+            self.answered.set((ended, now));
+            return false;
         }
-        answered == seen && now.saturating_sub(since) >= QUIET_NS
+        now.saturating_sub(since) >= QUIET_NS
     }
 
     /// Pieces of `all`, each as large as [`Self::group`] says when it is its turn.
@@ -952,7 +951,9 @@ impl Volume {
                 missing_ranges(imaged, *block, *count, &mut wanted);
             }
         }
-        // The target's content is read as the state was, before-images of this log or not: both at once.
+        // Both at once. The target's content is read as the state was, before-images of this log or not; and it comes from the journal: whatever a log from the
+        // target's on touched has a record or a before-image in one of them, now that their overlays are empty. So a primary that cannot be read for a while
+        // does not cost it.
         let contents = stream::iter(&ranges)
             .map(|(block, count)| self.blocks_at(target, &source, *block, *count))
             .buffered(RANGES)

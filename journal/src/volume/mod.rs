@@ -227,7 +227,9 @@ pub struct Volume {
     pub(crate) stats: RefCell<VolumeStats>,
     /// Raised whenever a before-image was added (invariant I6).
     pub(crate) image_epoch: Cell<u64>,
-    /// Requests of the guest that had ended when the destager last looked, and when it first saw that many.
+    /// Requests of the guest: begun, and ended.
+    pub(crate) requests: Cell<(u64, u64)>,
+    /// How many had ended when the destager last looked, and when it first saw that many and none under way.
     pub(crate) answered: Cell<(u64, u64)>,
     /// Bytes of the backlog that the destager has as good as done.
     pub(crate) landing: Cell<u64>,
@@ -590,6 +592,24 @@ fn ranges(set: &Touched) -> Vec<(u64, u64)> {
 
 struct VolumeExport(Rc<Volume>);
 
+/// A request of the guest. Two counts and no look at a clock: the destager asks for them, the request leaves nothing else behind.
+struct Request(Rc<Volume>);
+
+impl Request {
+    fn of(volume: &Rc<Volume>) -> Self {
+        let (begun, ended) = volume.requests.get();
+        volume.requests.set((begun + 1, ended));
+        Self(Rc::clone(volume))
+    }
+}
+
+impl Drop for Request {
+    fn drop(&mut self) {
+        let (begun, ended) = self.0.requests.get();
+        self.0.requests.set((begun, ended + 1));
+    }
+}
+
 impl Export for VolumeExport {
     fn size(&self) -> u64 {
         self.0.state.borrow().size
@@ -598,24 +618,24 @@ impl Export for VolumeExport {
         false
     }
     fn read(&self, offset: u64, len: u32) -> LocalFuture<'static, Result<Vec<Slice>>> {
-        let volume = Rc::clone(&self.0);
-        Box::pin(async move { volume.read(offset, len).await })
+        let request = Request::of(&self.0);
+        Box::pin(async move { request.0.read(offset, len).await })
     }
     fn write(&self, offset: u64, len: u32, data: IoBuf, fua: bool) -> LocalFuture<'static, Result<()>> {
-        let volume = Rc::clone(&self.0);
-        Box::pin(async move { volume.write(offset, len, data, fua).await })
+        let request = Request::of(&self.0);
+        Box::pin(async move { request.0.write(offset, len, data, fua).await })
     }
     fn write_zeroes(&self, offset: u64, len: u32, no_hole: bool, fua: bool) -> LocalFuture<'static, Result<()>> {
-        let volume = Rc::clone(&self.0);
-        Box::pin(async move { volume.write_zeroes(offset, len, no_hole, fua).await })
+        let request = Request::of(&self.0);
+        Box::pin(async move { request.0.write_zeroes(offset, len, no_hole, fua).await })
     }
     fn trim(&self, offset: u64, len: u32) -> LocalFuture<'static, Result<()>> {
-        let volume = Rc::clone(&self.0);
-        Box::pin(async move { volume.trim(offset, len).await })
+        let request = Request::of(&self.0);
+        Box::pin(async move { request.0.trim(offset, len).await })
     }
     fn flush(&self) -> LocalFuture<'static, Result<()>> {
-        let volume = Rc::clone(&self.0);
-        Box::pin(async move { volume.flush().await })
+        let request = Request::of(&self.0);
+        Box::pin(async move { request.0.flush().await })
     }
     fn status(&self, offset: u64, len: u64) -> LocalFuture<'static, Result<Vec<BlockStatus>>> {
         let volume = Rc::clone(&self.0);
