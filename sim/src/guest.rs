@@ -21,7 +21,9 @@ const GUEST_WAIT_NS: u64 = 20_000_000_000;
 /// Fails the run if the returned flag is not set in time. Time in which the agent was frozen does not count: it cannot answer then.
 pub fn watch(world: &Rc<World>, what: String) -> Rc<Cell<bool>> {
     let done = Rc::new(Cell::new(false));
-    watch_for(world, PATIENCE_NS, what, Rc::clone(&done));
+    // A primary that takes up to 200 ms a call, brought one block at a time what two reverts copy, has work for longer.
+    let patience = if world.history.setup.primary_slow_ns > 0 { 10 * PATIENCE_NS } else { PATIENCE_NS };
+    watch_for(world, patience, what, Rc::clone(&done));
     done
 }
 
@@ -30,7 +32,7 @@ fn watch_for(world: &Rc<World>, ns: u64, what: String, done: Rc<Cell<bool>>) {
     world.running().executor.after(ns, move || {
         if let (false, Some(world)) = (done.get(), weak.upgrade()) {
             match world.frozen_ns.get() - frozen {
-                0 => world.fail(format!("no answer in {} s: {what}", PATIENCE_NS / 1_000_000_000)),
+                0 => world.fail(format!("no answer in {} s: {what}", ns / 1_000_000_000)),
                 longer => watch_for(&world, longer, what, done),
             }
         }

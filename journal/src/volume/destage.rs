@@ -332,7 +332,7 @@ impl Volume {
             let log = log.state.borrow();
             (log.closed && log.overlay.has_work()) || (quiet && log.revert.is_some())
         });
-        if hurried || state.backlog_full || state.drain_waiters > 0 {
+        if hurried || state.backlog_full || state.drain_waiters > 0 || self.throttled.get() > 0 {
             return GROUP;
         }
         match Self::backlog(&state) * 8 / engine.config().backlog_bytes_max.max(1) {

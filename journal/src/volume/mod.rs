@@ -227,6 +227,8 @@ pub struct Volume {
     pub(crate) stats: RefCell<VolumeStats>,
     /// Raised whenever a before-image was added (invariant I6).
     pub(crate) image_epoch: Cell<u64>,
+    /// Requests that wait for room.
+    pub(crate) throttled: Cell<u64>,
     /// Requests of the guest: begun, and ended.
     pub(crate) requests: Cell<(u64, u64)>,
     /// How many had ended when the destager last looked, and when it first saw that many and none under way.

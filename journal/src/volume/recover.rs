@@ -108,6 +108,7 @@ pub(crate) async fn open(engine: &Rc<Engine>, spec: VolumeSpec) -> Result<Rc<Vol
         work: Signal::default(),
         stats: RefCell::new(VolumeStats::default()),
         image_epoch: Cell::new(0),
+        throttled: Cell::new(0),
         requests: Cell::new((0, 0)),
         answered: Cell::new((0, 0)),
         landing: Cell::new(0),

@@ -55,6 +55,22 @@ impl Drop for InFlight<'_> {
     }
 }
 
+/// A request that waits for room: the destager hurries while there is one.
+struct Throttled<'a>(&'a Volume);
+
+impl<'a> Throttled<'a> {
+    fn enter(volume: &'a Volume) -> Self {
+        volume.throttled.set(volume.throttled.get() + 1);
+        Self(volume)
+    }
+}
+
+impl Drop for Throttled<'_> {
+    fn drop(&mut self) {
+        self.0.throttled.set(self.0.throttled.get() - 1);
+    }
+}
+
 impl Volume {
     pub(crate) async fn write(self: &Rc<Self>, offset: u64, len: u32, data: IoBuf, fua: bool) -> Result<()> {
         let len = u64::from(len);
@@ -369,7 +385,7 @@ impl Volume {
     /// Waits until the request may go on, and gives it its instant. With `Journal` the caller records it before its next await.
     async fn admit(self: &Rc<Self>, wanted: Wanted) -> Result<Admitted> {
         let engine = self.engine()?;
-        let mut throttled_since = None;
+        let mut throttled = None;
         loop {
             enum Next {
                 Wait,
@@ -403,7 +419,7 @@ impl Volume {
                     Mode::Journal => match self.room(&mut state, wanted, &engine)? {
                         Room::Enough => match engine.try_tick() {
                             Some(instant) => {
-                                if throttled_since.is_some() {
+                                if throttled.is_some() {
                                     self.stats.borrow_mut().throttled += 1;
                                 }
                                 return Ok(Admitted::Journal(instant));
@@ -429,7 +445,7 @@ impl Volume {
                 }
                 Next::Revert => self.until_not_reverting().await,
                 Next::Throttle => {
-                    throttled_since.get_or_insert_with(|| self.host.boot_ns());
+                    throttled.get_or_insert_with(|| Throttled::enter(self));
                     self.work.notify();
                     self.wait_for_room(&engine).await?;
                 }
