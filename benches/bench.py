@@ -182,7 +182,7 @@ class Bench:
             raise RuntimeError(f"fio: error {job['error']}")
         side = job["write"] if job["write"]["total_ios"] else job["read"]
         lat = side["clat_ns"]
-        return {"iops": side["iops"], "mib_s": side["bw"] / 1024, "ios": side["total_ios"], "mean_us": lat["mean"] / 1e3,
+        return {"iops": side["iops"], "mib_s": side["bw"] / 1024, "both_mib_s": (job["read"]["bw"] + job["write"]["bw"]) / 1024, "ios": side["total_ios"], "mean_us": lat["mean"] / 1e3,
                 "p50_us": lat["percentile"]["50.000000"] / 1e3, "p99_us": lat["percentile"]["99.000000"] / 1e3,
                 "p999_us": lat["percentile"]["99.900000"] / 1e3, "max_us": lat["max"] / 1e3}
 
@@ -202,12 +202,14 @@ class Bench:
         result["cpu_us"] = (cpu_seconds(server.process.pid) - before) * 1e6 / max(1, result["ios"] * (share + 0.5) / share)
         return result
 
-    def interleaved(self, servers, pairs=None, **kwargs):
-        """Turns of each server in order, again and again: results by server."""
+    def interleaved(self, servers, pairs=None, after=None, **kwargs):
+        """Turns of each server in order, again and again, and `after` behind each round: results by server."""
         results = {server.name: [] for server in servers}
         for _ in range(pairs or self.pairs):
             for server in servers:
                 results[server.name].append(self.turn(server, **kwargs))
+            if after:
+                after()
         return results
 
     def ratios(self, results, ours, peer, key="iops"):
@@ -279,36 +281,25 @@ def latency(b):
 
 def both_ways(b, reads):
     """MiB/s that the disk moves, straight and in both directions together, when so many percent are reads: the limit of what moves bytes several times."""
-    command = ["fio", "--name=t", "--ioengine=io_uring", "--direct=1", f"--filename={b.path('peer.img')}", "--rw=rw", f"--rwmixread={reads}", "--bs=1m",
-               "--iodepth=8", f"--size={b.size}m", "--time_based", f"--runtime={min(b.seconds, 3)}", "--output-format=json"]
-    out = run(*command)
-    job = json.loads(out[out.index("{"):])["jobs"][0]
-    if job["error"]:
-        raise RuntimeError(f"fio: error {job['error']}")
-    b.commands["both_ways"] = " ".join(command)
-    return (job["read"]["bw"] + job["write"]["bw"]) / 1024
+    return b.fio(b.path("peer.img"), rw="rw", bs="1m", depth=8, seconds=min(b.seconds, 3), ramp=0, extra=[f"--rwmixread={reads}"])["both_mib_s"]
 
 
 def sequential(b):
     servers = [b.ours, b.qemu]
-    disk = lambda rw: b.fio(b.path("peer.img"), rw=rw, bs="1m", depth=8, seconds=min(b.seconds, 3), ramp=0)["mib_s"]
-    for name, what, rw, bs, depth, bound, limit in [
-        # Of each byte: append, read of the old content, its before-image, write to the primary.
-        ("seqwrite", "NBD 1 MiB sequential write", "write", "1m", 8, 0.9, lambda: both_ways(b, 25) / 4),
+    # Where the disk itself may be the limit: how often it moves each byte, and how many percent of these moves are reads.
+    # Of a byte written: append, read of the old content, its before-image, write to the primary.
+    for name, what, rw, bs, depth, bound, moves in [
+        ("seqwrite", "NBD 1 MiB sequential write", "write", "1m", 8, 0.9, (4, 25, "fio straight on the file, the four moves of each byte on one disk")),
         ("randread", "NBD 4K random read QD32", "randread", "4k", 32, 1.0, None),
-        ("seqread", "NBD 1 MiB sequential read", "read", "1m", 8, 1.0, lambda: disk("read")),
+        ("seqread", "NBD 1 MiB sequential read", "read", "1m", 8, 1.0, (1, 100, "fio straight on the file")),
     ]:
-        results, limits = {server.name: [] for server in servers}, []
-        for _ in range(b.pairs):
-            for server in servers:
-                results[server.name].append(b.turn(server, rw=rw, bs=bs, depth=depth))
-            if limit:
-                limits.append(limit())
+        limits = []
+        after = (lambda: limits.append(both_ways(b, moves[1]) / moves[0])) if moves else None
+        results = b.interleaved(servers, after=after, rw=rw, bs=bs, depth=depth)
         b.facts[name] = {**results, "limit_mib_s": limits}
         b.row(name, f"{what} / qemu-nbd raw", (">=", bound), b.ratios(results, b.ours.name, b.qemu.name))
-        if limit:
-            moves = "fio straight on the file, the four moves of each byte on one disk" if rw == "write" else "fio straight on the file"
-            b.row(name + "_limit", f"the same / {moves}", (None, None), [turn["mib_s"] / most for turn, most in zip(results[b.ours.name], limits)],
+        if moves:
+            b.row(name + "_limit", f"the same / {moves[2]}", (None, None), [turn["mib_s"] / most for turn, most in zip(results[b.ours.name], limits)],
                   note=f"median {statistics.median(limits):.0f} MiB/s fit, that is {statistics.median(m / q['mib_s'] for m, q in zip(limits, results[b.qemu.name])):.2f} of qemu-nbd")
 
 
@@ -712,7 +703,7 @@ def report(b, load_before):
               "    [--blockdev driver=copy-before-write,node-name=c,file=r,target=t] --nbd-server addr.type=unix,addr.path=S --export type=nbd,id=e,node-name=r,name=x,writable=on",
               "nbdkit -f -U S file FILE",
               f"fio --name=t --ioengine=nbd --uri=URI --rw=randwrite --bs=4k --iodepth=32 --size=SIZE --randrepeat=0 --norandommap --time_based --runtime={b.seconds} --ramp_time=0.5",
-              "fio --name=t --ioengine=io_uring --direct=1 --filename=FILE --rw=rw --rwmixread=25 --bs=1m --iodepth=8 --size=SIZE --time_based --runtime=3",
+              "fio --name=t --ioengine=io_uring --direct=1 --filename=FILE --rw=rw --rwmixread=25 --bs=1m --iodepth=8 --size=SIZE --randrepeat=0 --norandommap --time_based --runtime=3",
               "cdp-bench engine DIR --depth 32; cdp-bench views DIR --records N", "```", ""]
     if not b.args.no_docs:
         with open(f"{ROOT}/docs/benchmarks.md", "w") as out:

@@ -258,13 +258,13 @@ async fn engine(ring: &Ring, args: &EngineArgs) -> Result<Value> {
         "--block-size is in whole sectors of 512 bytes"
     );
     ensure!(args.depth > 0, "--depth is at least 1");
+    ensure!(args.distance <= args.size, "--distance {}: at most --size, {} MiB", args.distance, args.size);
     let world = world(ring, &args.dir, args.size, args.reserve, true).await?;
     let export = world.volume.export();
     let working = match args.working_set.max(args.distance) {
         0 => args.size,
         some => some.min(args.size),
     } << 20;
-    ensure!(args.distance <= args.size, "--distance {}: at most --size, {} MiB", args.distance, args.size);
     let blocks = working / u64::from(args.block_size);
     ensure!(blocks > 0, "--working-set or --distance holds no block");
     let step = far_step(blocks);

@@ -40,7 +40,7 @@ pub struct Shared {
     wall_offset_ns: Cell<u64>,
     hash: Cell<u64>,
     steps: Cell<u64>,
-    /// What is outside the process; `None`: nobody asked.
+    /// Calls to what is outside the process; `None`: nobody asked for them.
     calls: RefCell<Option<Calls>>,
 }
 

@@ -12,7 +12,7 @@ use crate::stamp::{self, SECTOR, Value, decode};
 use crate::workload::Action;
 use crate::world::{OpenView, SCRATCH_VOLUME, Vol, World};
 
-/// Longest time that any call may take, virtual nanoseconds.
+/// Longest time that any call may take where no disk is slow, virtual nanoseconds.
 const PATIENCE_NS: u64 = 300_000_000_000;
 
 /// Longest time that a guest may wait for anything while its own disk works: `stall_max` and what detaching takes.
@@ -21,10 +21,14 @@ const GUEST_WAIT_NS: u64 = 20_000_000_000;
 /// Fails the run if the returned flag is not set in time. Time in which the agent was frozen does not count: it cannot answer then.
 pub fn watch(world: &Rc<World>, what: String) -> Rc<Cell<bool>> {
     let done = Rc::new(Cell::new(false));
-    // A primary that takes up to 200 ms a call, brought one block at a time what two reverts copy, has work for longer.
-    let patience = if world.history.setup.primary_slow_ns > 0 { 10 * PATIENCE_NS } else { PATIENCE_NS };
-    watch_for(world, patience, what, Rc::clone(&done));
+    watch_for(world, patience_ns(world), what, Rc::clone(&done));
     done
+}
+
+/// Longest time that any call may take, virtual nanoseconds.
+fn patience_ns(world: &World) -> u64 {
+    // A primary that takes up to 200 ms a call, brought one block at a time what two reverts copy, has work for longer.
+    if world.history.setup.primary_slow_ns > 0 { 10 * PATIENCE_NS } else { PATIENCE_NS }
 }
 
 fn watch_for(world: &Rc<World>, ns: u64, what: String, done: Rc<Cell<bool>>) {
@@ -32,7 +36,7 @@ fn watch_for(world: &Rc<World>, ns: u64, what: String, done: Rc<Cell<bool>>) {
     world.running().executor.after(ns, move || {
         if let (false, Some(world)) = (done.get(), weak.upgrade()) {
             match world.frozen_ns.get() - frozen {
-                0 => world.fail(format!("no answer in {} s: {what}", ns / 1_000_000_000)),
+                0 => world.fail(format!("no answer in {} s: {what}", patience_ns(&world) / 1_000_000_000)),
                 longer => watch_for(&world, longer, what, done),
             }
         }

@@ -40,13 +40,13 @@ struct Args {
     /// Only these operations (as a shortened history prints them).
     #[arg(long, value_delimiter = ',')]
     keep: Option<Vec<usize>>,
-    /// Instead of seeds: all sequences of so many operations, with a crash at every step (see --stride, --subsets); --seed says which is the first.
+    /// Instead of seeds: all sequences of so many operations, with a crash before and after every call (see --stride, --subsets); --seed says which is the first.
     #[arg(long)]
     exhaust: Option<u32>,
-    /// With --exhaust: a crash at every so many steps only.
+    /// With --exhaust: a crash at every so many of these places only.
     #[arg(long, default_value_t = 1)]
     stride: u64,
-    /// With --exhaust: subsets of the unsynced writes tried at each power cut.
+    /// With --exhaust: orders of events, each with a subset of the unsynced writes at every power cut.
     #[arg(long, default_value_t = 4)]
     subsets: u64,
     /// Print everything that happens.

@@ -6,18 +6,18 @@ use std::sync::Arc;
 
 use cdp_journal::clock::HostClock;
 use cdp_journal::info::{Priority, Settings};
-use cdp_journal::{Engine, EngineConfig, Host as _, InitOptions, Instant, VolumeSpec, payload_buf};
+use cdp_journal::{BLOCK, Engine, EngineConfig, Host as _, InitOptions, Instant, VolumeSpec, payload_buf};
 use cdp_sim::disk::{Fault, FaultKind, FaultOn, SimDisk};
 use cdp_sim::executor::{Executor, Outcome, Shared, SimHost};
 use cdp_sim::store::Folder;
 use uuid::Uuid;
 
-const BLOCK: u64 = 4096;
 const SECOND: u64 = 1_000_000_000;
 
 /// Goal: a guest does not wait for the sealing of a log.
-/// Method: each read of the CDP disk, which only sealing needs, takes 0.1 s, and it takes a dozen of them; the guest writes 200 blocks a second, of which the backlog has room for 64. So
-/// without destaging beside the sealing the backlog would be full after a third of a second of it, and a write would wait for the rest.
+/// Method: each read of the CDP disk, which only sealing needs, takes 0.1 s, and it takes a dozen of them; the guest writes 200 blocks a second,
+/// of which the backlog has room for 64. So without destaging beside the sealing the backlog would be full after a third of a second of it, and a
+/// write would wait for the rest.
 #[test]
 fn a_guest_does_not_wait_for_a_log_to_be_sealed() {
     let executor = Executor::new(Shared::new(7, 1_700_000_000 * SECOND));

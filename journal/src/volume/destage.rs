@@ -495,24 +495,18 @@ impl Volume {
                     match piece {
                         (start, len, true) => self.append_before(log, vec![Before::Zero(start, len)]).await?,
                         (start, len, false) => {
-                            let mut at = start;
-                            while at < start + len {
-                                let n = BATCH_BLOCKS.min(start + len - at);
-                                let images = self.read_before(&[(at, n)], None).await;
+                            for piece in pieces_of(start, len, BATCH_BLOCKS) {
+                                let images = self.read_before(&[piece], None).await;
                                 self.append_before(log, images).await?;
-                                at += n;
                             }
                         }
                     }
                 }
                 continue;
             }
-            let mut at = block;
-            while at < block + count {
-                let n = IO_BLOCKS.min(block + count - at);
+            for (at, n) in pieces_of(block, count, IO_BLOCKS) {
                 group.push((at, n));
                 grouped += n;
-                at += n;
                 if grouped < APPEND_BLOCKS * self.group() as u64 {
                     continue;
                 }
@@ -593,15 +587,7 @@ impl Volume {
 
     /// Step 1: reads ranges of the primary, side by side. What cannot be read is tried block by block.
     async fn read_before(self: &Rc<Self>, ranges: &[(u64, u64)], landing: Option<&Landing>) -> Vec<Before> {
-        let mut reads = Vec::new();
-        for (block, count) in ranges {
-            let mut at = *block;
-            while at < block + count {
-                let n = IO_BLOCKS.min(block + count - at);
-                reads.push((at, n));
-                at += n;
-            }
-        }
+        let reads: Vec<_> = ranges.iter().flat_map(|(block, count)| pieces_of(*block, *count, IO_BLOCKS)).collect();
         let mut out = Vec::new();
         let groups = self.in_groups(&reads).map(|group| async move {
             (group, join_all(group.iter().map(|(block, count)| self.read_old(*block, *count))).await)
@@ -1137,6 +1123,12 @@ impl Volume {
         self.changed.notify();
         Ok(())
     }
+}
+
+/// A range in pieces of at most `most` blocks.
+fn pieces_of(block: u64, count: u64, most: u64) -> impl Iterator<Item = (u64, u64)> {
+    let end = block + count;
+    (block..end).step_by(most as usize).map(move |at| (at, most.min(end - at)))
 }
 
 /// A write to the primary.
