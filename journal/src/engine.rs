@@ -27,8 +27,12 @@ use crate::volume::{self, Mode, Volume};
 pub struct EngineConfig {
     /// Most bytes acked and not destaged, per volume.
     pub backlog_bytes_max: u64,
-    /// Most blocks of data that the destager takes at once; two such batches are under way at a time.
+    /// Most blocks of data that the destager takes at once; up to four such batches are under way at a time.
     pub destage_blocks_max: u64,
+    /// Most frames of a volume's writes that are on their way to the CDP disk at once.
+    pub frames_in_flight_max: usize,
+    /// Blocks of payload that a frame has at least when it goes while another is on its way: each costs a block of header.
+    pub frame_company_blocks: u32,
     /// Longest time that a guest request waits for any CDP-disk operation, nanoseconds.
     pub stall_max_ns: u64,
     /// Time between automatic markers, seconds.
@@ -53,8 +57,11 @@ impl Default for EngineConfig {
     fn default() -> Self {
         Self {
             backlog_bytes_max: 64 << 20,
-            // 8 MiB: enough to sort well, little enough to hold in memory twice.
+            // 8 MiB: enough to sort well, little enough to hold in memory several times.
             destage_blocks_max: 2048,
+            frames_in_flight_max: 2,
+            // A block of header to 20 of payload: 5 % at the most.
+            frame_company_blocks: 20,
             stall_max_ns: 5_000_000_000,
             marker_interval_s: 60,
             default_settings: Settings {
@@ -443,11 +450,7 @@ impl Volume {
             })
             .await;
         // Left behind where a disk failed while this was under way: nobody else answers those who wait for them.
-        let left = {
-            let mut state = self.state.borrow_mut();
-            let inflight = state.inflight.take();
-            std::mem::take(&mut state.open).into_iter().map(|frame| frame.ticket).chain(inflight).collect::<Vec<_>>()
-        };
+        let left = self.state.borrow_mut().take_tickets();
         for ticket in left {
             ticket.finish(Err(Error::Gone("the volume is closed".into())));
         }

@@ -6,8 +6,10 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
+use std::pin::pin;
 use std::rc::Rc;
 
+use futures::future::{Either, select};
 use uuid::Uuid;
 
 use crate::buf::{IoBuf, Slice};
@@ -16,7 +18,7 @@ use crate::error::{Error, Result};
 use crate::format::{
     self, ControlLog, EntryKind, IndexEntry, RunRoot, SegmentFooter, SegmentHeader, StreamKind, log_flags,
 };
-use crate::frame::{FrameBuilder, FramePoint};
+use crate::frame::{FrameBuilder, FramePoint, SealedFrame};
 use crate::host::{Host, LocalFuture};
 use crate::index::{self, Filter, MemIndex, PageSink, Run, RunBuilder, Source, Touched, layout_footer, pages_for};
 use crate::mutation::{Mutation, active};
@@ -163,8 +165,10 @@ pub struct Stream {
     pub frame_next: u64,
     /// `crc` of the last frame.
     pub previous_crc: u32,
-    /// Frames below this completed.
+    /// Frames below this completed, and are in the index.
     pub frames_completed: u64,
+    /// What the frames from there on, which have their place, will add to the index, at the most.
+    entries_placed: usize,
     /// Frames below this are durable.
     pub frames_durable: u64,
     /// Descriptors for the footer of the open segment.
@@ -318,6 +322,21 @@ pub struct VolumePoint {
     pub watermark: Instant,
 }
 
+/// A frame that has its place in a stream.
+pub struct Placed {
+    kind: StreamKind,
+    segment: u32,
+    /// First block of the write: the frame's, or the segment's header before it.
+    first: u32,
+    /// First block of the frame.
+    block: u32,
+    parts: Vec<Slice>,
+    bytes: u64,
+    /// What it adds to the index, at the most.
+    entries: usize,
+    sealed: SealedFrame,
+}
+
 /// What an append did.
 pub struct Appended {
     /// Segment that holds the frame.
@@ -428,13 +447,29 @@ impl Log {
         frame: FrameBuilder,
         point: VolumePoint,
     ) -> Result<Appended> {
+        let mut placed = self.place(host, kind, frame, point).await?;
+        self.write_placed(&mut placed).await?;
+        Ok(self.complete(host, placed))
+    }
+
+    /// Gives a frame its place, behind all that have one. The frames of a stream are placed one after the other and may then be on their way to the disk side
+    /// by side: the chain of checksums does not need the one before to have arrived. No frame is lost track of by that: a start cuts the stream at the first one that
+    /// is missing. A full segment ends only when all of its frames have completed, since its index names them.
+    pub async fn place(
+        self: &Rc<Self>,
+        host: &Rc<dyn Host>,
+        kind: StreamKind,
+        frame: FrameBuilder,
+        point: VolumePoint,
+    ) -> Result<Placed> {
         let segment_blocks = (self.disk.geometry.segment_size / BLOCK) as u32;
         loop {
             // Does it fit the open segment? What the footer will need is kept free.
             let full = {
                 let mut state = self.state.borrow_mut();
                 let (stream, index) = Self::stream(&mut state, kind);
-                let footer = pages_for(index.mem.len() + frame.entry_count()) as u32
+                let entries = index.mem.len() + stream.entries_placed + frame.entry_count();
+                let footer = pages_for(entries) as u32
                     + (stream.side.len() + frame.side_bytes()).div_ceil(BLOCK as usize) as u32
                     + 1;
                 let position = stream.position.max(1);
@@ -452,64 +487,95 @@ impl Log {
                 }
             };
             if let Some(position) = full {
+                let completed = self.changed.until(|| {
+                    let mut state = self.state.borrow_mut();
+                    let (stream, _) = Self::stream(&mut state, kind);
+                    (stream.frames_completed == stream.frame_next).then_some(())
+                });
+                if let Either::Right(_) = select(pin!(completed), pin!(self.disk.until_failed())).await {
+                    return Err(Error::Gone(format!("CDP disk {} is offline", self.disk.path)));
+                }
                 self.finish_segment(host, kind, position, point);
             }
             self.next_segment(kind).await?;
         }
-        let (parts, at, sealed) = {
-            let mut state = self.state.borrow_mut();
-            let durable_frames_other = match kind {
-                StreamKind::Writes => state.before.frames_durable,
-                StreamKind::Before => state.writes.frames_durable,
-            };
-            let (stream, _) = Self::stream(&mut state, kind);
-            let place = *stream.segments.last().expect("a segment was just ensured");
-            let fresh = stream.position == 0;
-            let block = stream.position.max(1);
-            let sealed = frame.seal(FramePoint {
-                log_id: self.id,
-                number: stream.frame_next,
-                previous_crc: stream.previous_crc,
-                segment: place.segment,
-                lap: place.lap,
-                block,
-                instant_last: point.instant_last,
-                durable: point.durable,
-                watermark: point.watermark,
-                durable_frames: stream.frames_durable,
-                durable_frames_other,
-            });
-            let mut sealed = sealed;
-            let mut parts = std::mem::take(&mut sealed.parts);
-            if fresh {
-                // The segment's header and its first frame are one write.
-                parts.insert(0, segment_header(self, kind, place, stream));
-            }
-            stream.position = block + sealed.blocks;
-            stream.frame_next += 1;
-            stream.previous_crc = sealed.crc;
-            stream.side.append(&mut sealed.side);
-            (parts, (place, if fresh { 0 } else { block }, block), sealed)
-        };
-        let (place, first, block) = at;
-        let bytes: u64 = parts.iter().map(|p| p.len() as u64).sum();
-        self.disk.write(place.segment, first, parts).await?;
-        self.appended[kind as usize - 1].set(self.appended[kind as usize - 1].get() + bytes);
         let mut state = self.state.borrow_mut();
-        let (stream, index) = Self::stream(&mut state, kind);
-        stream.frames_completed += 1;
-        for entry in &sealed.entries {
-            index.insert(*entry);
+        let durable_frames_other = match kind {
+            StreamKind::Writes => state.before.frames_durable,
+            StreamKind::Before => state.writes.frames_durable,
+        };
+        let (stream, _) = Self::stream(&mut state, kind);
+        let place = *stream.segments.last().expect("a segment was just ensured");
+        let fresh = stream.position == 0;
+        let block = stream.position.max(1);
+        let entries = frame.entry_count();
+        let mut sealed = frame.seal(FramePoint {
+            log_id: self.id,
+            number: stream.frame_next,
+            previous_crc: stream.previous_crc,
+            segment: place.segment,
+            lap: place.lap,
+            block,
+            instant_last: point.instant_last,
+            durable: point.durable,
+            watermark: point.watermark,
+            durable_frames: stream.frames_durable,
+            durable_frames_other,
+        });
+        let mut parts = std::mem::take(&mut sealed.parts);
+        if fresh {
+            // The segment's header and its first frame are one write.
+            parts.insert(0, segment_header(self, kind, place, stream));
         }
-        for (entry_kind, start, count, instant) in &sealed.extents {
-            index.insert_extent(*entry_kind, *start, *count, *instant);
-        }
-        let wants_spare = stream.spare.is_none() && !stream.spare_running && stream.position > segment_blocks / 2;
-        drop(state);
+        stream.position = block + sealed.blocks;
+        stream.frame_next += 1;
+        stream.previous_crc = sealed.crc;
+        stream.side.append(&mut sealed.side);
+        stream.entries_placed += entries;
+        let bytes = parts.iter().map(|p| p.len() as u64).sum();
+        Ok(Placed {
+            kind,
+            segment: place.segment,
+            first: if fresh { 0 } else { block },
+            block,
+            parts,
+            bytes,
+            entries,
+            sealed,
+        })
+    }
+
+    /// Sends a placed frame to the disk; ends when it has completed there.
+    pub async fn write_placed(&self, placed: &mut Placed) -> Result<()> {
+        let parts = std::mem::take(&mut placed.parts);
+        self.disk.write(placed.segment, placed.first, parts).await?;
+        let appended = &self.appended[placed.kind as usize - 1];
+        appended.set(appended.get() + placed.bytes);
+        Ok(())
+    }
+
+    /// Indexes a frame that has completed. Called in the order in which frames were placed: whoever counts them takes all earlier ones for completed.
+    pub fn complete(self: &Rc<Self>, host: &Rc<dyn Host>, placed: Placed) -> Appended {
+        let segment_blocks = (self.disk.geometry.segment_size / BLOCK) as u32;
+        let Placed { kind, segment, block, bytes, entries, sealed, .. } = placed;
+        let wants_spare = {
+            let mut state = self.state.borrow_mut();
+            let (stream, index) = Self::stream(&mut state, kind);
+            stream.frames_completed += 1;
+            stream.entries_placed -= entries;
+            for entry in &sealed.entries {
+                index.insert(*entry);
+            }
+            for (entry_kind, start, count, instant) in &sealed.extents {
+                index.insert_extent(*entry_kind, *start, *count, *instant);
+            }
+            stream.spare.is_none() && !stream.spare_running && stream.position > segment_blocks / 2
+        };
         if wants_spare && kind == StreamKind::Writes {
             self.fetch_spare(host, kind);
         }
-        Ok(Appended { segment: place.segment, payload_at: block + sealed.header_blocks, bytes })
+        self.changed.notify();
+        Appended { segment, payload_at: block + sealed.header_blocks, bytes }
     }
 
     /// Takes the next segment for a stream: the spare when there is one.

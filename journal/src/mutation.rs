@@ -9,6 +9,8 @@ pub enum Mutation {
     None,
     /// I1: a write is acked when its frame is submitted, not when it has completed.
     AckBeforeAppend,
+    /// I1: a write is acked when its frame has completed, while an earlier one has not.
+    AckAheadOfEarlier,
     /// I1: a flush is acked without a sync.
     FlushWithoutSync,
     /// I1: a flush's sync is submitted while frames of the caller are still in flight.

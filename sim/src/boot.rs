@@ -48,6 +48,9 @@ fn config(world: &World) -> EngineConfig {
         backlog_bytes_max: setup.backlog_bytes,
         // Small batches, so that two of them are under way also on small volumes.
         destage_blocks_max: if setup.stragglers { 1 } else { [1, 4, 2048][(world.history.seed % 3) as usize] },
+        // Frames side by side as often as can be, like an agent's, and one after the other.
+        frames_in_flight_max: [2, 4, 1, 2][(world.history.seed % 4) as usize],
+        frame_company_blocks: [0, 2, 20][(world.history.seed / 4 % 3) as usize],
         marker_interval_s: setup.marker_interval_s,
         default_settings: Settings {
             reserve_capacity: setup.reserve_segments * SEGMENT,

@@ -222,9 +222,10 @@ impl Walk<'_> {
                 Head::Blank => match self.find_frame(s, 1, 0) {
                     // The first header that is there says where frames end, so a frame past it is a leftover.
                     Some((block, frame)) if frame.number.get() < cuts[i] && frame.number.get() >= state.expected => {
-                        let number = frame.number.get();
-                        self.doubt(&mut state, number, true, place(s, 0), "segment header does not check out".into());
-                        state.expected = number;
+                        // The header came with the first frame, which may be missing as well.
+                        let first = state.expected;
+                        self.doubt(&mut state, first, true, place(s, 0), "segment header does not check out".into());
+                        state.expected = frame.number.get();
                         state.chain = None;
                         self.segment(s, block, cuts[i], false, &mut state);
                     }

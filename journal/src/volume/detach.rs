@@ -56,8 +56,7 @@ impl Volume {
             state.markers.clear();
             state.sizes.clear();
             state.primary_failing = None;
-            let mut tickets: Vec<_> = state.open.drain(..).map(|f| f.ticket).collect();
-            tickets.extend(state.inflight.take());
+            let tickets = state.take_tickets();
             state.leaving.clear();
             let logs = std::mem::take(&mut state.logs);
             if state.mode != Mode::Closed {

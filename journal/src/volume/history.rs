@@ -691,7 +691,7 @@ impl Volume {
     async fn idle_frame(self: &Rc<Self>) {
         let (idle, disk) = {
             let state = self.state.borrow();
-            let idle = self.host.boot_ns().saturating_sub(state.last_write_ns) >= IDLE_NS && state.inflight.is_none();
+            let idle = self.host.boot_ns().saturating_sub(state.last_write_ns) >= IDLE_NS && state.inflight.is_empty();
             let wanted = (state.completed.max(state.durable), Self::watermark(&state));
             let stale = state.recorded != wanted || state.open.front().is_some();
             let disk = state.attach.as_ref().map(|a| Rc::clone(&a.disk));
@@ -1099,9 +1099,9 @@ impl Volume {
             })
             .await;
         // An appender that ended with its disk left them.
-        let abandoned = std::mem::take(&mut self.state.borrow_mut().open);
-        for frame in abandoned {
-            frame.ticket.finish(Err(Error::Gone("the volume has left the journal".into())));
+        let abandoned = self.state.borrow_mut().take_tickets();
+        for ticket in abandoned {
+            ticket.finish(Err(Error::Gone("the volume has left the journal".into())));
         }
         for log in logs.iter().chain(&leaving) {
             log.state.borrow_mut().gone = true;
@@ -1169,7 +1169,7 @@ impl Volume {
             log.sealed || (log.overlay.is_empty() && log.revert.is_none())
         };
         let mut logs = state.logs.iter().take_while(|l| reverts || l.state.borrow().revert.is_none());
-        (state.open.is_empty() && state.inflight.is_none() && state.punch.is_empty() && logs.all(on_primary))
+        (state.open.is_empty() && state.inflight.is_empty() && state.punch.is_empty() && logs.all(on_primary))
             .then_some(Ok(()))
     }
 

@@ -136,8 +136,8 @@ pub(crate) struct State {
     /// On their way out: their segments still count.
     pub leaving: Vec<Rc<Log>>,
     pub open: VecDeque<OpenFrame>,
-    /// The frame on its way to the disk.
-    pub inflight: Option<Rc<Ticket>>,
+    /// The frames on their way to the disk, in their order: their log, and who waits for them.
+    pub inflight: VecDeque<(Rc<Log>, Rc<Ticket>)>,
     /// Newest instant admitted.
     pub instant_last: Instant,
     /// Newest instant in a frame that was sealed.
@@ -190,6 +190,13 @@ const SEQS_AHEAD: u64 = 1 << 20;
 const FLUSHES_MAX: usize = 4096;
 
 impl State {
+    /// Who waits for a frame, on its way or not: for those who end what the appender did not.
+    pub fn take_tickets(&mut self) -> Vec<Rc<Ticket>> {
+        let open = std::mem::take(&mut self.open).into_iter().map(|frame| frame.ticket);
+        let inflight = std::mem::take(&mut self.inflight).into_iter().map(|(_, ticket)| ticket);
+        inflight.chain(open).collect()
+    }
+
     /// Whether a block's content at the start of a log was lost: what the primary holds of it is not that.
     pub fn lost_before(&self, block: u64, seq: u64) -> bool {
         self.stale_blocks.get(&block).is_some_and(|from| *from >= seq)

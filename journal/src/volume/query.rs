@@ -276,7 +276,7 @@ impl Volume {
         self.changed
             .until(|| {
                 let state = self.state.borrow();
-                let pending = state.open.iter().any(|f| f.urgent) || state.inflight.is_some();
+                let pending = state.open.iter().any(|f| f.urgent) || !state.inflight.is_empty();
                 (!pending || state.completed >= at || state.attach.is_none()).then_some(())
             })
             .await;

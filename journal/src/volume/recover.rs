@@ -73,7 +73,7 @@ pub(crate) async fn open(engine: &Rc<Engine>, spec: VolumeSpec) -> Result<Rc<Vol
             logs: VecDeque::new(),
             leaving: Vec::new(),
             open: VecDeque::new(),
-            inflight: None,
+            inflight: VecDeque::new(),
             instant_last: Instant::ZERO,
             framed: Instant::ZERO,
             completed: Instant::ZERO,

@@ -1,10 +1,13 @@
 //! The write path: admission, the open frame, the appender, flushes.
 //!
 //! A request is admitted when there is room for it (backlog, capacity). In the same step, without an await between, it gets its instant, its place in
-//! the open frame, and is in the overlay; so the order of instants is the order in the journal. The appender sends one frame at a time; what arrives
-//! meanwhile shares the next one, and nobody waits for a timer.
+//! the open frame, and is in the overlay; so the order of instants is the order in the journal. The appender sends frames in that order, a few side by side;
+//! what arrives meanwhile shares the next one, and nobody waits for a timer. A write is acked when its frame and every earlier one have completed.
 
+use std::pin::pin;
 use std::rc::Rc;
+
+use futures::{StreamExt as _, stream};
 
 use super::{CloseReason, Mode, OpenFrame, State, Ticket, Volume, blocks_of};
 use crate::buf::{IoBuf, Slice};
@@ -12,7 +15,7 @@ use crate::error::{Error, Result};
 use crate::format::StreamKind;
 use crate::frame::{self, DESCRIPTOR_BYTES_MAX, FrameBuilder};
 use crate::info::EventKind;
-use crate::log::{Log, VolumePoint, frame_blocks_max, usable_bytes};
+use crate::log::{Log, Placed, VolumePoint, frame_blocks_max, usable_bytes};
 use crate::mutation::{Mutation, active};
 use crate::signal::yield_now;
 use crate::types::{BLOCK, Instant, SECTOR};
@@ -37,6 +40,16 @@ struct Wanted {
     payload: u64,
     /// First and last block, where it covers them only in part.
     partial: [Option<u64>; 2],
+}
+
+/// A frame at the end of its way to the disk.
+struct Sent {
+    log: Rc<Log>,
+    ticket: Rc<Ticket>,
+    unframed: u64,
+    point: VolumePoint,
+    started: u64,
+    written: Result<Placed>,
 }
 
 /// Keeps `writes_inflight` right on every way out.
@@ -660,62 +673,111 @@ impl Volume {
         }
     }
 
-    /// The appender: sends the open frames, one after the other, until the disk fails or the volume leaves the journal.
+    /// The next frame that may go: there is something urgent in it, or it is full; and while others are on their way it has enough in it to be worth a header of
+    /// its own. `None` when the volume has left the journal, or its disk failed.
+    async fn next_frame(&self) -> Option<(OpenFrame, VolumePoint)> {
+        let company = self.engine.upgrade().map_or(0, |engine| engine.config().frame_company_blocks);
+        self.kick
+            .until(|| {
+                let mut state = self.state.borrow_mut();
+                let Some(attach) = state.attach.as_ref() else { return Some(None) };
+                if attach.disk.failure().is_some() {
+                    return Some(None);
+                }
+                let first = state.open.front()?;
+                let full = state.open.len() > 1;
+                let goes = match state.inflight.back() {
+                    None => full || first.urgent,
+                    // A start takes what the first frame of a log says of the one before on trust: all of that has completed by then.
+                    Some((log, _)) if !Rc::ptr_eq(log, &first.log) => false,
+                    Some(_) => full || (first.urgent && first.builder.payload_blocks() >= company),
+                };
+                if !goes {
+                    return None;
+                }
+                let frame = state.open.pop_front()?;
+                let point = VolumePoint {
+                    instant_last: state.framed.max(frame.builder.instant_last()),
+                    durable: state.durable,
+                    watermark: Self::watermark(&state),
+                };
+                state.framed = point.instant_last;
+                state.recorded = (point.durable, point.watermark);
+                state.inflight.push_back((Rc::clone(&frame.log), Rc::clone(&frame.ticket)));
+                Some(Some((frame, point)))
+            })
+            .await
+    }
+
+    /// Waits for the next frame and gives it its place; answers the rest of its way. Called for one frame after the other.
+    async fn send_next_frame(&self) -> Option<impl Future<Output = Sent> + use<>> {
+        let (frame, point) = self.next_frame().await?;
+        self.chain_across_logs(&frame.log);
+        let OpenFrame { log, builder, ticket, unframed, .. } = frame;
+        let started = self.host.boot_ns();
+        if active(Mutation::AckBeforeAppend) {
+            ticket.finish(Ok(()));
+        }
+        let mut placed = log.place(&self.host, StreamKind::Writes, builder, point).await;
+        if let Err(error) = &placed {
+            // At once, before another one takes its place.
+            log.disk.fail(format!("append: {error}"));
+        }
+        Some(async move {
+            if let Ok(frame) = &mut placed
+                && let Err(error) = log.write_placed(frame).await
+            {
+                placed = Err(error);
+            }
+            let written = placed;
+            if written.is_ok() && active(Mutation::AckAheadOfEarlier) {
+                ticket.finish(Ok(()));
+            }
+            Sent { log, ticket, unframed, point, started, written }
+        })
+    }
+
+    /// A frame has completed, and all before it have; answers whether the appender goes on.
+    fn end_frame(&self, sent: Sent) -> bool {
+        let Sent { log, ticket, unframed, point, started, written } = sent;
+        let placed = match written {
+            Ok(placed) => placed,
+            Err(error) => {
+                // Whatever it was, the frame is not in the journal, and nothing behind it may be: the way out is to leave the disk.
+                log.disk.fail(format!("append: {error}"));
+                return false;
+            }
+        };
+        let appended = log.complete(&self.host, placed);
+        {
+            let mut state = self.state.borrow_mut();
+            state.completed = state.completed.max(point.instant_last);
+            state.inflight.pop_front();
+            let mut log = log.state.borrow_mut();
+            log.unframed = log.unframed.saturating_sub(unframed);
+            log.frames_pending -= 1;
+        }
+        let mut stats = self.stats.borrow_mut();
+        stats.journal_bytes += appended.bytes;
+        stats.append_latency.record(self.host.boot_ns().saturating_sub(started));
+        drop(stats);
+        ticket.finish(Ok(()));
+        true
+    }
+
+    /// The appender: sends the open frames until the disk fails or the volume leaves the journal. Some are on their way side by side; whatever one of them
+    /// stands for counts from when it and all before it have completed.
     pub(crate) async fn run_appender(self: Rc<Self>) {
-        loop {
-            let next = self
-                .kick
-                .until(|| {
-                    let mut state = self.state.borrow_mut();
-                    let Some(attach) = state.attach.as_ref() else { return Some(None) };
-                    if attach.disk.failure().is_some() {
-                        return Some(None);
-                    }
-                    let ready = state.open.front().is_some_and(|f| f.urgent) || state.open.len() > 1;
-                    if !ready {
-                        return None;
-                    }
-                    let frame = state.open.pop_front()?;
-                    let point = VolumePoint {
-                        instant_last: state.framed.max(frame.builder.instant_last()),
-                        durable: state.durable,
-                        watermark: Self::watermark(&state),
-                    };
-                    state.framed = point.instant_last;
-                    state.recorded = (point.durable, point.watermark);
-                    state.inflight = Some(Rc::clone(&frame.ticket));
-                    Some(Some((frame, point)))
-                })
-                .await;
-            let Some((frame, point)) = next else { break };
-            self.chain_across_logs(&frame.log);
-            let started = self.host.boot_ns();
-            if active(Mutation::AckBeforeAppend) {
-                frame.ticket.finish(Ok(()));
+        let frames = stream::unfold(&self, |volume| async move {
+            let sent = volume.send_next_frame().await?;
+            Some((sent, volume))
+        });
+        let frames_max = self.engine.upgrade().map_or(1, |engine| engine.config().frames_in_flight_max);
+        let mut frames = pin!(frames.buffered(frames_max.max(1)));
+        while let Some(sent) = frames.next().await {
+            if !self.end_frame(sent) {
+                break;
             }
-            let appended = frame.log.append(&self.host, StreamKind::Writes, frame.builder, point).await;
-            match appended {
-                Ok(appended) => {
-                    let mut state = self.state.borrow_mut();
-                    state.completed = state.completed.max(point.instant_last);
-                    state.inflight = None;
-                    {
-                        let mut log = frame.log.state.borrow_mut();
-                        log.unframed = log.unframed.saturating_sub(frame.unframed);
-                        log.frames_pending -= 1;
-                    }
-                    let mut stats = self.stats.borrow_mut();
-                    stats.journal_bytes += appended.bytes;
-                    stats.append_latency.record(self.host.boot_ns().saturating_sub(started));
-                }
-                Err(error) => {
-                    // Whatever it was, the frame is not in the journal, and nothing behind it may be: the way out is to leave the disk.
-                    let disk = Rc::clone(&frame.log.disk);
-                    disk.fail(format!("append: {error}"));
-                    break;
-                }
-            }
-            frame.ticket.finish(Ok(()));
             self.changed.notify();
             self.work.notify();
             // Whoever writes again at once shares the next frame: no wait, only the turn of tasks that are ready.
@@ -726,10 +788,10 @@ impl Volume {
             state.appender_running = false;
             // Left in order, with everything on the primary: what comes after that (a row of a log that was just sealed, say) is not needed. After a
             // failure the way out answers.
-            if state.attach.is_none() { std::mem::take(&mut state.open) } else { Default::default() }
+            if state.attach.is_none() { state.take_tickets() } else { Vec::new() }
         };
-        for frame in abandoned {
-            frame.ticket.finish(Err(Error::Gone("the volume has left the journal".into())));
+        for ticket in abandoned {
+            ticket.finish(Err(Error::Gone("the volume has left the journal".into())));
         }
         self.changed.notify();
         self.work.notify();
