@@ -17,6 +17,7 @@ import datetime
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import statistics
@@ -24,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
@@ -192,6 +194,13 @@ class Bench:
         while self.ctl("info", "demo")["backlog_bytes"] and time.monotonic() < deadline:
             time.sleep(0.1)
 
+    def moved(self):
+        """Bytes that the guest wrote so far, and those that this brought about."""
+        with open(os.path.join(self.path("cdp"), "metrics.addr")) as address:
+            page = urllib.request.urlopen(f"http://{address.read().strip()}/metrics").read().decode()
+        kinds = re.findall(r"^cdp_volume_(write|journal|before_image|destaged)_bytes_total\{[^}]*\} (\d+)$", page, re.M)
+        return {kind: int(count) for kind, count in kinds}
+
     def turn(self, server, **kwargs):
         before = cpu_seconds(server.process.pid)
         result = self.fio(server.uri, **kwargs)
@@ -235,10 +244,25 @@ class Bench:
 def writes(b):
     ours, qemu = b.ours, b.qemu
     seconds = 60 if b.args.full else b.seconds
-    results = b.interleaved([ours, qemu], rw="randwrite", depth=32, seconds=seconds, pairs=5)
-    b.facts["randwrite_qd32"] = results
+    limits, seen = [], [b.moved()]
+
+    def limit():
+        seen.append(b.moved())
+        old, new = seen[-2:]
+        # Each byte of the guest came with so many of each kind; it wrote in its own turn only.
+        share = lambda kind: (new[kind] - old[kind]) / (new["write"] - old["write"])
+        moved = {"journal_bytes_per_guest_byte": share("journal"), "before_image_bytes_per_guest_byte": share("before_image"),
+                 "primary_bytes_per_guest_byte": share("destaged")}
+        limits.append({"moved": moved, "iops": mix(b, moved, 30000)})
+
+    results = b.interleaved([ours, qemu], after=limit, rw="randwrite", depth=32, seconds=seconds, pairs=5)
+    b.facts["randwrite_qd32"], b.facts["randwrite_fio_same_mix"] = results, limits
     b.row("randwrite", f"NBD 4K random write QD32 / qemu-nbd raw cache=none", (">=", 1.0), b.ratios(results, ours.name, qemu.name),
           note=f"{seconds} s a turn" + ("" if b.args.full else "; 60 s with FULL=1"))
+    fit = statistics.median(most["iops"] / peer["iops"] for most, peer in zip(limits, results[qemu.name]))
+    b.row("randwrite_limit", "the same / fio straight on the file, the same random reads, random writes and appends, 64 in flight", (None, None),
+          [turn["iops"] / most["iops"] for turn, most in zip(results[ours.name], limits)],
+          note=f"median {statistics.median(most['iops'] for most in limits):,.0f}/s fit, that is {fit:.2f} of qemu-nbd")
     b.row("cpu", "CPU time per 4K write, whole process / qemu-nbd raw", ("<=", 1.5), b.ratios(results, ours.name, qemu.name, "cpu_us"),
           note="what runs behind the ack counted in")
 
@@ -308,16 +332,19 @@ def engine_bench(b, *options):
     return json.loads(run(f"{BIN}/cdp-bench", "engine", folder, *options))
 
 
-def mix(b, engine):
-    """fio with the physical mix of an engine run: random reads and writes in the measured proportion, appends at the measured rate."""
-    reads, writes_ = engine["before_image_bytes_per_guest_byte"], engine["primary_bytes_per_guest_byte"]
-    appended = engine["journal_bytes_per_guest_byte"] + reads
+def mix(b, moved, guest):
+    """fio with the physical mix of protected writes: random reads and writes in the proportion that was measured, appends at the rate of `guest` writes a second
+    and then at the one that came out. Answers how many writes of the guest fit into that."""
+    appends = b.path("appends.img")
+    if not os.path.exists(appends):
+        fill(appends, 512)
+    reads, writes_ = moved["before_image_bytes_per_guest_byte"], moved["primary_bytes_per_guest_byte"]
+    appended = moved["journal_bytes_per_guest_byte"] + reads
     share = reads + writes_
-    guest = engine["iops"]
     for _ in range(2):
         command = ["fio", "--ioengine=io_uring", "--direct=1", "--time_based", f"--runtime={b.seconds}", "--randrepeat=0", "--norandommap",
                    "--output-format=json", "--name=random", f"--filename={b.path('peer.img')}", f"--size={b.size}m", "--rw=randrw", "--bs=4k",
-                   "--iodepth=64", f"--rwmixread={round(100 * reads / share)}", "--name=appends", f"--filename={b.path('appends.img')}",
+                   "--iodepth=64", f"--rwmixread={round(100 * reads / share)}", "--name=appends", f"--filename={appends}",
                    "--rw=write", "--bs=128k", "--iodepth=2", f"--rate={int(guest * 4096 * appended)}"]
         out = run(*command)
         job = json.loads(out[out.index("{"):])["jobs"][0]
@@ -328,12 +355,11 @@ def mix(b, engine):
 
 def engine(b):
     size = min(b.size, 1024 if b.args.quick else 4096)
-    fill(b.path("appends.img"), 512)
     options = ["--size", size, "--reserve", size, "--seconds", b.seconds * 2, "--ramp", 3]
     runs, limits = [], []
-    for _ in range(2 if b.args.quick else 3):
+    for _ in range(2 if b.args.quick else 5):
         runs.append(engine_bench(b, *options, "--depth", 32))
-        limits.append(mix(b, runs[-1]))
+        limits.append(mix(b, runs[-1], runs[-1]["iops"]))
     b.facts["engine"] = {"runs": runs, "fio_same_mix_iops": limits}
     b.row("engine", "engine alone, 4K random write QD32 / fio with the same physical mix", (">=", 0.7),
           [run_["iops"] / limit for run_, limit in zip(runs, limits)])
@@ -361,7 +387,6 @@ def engine(b):
     b.curves["amplification_distance"] = {"x": "MiB written between two writes of a block", "y": "bytes written / guest bytes", "log": True, "series": {
         "before-images": [(d, r["before_image_bytes_per_guest_byte"]) for d, r in points],
         "primary": [(d, r["primary_bytes_per_guest_byte"]) for d, r in points], "all": [(d, total(r)) for d, r in points]}}
-    os.remove(b.path("appends.img"))
 
 
 def records(b):
@@ -428,20 +453,24 @@ def revert(b):
     call_ms = (time.monotonic() - began) * 1000
     with concurrent.futures.ThreadPoolExecutor() as pool:
         guest = pool.submit(b.fio, b.ours.uri, rw="randread", depth=1, seconds=1, ramp=0)
-        while (b.ctl("info", "demo").get("revert") or {}).get("blocks_total"):
+        blocks = 0
+        while total := (b.ctl("info", "demo").get("revert") or {}).get("blocks_total"):
+            blocks = total
             time.sleep(0.01)
         copy_s = time.monotonic() - began
         guest = guest.result()
     disk = b.fio(b.path("peer.img"), rw="write", bs="1m", depth=8, seconds=1, ramp=0)["mib_s"]
-    b.facts["revert"] = {"changed_mib": changed, "call_ms": call_ms, "until_copied_s": copy_s, "guest_reads_meanwhile": guest, "disk_mib_s": disk}
+    # Of the logs back to the instant all blocks are copied, also those that were written there before it only.
+    copied = max(changed, blocks >> 8)
+    b.facts["revert"] = {"changed_mib": changed, "copied_mib": copied, "call_ms": call_ms, "until_copied_s": copy_s, "guest_reads_meanwhile": guest, "disk_mib_s": disk}
     b.row("revert_call", f"revert over {changed} MiB of changed blocks: until the call returns, ms", ("<=", 200), [call_ms], note="with the start of cdpctl")
-    b.row("revert_copy", "its background copy / disk bandwidth", (">=", 0.5), [changed / copy_s / disk],
-          note=f"guest reads meanwhile: {guest['iops']:.0f}/s, none failed")
+    b.row("revert_copy", "its background copy / disk bandwidth", (">=", 0.5), [copied / copy_s / disk],
+          note=f"{copied} MiB in all; guest reads meanwhile: {guest['iops']:.0f}/s, none failed")
     # Of each byte: read of the target's content and of the present one, its before-image, write to the primary.
     limit = both_ways(b, 50) / 4
     b.facts["revert"]["limit_mib_s"] = limit
     b.row("revert_limit", "its background copy / fio straight on the file, four moves of each byte on one disk", (None, None),
-          [changed / copy_s / limit], note=f"{limit:.0f} MiB/s fit, that is {limit / disk:.2f} of the disk's bandwidth")
+          [copied / copy_s / limit], note=f"{limit:.0f} MiB/s fit, that is {limit / disk:.2f} of the disk's bandwidth")
 
 
 def restart(b):

@@ -4,13 +4,15 @@
 //! 1. read the old content of blocks first touched in this log, 2. append it as before-images, 3. sync the journal,
 //! 4. write to the primary the content that 3 made durable, 5. sync the primary, 6. advance the watermark.
 //!
-//! Steps 1 to 3 of a batch run beside steps 4 to 6 of the batch before it. Order is kept per block: a block that is in both is written by the
-//! later batch later, and needs no before-image there, since the earlier one took it in the same log. Of two logs only one is destaged at a time.
+//! Steps 1 to 3 of a batch run beside steps 4 to 6 of the batches before it; either are done for one batch after the other. Order is kept per block: a block that is in
+//! two of them is written by the later batch later, and needs no before-image there, since the earlier one took it in the same log. Of two logs only one is destaged at a
+//! time.
 //!
 //! When the log is closed and its overlay is empty, it copies the log's revert, merges the index and seals it. The next log is destaged beside the
 //! sealing, and no further one.
 
 use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
 use std::ops::ControlFlow;
 use std::pin::pin;
 use std::rc::Rc;
@@ -30,10 +32,13 @@ use crate::info::{EventKind, Health};
 use crate::log::{Log, VolumePoint, frame_blocks_max};
 use crate::mutation::{Mutation, active};
 use crate::overlay::{Batch, Content, Item, compose};
+use crate::signal::Signal;
 use crate::types::{BLOCK, Instant, SECTOR, SECTORS_PER_BLOCK};
 
 /// Blocks of old content that are read before they are appended.
 const BATCH_BLOCKS: u64 = 2048;
+/// Batches that wait between the two halves of their way, so that neither half waits for a slow request of the other: no more are prepared ahead.
+const AHEAD: usize = 2;
 /// Blocks of zero ranges in a batch. Holes of the primary cost nothing, so this may be large.
 const BATCH_ZERO_BLOCKS: u64 = 1 << 28;
 /// Bytes of one read or write of the primary at the most.
@@ -51,8 +56,9 @@ const BACK_OFF_NS: (u64, u64) = (100_000_000, 5_000_000_000);
 /// Requests to the primary that are submitted together, so that they share one system call and one doorbell of the device: the most, when the
 /// backlog is deep (see [`Volume::group`]).
 const GROUP: usize = 16;
-/// Groups under way at once: the device has work while the next one is made. More, or larger ones, keep the guest's own requests waiting.
-const GROUPS: usize = 2;
+/// Groups under way at once, while the backlog is shallow and otherwise: the device has work while the next one is made. More, or larger ones, keep the guest's own
+/// requests waiting.
+const GROUPS: (usize, usize) = (2, 3);
 /// A guest that asked for nothing for this long does not notice how busy the disk is, nanoseconds.
 const QUIET_NS: u64 = 20_000_000;
 /// Blocks of old content in one append, for each request of a group: a guest's own append waits for one that is under way. Its header costs a block.
@@ -241,39 +247,56 @@ impl Volume {
         (start, (count * BLOCK).min(self.primary.size().saturating_sub(start)))
     }
 
-    /// Brings what is due of a log to the primary, two batches at a time, one behind the other.
+    /// Brings what is due of a log to the primary: batches are prepared while earlier ones are finished.
     async fn destage_log(self: &Rc<Self>, disk: &Rc<Disk>, log: &Rc<Log>) -> Result<()> {
-        let mut ready: Option<Prepared> = None;
-        loop {
-            let (finished, prepared) = match (ready.take(), self.next_batch(disk, log)) {
-                (None, None) => return Ok(()),
-                (None, Some(batch)) => (Ok(()), Some(self.prepare_batch(disk, log, batch).await)),
-                (Some(earlier), None) => (self.finish_batch(disk, log, earlier).await, None),
-                (Some(earlier), Some(batch)) => {
-                    let (finished, prepared) =
-                        join(self.finish_batch(disk, log, earlier), self.prepare_batch(disk, log, batch)).await;
-                    (finished, Some(prepared))
+        let ready: RefCell<VecDeque<Prepared>> = RefCell::default();
+        let over = Cell::new(false);
+        let moved = Signal::default();
+        let end = || {
+            over.set(true);
+            moved.notify();
+        };
+        let prepare = async {
+            let prepared = loop {
+                let room = || (over.get() || ready.borrow().len() < AHEAD).then(|| over.get());
+                if moved.until(room).await {
+                    break Ok(());
                 }
+                let Some(batch) = self.next_batch(disk, log) else { break Ok(()) };
+                match self.prepare_batch(disk, log, batch).await {
+                    Ok(prepared) => ready.borrow_mut().push_back(prepared),
+                    Err((error, batch)) => {
+                        // It was taken last, so it goes back first.
+                        log.state.borrow_mut().overlay.put_back(&batch);
+                        break Err(error);
+                    }
+                }
+                moved.notify();
             };
-            // What is not on the primary goes back into the overlay, the later batch first.
-            let mut failed = None;
-            match prepared {
-                Some(Ok(later)) if finished.is_ok() => ready = Some(later),
-                Some(Ok(later)) => log.state.borrow_mut().overlay.put_back(&later.batch),
-                Some(Err((error, batch))) => {
-                    log.state.borrow_mut().overlay.put_back(&batch);
-                    failed = Some(error);
+            end();
+            prepared
+        };
+        let finish = async {
+            loop {
+                let next = || ready.borrow_mut().pop_front().map(Some).or_else(|| over.get().then_some(None));
+                let Some(earliest) = moved.until(next).await else { return Ok(()) };
+                moved.notify();
+                if let Err(failed) = self.finish_batch(disk, log, earliest).await {
+                    end();
+                    return Err(failed);
                 }
-                None => {}
             }
-            if let Err((error, batch)) = finished {
-                log.state.borrow_mut().overlay.put_back(&batch);
-                failed = Some(error);
-            }
-            if let Some(error) = failed {
-                return Err(error);
-            }
+        };
+        let (prepared, finished) = join(prepare, finish).await;
+        if let Err((error, batch)) = finished {
+            // What is not on the primary goes back into the overlay, the latest batch first.
+            let unfinished = ready.take();
+            let mut state = log.state.borrow_mut();
+            unfinished.iter().rev().for_each(|later| state.overlay.put_back(&later.batch));
+            state.overlay.put_back(&batch);
+            return Err(error);
         }
+        prepared
     }
 
     /// Destages the log behind `log` for as long as that is being sealed: the merge of a large log takes longer than the backlog has room for.
@@ -341,6 +364,11 @@ impl Volume {
             6 => GROUP / 2,
             _ => GROUP,
         }
+    }
+
+    /// How many groups are under way at once.
+    fn groups(&self) -> usize {
+        if self.group() > GROUP / 8 { GROUPS.1 } else { GROUPS.0 }
     }
 
     /// Whether no request of the guest is under way, and none was for [`QUIET_NS`], as far as was seen from one call to the next.
@@ -592,7 +620,7 @@ impl Volume {
         let groups = self.in_groups(&reads).map(|group| async move {
             (group, join_all(group.iter().map(|(block, count)| self.read_old(*block, *count))).await)
         });
-        let mut groups = stream::iter(groups).buffered(GROUPS);
+        let mut groups = stream::iter(groups).buffered(self.groups());
         while let Some((reads, results)) = groups.next().await {
             if let Some(landing) = landing {
                 landing.step(reads.iter().map(|(_, count)| count).sum());
@@ -789,7 +817,7 @@ impl Volume {
             let results = join_all(group.iter().map(|write| self.write_one(write))).await;
             (group.iter().map(Write::len).sum::<u64>(), results.into_iter().find_map(Result::err))
         });
-        let mut groups = stream::iter(groups).buffered(GROUPS);
+        let mut groups = stream::iter(groups).buffered(self.groups());
         while let Some((bytes, error)) = groups.next().await {
             if let Some(landing) = landing {
                 landing.step(bytes / BLOCK);
