@@ -27,7 +27,7 @@ use crate::volume::{self, Mode, Volume};
 pub struct EngineConfig {
     /// Most bytes acked and not destaged, per volume.
     pub backlog_bytes_max: u64,
-    /// Most blocks of data that the destager takes at once; up to four such batches are under way at a time.
+    /// Most blocks of data that the destager takes at once; up to three such batches are under way at a time.
     pub destage_blocks_max: u64,
     /// Most frames of a volume's writes that are on their way to the CDP disk at once.
     pub frames_in_flight_max: usize,

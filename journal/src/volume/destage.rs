@@ -37,8 +37,9 @@ use crate::types::{BLOCK, Instant, SECTOR, SECTORS_PER_BLOCK};
 
 /// Blocks of old content that are read before they are appended.
 const BATCH_BLOCKS: u64 = 2048;
-/// Batches that wait between the two halves of their way, so that neither half waits for a slow request of the other: no more are prepared ahead.
-const AHEAD: usize = 2;
+/// Batches that are prepared and not finished when another one is prepared, at the most, while the backlog is shallow and while it is deep. More of them let neither
+/// half wait for a slow request of the other, and keep the disk busier.
+const AHEAD: (usize, usize) = (1, 3);
 /// Blocks of zero ranges in a batch. Holes of the primary cost nothing, so this may be large.
 const BATCH_ZERO_BLOCKS: u64 = 1 << 28;
 /// Bytes of one read or write of the primary at the most.
@@ -250,6 +251,7 @@ impl Volume {
     /// Brings what is due of a log to the primary: batches are prepared while earlier ones are finished.
     async fn destage_log(self: &Rc<Self>, disk: &Rc<Disk>, log: &Rc<Log>) -> Result<()> {
         let ready: RefCell<VecDeque<Prepared>> = RefCell::default();
+        let unfinished = Cell::new(0);
         let over = Cell::new(false);
         let moved = Signal::default();
         let end = || {
@@ -258,13 +260,17 @@ impl Volume {
         };
         let prepare = async {
             let prepared = loop {
-                let room = || (over.get() || ready.borrow().len() < AHEAD).then(|| over.get());
+                let most = if self.backlog_is_deep() { AHEAD.1 } else { AHEAD.0 };
+                let room = || (over.get() || unfinished.get() < most).then(|| over.get());
                 if moved.until(room).await {
                     break Ok(());
                 }
                 let Some(batch) = self.next_batch(disk, log) else { break Ok(()) };
                 match self.prepare_batch(disk, log, batch).await {
-                    Ok(prepared) => ready.borrow_mut().push_back(prepared),
+                    Ok(prepared) => {
+                        unfinished.set(unfinished.get() + 1);
+                        ready.borrow_mut().push_back(prepared);
+                    }
                     Err((error, batch)) => {
                         // It was taken last, so it goes back first.
                         log.state.borrow_mut().overlay.put_back(&batch);
@@ -280,11 +286,12 @@ impl Volume {
             loop {
                 let next = || ready.borrow_mut().pop_front().map(Some).or_else(|| over.get().then_some(None));
                 let Some(earliest) = moved.until(next).await else { return Ok(()) };
-                moved.notify();
                 if let Err(failed) = self.finish_batch(disk, log, earliest).await {
                     end();
                     return Err(failed);
                 }
+                unfinished.set(unfinished.get() - 1);
+                moved.notify();
             }
         };
         let (prepared, finished) = join(prepare, finish).await;
@@ -368,7 +375,12 @@ impl Volume {
 
     /// How many groups are under way at once.
     fn groups(&self) -> usize {
-        if self.group() > GROUP / 8 { GROUPS.1 } else { GROUPS.0 }
+        if self.backlog_is_deep() { GROUPS.1 } else { GROUPS.0 }
+    }
+
+    /// Whether the disk's pace counts more than a guest with few requests in flight.
+    fn backlog_is_deep(&self) -> bool {
+        self.group() > GROUP / 8
     }
 
     /// Whether no request of the guest is under way, and none was for [`QUIET_NS`], as far as was seen from one call to the next.

@@ -49,7 +49,8 @@ struct Sent {
     unframed: u64,
     point: VolumePoint,
     started: u64,
-    written: Result<Placed>,
+    /// `None`: the disk has failed.
+    written: Option<Placed>,
 }
 
 /// Keeps `writes_inflight` right on every way out.
@@ -718,19 +719,15 @@ impl Volume {
         if active(Mutation::AckBeforeAppend) {
             ticket.finish(Ok(()));
         }
-        let mut placed = log.place(&self.host, StreamKind::Writes, builder, point).await;
-        if let Err(error) = &placed {
-            // At once, before another one takes its place.
-            log.disk.fail(format!("append: {error}"));
-        }
+        let placed = log.place(&self.host, StreamKind::Writes, builder, point).await;
+        // Whatever it was, the frame is not in the journal, and nothing behind it may be: the way out is to leave the disk, before another one takes its place.
+        let placed = placed.inspect_err(|error| log.disk.fail(format!("append: {error}")));
         Some(async move {
-            if let Ok(frame) = &mut placed
-                && let Err(error) = log.write_placed(frame).await
-            {
-                placed = Err(error);
-            }
-            let written = placed;
-            if written.is_ok() && active(Mutation::AckAheadOfEarlier) {
+            let written = match placed {
+                Ok(mut placed) => log.write_placed(&mut placed).await.ok().map(|()| placed),
+                Err(_) => None,
+            };
+            if written.is_some() && active(Mutation::AckAheadOfEarlier) {
                 ticket.finish(Ok(()));
             }
             Sent { log, ticket, unframed, point, started, written }
@@ -740,14 +737,7 @@ impl Volume {
     /// A frame has completed, and all before it have; answers whether the appender goes on.
     fn end_frame(&self, sent: Sent) -> bool {
         let Sent { log, ticket, unframed, point, started, written } = sent;
-        let placed = match written {
-            Ok(placed) => placed,
-            Err(error) => {
-                // Whatever it was, the frame is not in the journal, and nothing behind it may be: the way out is to leave the disk.
-                log.disk.fail(format!("append: {error}"));
-                return false;
-            }
-        };
+        let Some(placed) = written else { return false };
         let appended = log.complete(&self.host, placed);
         {
             let mut state = self.state.borrow_mut();
