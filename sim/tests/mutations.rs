@@ -15,7 +15,7 @@ const FAULTS: [(Mutation, &str, &str, u64); 22] = [
     (Mutation::AckBeforeAppend, "I1", "crash", 27),
     (Mutation::AckAheadOfEarlier, "I1", "crash", 399),
     (Mutation::FlushWithoutSync, "I1", "crash", 5),
-    (Mutation::FlushSyncEarly, "I1", "crash", 5816),
+    (Mutation::FlushSyncEarly, "I1", "crash", 176),
     (Mutation::WatermarkEarly, "I1", "crash", 1),
     (Mutation::ViewExclusive, "I2", "views", 0),
     (Mutation::BeforeImageTwice, "I2", "crash", 0),
