@@ -10,6 +10,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::future::poll_fn;
 use std::io;
+use std::pin::pin;
 use std::rc::{Rc, Weak};
 use std::task::{Poll, Waker};
 
@@ -317,6 +318,14 @@ impl Disk {
     /// Ends when the disk fails.
     pub async fn until_failed(&self) {
         self.changed.until(|| self.failed.borrow().is_some().then_some(())).await;
+    }
+
+    /// What a future answers, or an error where the disk fails first.
+    pub async fn unless_failed<T>(&self, future: impl Future<Output = T>) -> Result<T> {
+        match select(pin!(future), pin!(self.until_failed())).await {
+            Either::Left((value, _)) => Ok(value),
+            Either::Right(_) => Err(Error::Gone(format!("CDP disk {} is offline", self.path))),
+        }
     }
 
     fn check(&self) -> Result<()> {

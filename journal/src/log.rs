@@ -6,10 +6,8 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
-use std::pin::pin;
 use std::rc::Rc;
 
-use futures::future::{Either, select};
 use uuid::Uuid;
 
 use crate::buf::{IoBuf, Slice};
@@ -330,7 +328,6 @@ pub struct Placed {
     first: u32,
     /// First block of the frame.
     block: u32,
-    parts: Vec<Slice>,
     bytes: u64,
     /// What it adds to the index, at the most.
     entries: usize,
@@ -492,9 +489,7 @@ impl Log {
                     let (stream, _) = Self::stream(&mut state, kind);
                     (stream.frames_completed == stream.frame_next).then_some(())
                 });
-                if let Either::Right(_) = select(pin!(completed), pin!(self.disk.until_failed())).await {
-                    return Err(Error::Gone(format!("CDP disk {} is offline", self.disk.path)));
-                }
+                self.disk.unless_failed(completed).await?;
                 self.finish_segment(host, kind, position, point);
             }
             self.next_segment(kind).await?;
@@ -522,32 +517,22 @@ impl Log {
             durable_frames: stream.frames_durable,
             durable_frames_other,
         });
-        let mut parts = std::mem::take(&mut sealed.parts);
         if fresh {
             // The segment's header and its first frame are one write.
-            parts.insert(0, segment_header(self, kind, place, stream));
+            sealed.parts.insert(0, segment_header(self, kind, place, stream));
         }
         stream.position = block + sealed.blocks;
         stream.frame_next += 1;
         stream.previous_crc = sealed.crc;
         stream.side.append(&mut sealed.side);
         stream.entries_placed += entries;
-        let bytes = parts.iter().map(|p| p.len() as u64).sum();
-        Ok(Placed {
-            kind,
-            segment: place.segment,
-            first: if fresh { 0 } else { block },
-            block,
-            parts,
-            bytes,
-            entries,
-            sealed,
-        })
+        let bytes = sealed.parts.iter().map(|p| p.len() as u64).sum();
+        Ok(Placed { kind, segment: place.segment, first: if fresh { 0 } else { block }, block, bytes, entries, sealed })
     }
 
     /// Sends a placed frame to the disk; ends when it has completed there.
     pub async fn write_placed(&self, placed: &mut Placed) -> Result<()> {
-        let parts = std::mem::take(&mut placed.parts);
+        let parts = std::mem::take(&mut placed.sealed.parts);
         self.disk.write(placed.segment, placed.first, parts).await?;
         let appended = &self.appended[placed.kind as usize - 1];
         appended.set(appended.get() + placed.bytes);

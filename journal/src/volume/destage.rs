@@ -14,11 +14,10 @@
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::ops::ControlFlow;
-use std::pin::pin;
 use std::rc::Rc;
 
 use futures::StreamExt as _;
-use futures::future::{Either, join, join_all, select};
+use futures::future::{join, join_all};
 use futures::stream;
 use zerocopy::IntoBytes;
 
@@ -1142,10 +1141,7 @@ impl Volume {
         let recorded = self.control(ControlKind::Log, Instant::ZERO, log.seq, 0, log.row().as_bytes(), true);
         log.release_spares().await.map_err(fail)?;
         // The destager itself leads the way out of a failed disk: it must not wait for that.
-        match select(pin!(recorded.wait()), pin!(disk.until_failed())).await {
-            Either::Left((result, _)) => result?,
-            Either::Right(_) => return Err(Error::Gone(format!("CDP disk {} is offline", disk.path))),
-        }
+        disk.unless_failed(recorded.wait()).await??;
         if !recording {
             self.free_writes(disk, log).await?;
         }
