@@ -824,6 +824,24 @@ fn several_frames_that_no_later_one_calls_durable_are_a_tail() {
     expect_damage(&whole.disk.report(), "wrong checksum");
 }
 
+/// Two frames side by side: of the first, which brings the segment's header, nothing arrived, of the second everything.
+#[test]
+fn a_segment_without_header_and_first_frame_is_judged_by_what_later_frames_call_durable() {
+    let mut whole = whole();
+    let durable = whole.writes1.frame_next;
+    whole.writes1.open(&mut whole.disk, 6);
+    let lost = whole.writes1.frame(&mut whole.disk, &[write(5000, 1, 2)], durable);
+    let there = whole.writes1.frame(&mut whole.disk, &[write(5001, 1, 2)], durable);
+    let (from, to) = (whole.disk.at(lost.segment, 0), whole.disk.at(there.segment, there.block));
+    whole.disk.bytes[from..to].fill(0);
+    let report = whole.disk.report();
+    expect_note(&report, "segment header does not check out");
+    assert_eq!(report.volumes[0].logs[1].tails, [Some(durable), None]);
+    // The same with a sync in between is damage.
+    whole.writes1.frame(&mut whole.disk, &[write(5002, 1, 2)], durable + 1);
+    expect_damage(&whole.disk.report(), "segment header does not check out");
+}
+
 #[test]
 fn a_tail_that_the_other_stream_calls_durable_is_damage() {
     let mut whole = whole();
