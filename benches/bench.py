@@ -77,9 +77,13 @@ def wait_for(path, process):
 class Server:
     """A process that serves one NBD export."""
 
+    # All that were started: whatever ends the bench ends them.
+    started = []
+
     def __init__(self, name, command, uri, log):
         self.name, self.uri = name, uri
         self.process = subprocess.Popen([str(c) for c in command], stdout=log, stderr=log)
+        Server.started.append(self)
         deadline = time.monotonic() + 30
         while subprocess.run(["nbdinfo", "--size", uri], capture_output=True).returncode:
             if self.process.poll() is not None or time.monotonic() > deadline:
@@ -180,6 +184,7 @@ class Bench:
         command = ["fio", "--name=t", *target, f"--rw={rw}", f"--bs={bs}", f"--iodepth={depth}", f"--size={size or self.size}m", "--randrepeat=0",
                    "--norandommap", "--time_based", f"--runtime={seconds}", f"--ramp_time={ramp}", "--output-format=json",
                    "--percentile_list=50:99:99.9", *extra]
+        self.shown(command)
         out = run(*command)
         job = json.loads(out[out.index("{"):])["jobs"][0]
         if job["error"]:
@@ -189,6 +194,11 @@ class Bench:
         return {"iops": side["iops"], "mib_s": side["bw"] / 1024, "both_mib_s": (job["read"]["bw"] + job["write"]["bw"]) / 1024, "ios": side["total_ios"], "mean_us": lat["mean"] / 1e3,
                 "p50_us": lat["percentile"]["50.000000"] / 1e3, "p99_us": lat["percentile"]["99.000000"] / 1e3,
                 "p999_us": lat["percentile"]["99.900000"] / 1e3, "max_us": lat["max"] / 1e3}
+
+    def shown(self, command):
+        """Keeps a command for the report, once, with a name for the folder of the files."""
+        text = " ".join(str(part) for part in command).replace(self.dir, "DIR")
+        self.commands.setdefault(re.sub(r"view-?[0-9a-f-]{8,}", "VIEW", text), len(self.commands))
 
     def settle(self):
         """Waits until the agent has brought its backlog to the primary: it must not work in the peer's turn."""
@@ -278,13 +288,13 @@ def peers(b):
     for number in range(b.pairs):
         ours.append(b.turn(b.ours, rw="randwrite", depth=32))
         for name, start in starts.items():
-            if name != "copy-before-write" and number >= (1 if b.args.quick else 3):
+            if name != "copy-before-write" and number >= (1 if b.args.quick else 5 if b.args.full else 3):
                 continue
             # A fresh start each time: the copy's point in time begins anew, as ours does with each log.
             server = start()
             others[name].append(b.turn(server, rw="randwrite", depth=32))
             server.stop()
-    others["fio on the file"] = [b.fio(b.path("peer.img"), rw="randwrite", depth=32, ramp=0) for _ in range(1 if b.args.quick else 3)]
+    others["fio on the file"] = [b.fio(b.path("peer.img"), rw="randwrite", depth=32, ramp=0) for _ in range(1 if b.args.quick else 5 if b.args.full else 3)]
     b.qemu = b.start_qemu()
     b.facts["randwrite_others"] = {"cdp-agent beside them": ours, **others}
     b.row("cbw", "the same / qemu-storage-daemon copy-before-write", (">=", 2.0), [a["iops"] / r["iops"] for a, r in zip(ours, others["copy-before-write"])],
@@ -357,7 +367,7 @@ def mix(b, moved, guest):
         out = run(*command)
         job = json.loads(out[out.index("{"):])["jobs"][0]
         guest = (job["read"]["iops"] + job["write"]["iops"]) / share
-        b.commands["mix"] = " ".join(command)
+        b.shown(re.sub(r"^--(rate|rwmixread)=.*", r"--\1=AS_MEASURED", part) for part in command)
     return guest
 
 
@@ -370,9 +380,9 @@ def engine(b):
         limits.append(mix(b, runs[-1], runs[-1]["iops"]))
     b.facts["engine"] = {"runs": runs, "fio_same_mix_iops": limits}
     b.row("engine", "engine alone, 4K random write QD32 / fio with the same physical mix", (">=", 0.7),
-          [run_["iops"] / limit for run_, limit in zip(runs, limits)])
+          [run_["iops"] / limit for run_, limit in zip(runs, limits)], note=f"{size} MiB")
     b.row("journal_bytes", "bytes written to the CDP disk / guest bytes, 4K QD32, before-images aside", ("<=", 1.05),
-          [run_["journal_bytes_per_guest_byte"] for run_ in runs], note="engine alone")
+          [run_["journal_bytes_per_guest_byte"] for run_ in runs], note=f"engine alone, {size} MiB")
     total = lambda r: r["journal_bytes_per_guest_byte"] + r["before_image_bytes_per_guest_byte"] + r["primary_bytes_per_guest_byte"]
     b.row("amplification", "total write amplification, before-images and primary counted in", (None, None), [total(r) for r in runs],
           note="engine alone, QD32, uniform")
@@ -409,18 +419,19 @@ def records(b):
         b.say(f"{count} records: {json.dumps(runs[count]['open'])}")
     b.facts["records"] = runs
     # The targets speak of 10 million against one; what comes after them shows whether it goes on growing.
-    most, fewest = min(counts[-1], 10_000_000), counts[0]
+    most = min(counts[-1], 10_000_000)
     open_ = lambda count: runs[count]["open"]
     b.row("view_open", f"view open with {most:,} records, p99, ms", ("<=", 10), [open_(most)["p99_us"] / 1000],
           note=f"p50 {open_(most)['p50_us'] / 1000:.2g}; engine alone" + ("" if b.args.full else "; 10 million with FULL=1"))
-    b.row("view_open_flat", f"view open p99, {most:,} records / {fewest:,}", (None, None), [open_(most)["p99_us"] / max(1e-9, open_(fewest)["p99_us"])],
-          note="flat is near 1, or far below the bound")
-    steps = {"memory_records": (most, max(count for count in counts if count < most)), "memory_records_more": (counts[-1], most)}
+    fewer = max(count for count in counts if count < most)
+    b.row("view_open_flat", f"view open p50, {most:,} records / {fewer:,}", (None, None), [open_(most)["p50_us"] / max(1e-9, open_(fewer)["p50_us"])],
+          note=f"with {fewer:,} p50 {open_(fewer)['p50_us'] / 1000:.2g}, p99 {open_(fewer)['p99_us'] / 1000:.2g} ms; flat is near 1, or far below the bound")
+    steps = {"memory_records": (most, fewer), "memory_records_more": (counts[-1], most)}
     for name, (more, fewer) in steps.items():
         if more > fewer:
             resident = lambda count: runs[count]["resident_mib"]
-            b.row(name, f"memory with {more:,} records / {fewer:,}", (None, None), [resident(more) / max(1, resident(fewer))],
-                  note=f"flat is near 1; {resident(fewer)} and {resident(more)} MiB")
+            b.row(name, f"memory with {more:,} records / {fewer:,}", ("<=", 1.2) if more >= 10_000_000 else (None, None), [resident(more) / max(1, resident(fewer))],
+                  note=f"flat; {resident(fewer)} and {resident(more)} MiB, engine alone")
     b.curves["records"] = {"x": "records in the journal", "y": "microseconds, p99", "log": True, "series": {
         "view open": [(c, r["open"]["p99_us"]) for c, r in runs.items()], "view read, old": [(c, r["read_old"]["p99_us"]) for c, r in runs.items()],
         "view read, young": [(c, r["read_young"]["p99_us"]) for c, r in runs.items()]}}
@@ -472,7 +483,7 @@ def revert(b):
         b.ctl("revert", "demo", "--at", point, "--force", "--release")
         call_ms = (time.monotonic() - began) * 1000
         with concurrent.futures.ThreadPoolExecutor() as pool:
-            guest = pool.submit(b.fio, b.ours.uri, rw="randread", depth=1, seconds=1, ramp=0)
+            guest = pool.submit(b.fio, b.ours.uri, rw="randrw", depth=1, seconds=1, ramp=0)
             blocks = 0
             while total := (b.ctl("info", "demo").get("revert") or {}).get("blocks_total"):
                 blocks = total
@@ -484,14 +495,14 @@ def revert(b):
         limit = both_ways(b, 50) / 4
         # Of the logs back to the instant all blocks are copied, also those that were written there before it only.
         copied = max(changed, blocks >> 8)
-        rounds.append({"changed_mib": changed, "copied_mib": copied, "call_ms": call_ms, "until_copied_s": copy_s, "guest_reads_meanwhile": guest,
+        rounds.append({"changed_mib": changed, "copied_mib": copied, "call_ms": call_ms, "until_copied_s": copy_s, "guest_writes_meanwhile": guest,
                        "disk_mib_s": disk, "limit_mib_s": limit})
     b.facts["revert"] = rounds
     median = lambda of: statistics.median(of(r) for r in rounds)
     b.row("revert_call", f"revert over {changed} MiB of changed blocks: until the call returns, ms", ("<=", 200), [r["call_ms"] for r in rounds],
           note="with the start of cdpctl")
     b.row("revert_copy", "its background copy / disk bandwidth", (">=", 0.5), [r["copied_mib"] / r["until_copied_s"] / r["disk_mib_s"] for r in rounds],
-          note=f"{median(lambda r: r['copied_mib']):.0f} MiB in all; guest reads meanwhile: {median(lambda r: r['guest_reads_meanwhile']['iops']):.0f}/s, none failed")
+          note=f"{median(lambda r: r['copied_mib']):.0f} MiB in all; guest writes meanwhile: {median(lambda r: r['guest_writes_meanwhile']['iops']):.0f}/s and as many reads, one at a time, none failed")
     b.row("revert_limit", "its background copy / fio straight on the file, four moves of each byte on one disk", (None, None),
           [r["copied_mib"] / r["until_copied_s"] / r["limit_mib_s"] for r in rounds],
           note=f"{median(lambda r: r['limit_mib_s']):.0f} MiB/s fit, that is {median(lambda r: r['limit_mib_s'] / r['disk_mib_s']):.2f} of the disk's bandwidth")
@@ -543,8 +554,10 @@ def scaling(b):
         for count in counts * b.pairs:
             jobs = [f for n in range(count) for f in [f"--name=v{n}", f"--uri=nbd+unix:///v{n}?socket={folder}/nbd.sock"]]
             # The same requests in flight in all.
-            out = run("fio", "--ioengine=nbd", "--rw=randwrite", "--bs=4k", f"--iodepth={max(1, 64 // count)}", f"--size={mib}m", "--randrepeat=0",
-                      "--norandommap", "--time_based", f"--runtime={min(b.seconds, 2)}", "--ramp_time=0.5", "--thread", "--output-format=json", *jobs)
+            command = ["fio", "--ioengine=nbd", "--rw=randwrite", "--bs=4k", f"--iodepth={max(1, 64 // count)}", f"--size={mib}m", "--randrepeat=0",
+                       "--norandommap", "--time_based", f"--runtime={min(b.seconds, 2)}", "--ramp_time=0.5", "--thread", "--output-format=json"]
+            b.shown([*command, *jobs[:2], *(["AND SO ON"] if count > 1 else [])])
+            out = run(*command, *jobs)
             sums[count].append(sum(job["write"]["iops"] for job in json.loads(out[out.index("{"):])["jobs"]))
     finally:
         agent.terminate()
@@ -691,10 +704,12 @@ def machine(b):
     version = lambda *c: run(*c).splitlines()[0]
     return {
         "machine": f"{os.cpu_count()} cores, {model}, Linux {os.uname().release}, {run('stat', '-f', '-c', '%T', b.args.dir).strip()}",
-        "versions": "; ".join([version("qemu-nbd", "--version"), version("fio", "--version"), version("nbdkit", "--version")]),
+        "versions": "; ".join([version("qemu-nbd", "--version"), version("qemu-storage-daemon", "--version"), version("fio", "--version"),
+                               version("nbdkit", "--version"), version("rustc", "--version")]),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
         "commit": run("git", "-C", ROOT, "rev-parse", "--short", "HEAD").strip() or "unknown",
         "load": os.getloadavg()[0],
+        "minutes": (time.monotonic() - b.began) / 60,
         "mode": "full" if b.args.full else "quick" if b.args.quick else "default",
     }
 
@@ -722,12 +737,13 @@ def report(b, load_before):
             fresh = set(last["rows"]).difference(b.rows, *(run_["rows"] for run_ in earlier))
             kept = [{**run_, "rows": sorted(set(run_["rows"]) - set(b.rows))} for run_ in [*earlier, {**last["about"], "rows": fresh}]]
             kept = [run_ for run_ in kept if run_["rows"]]
+            b.commands = {**dict.fromkeys(last.get("commands", [])), **b.commands}
             b.rows, b.curves, b.facts = {**last["rows"], **b.rows}, {**last["curves"], **b.curves}, {**last["facts"], **b.facts}
-    figures = {"about": about, "kept": kept, "volume_mib": b.size, "rows": b.rows, "curves": b.curves, "facts": b.facts}
+    figures = {"about": about, "kept": kept, "volume_mib": b.size, "rows": b.rows, "curves": b.curves, "facts": b.facts, "commands": list(b.commands)}
     with open(results, "w") as out:
         json.dump(figures, out, indent=1)
         out.write("\n")
-    lines = ["# Benchmarks", "", f"Written by `{'QUICK=1 ' if b.args.quick else 'FULL=1 ' if b.args.full else ''}make bench` on {about['date']}; the raw figures are in "
+    lines = ["# Benchmarks", "", f"Written by `{'QUICK=1 ' if b.args.quick else 'FULL=1 ' if b.args.full else ''}make bench` on {about['date']}, in {about['minutes']:.0f} minutes; the raw figures are in "
              f"`benches/results/{about['mode']}.json`. Ratios are of turns side by side in one run on one disk; the", "median counts, the spread is from the lowest to the highest. "
              "What stands behind the figures is in `docs/performance.md`.", "", f"- Machine: {about['machine']}; load average {load_before:.1f} before the run{priority()}.",
              f"- Versions: {about['versions']}; commit {about['commit']}.",
@@ -764,10 +780,8 @@ def report(b, load_before):
     lines += ["", "## Commands", "", "```", "cdp-agent --dev DIR --size SIZE --cdp-size CDP_SIZE", "qemu-nbd -f raw --cache=none --aio=io_uring --persistent --socket S FILE",
               "qemu-storage-daemon --blockdev driver=file,node-name=f,filename=FILE,cache.direct=on,aio=io_uring --blockdev driver=raw,node-name=r,file=f \\",
               "    [--blockdev driver=copy-before-write,node-name=c,file=r,target=t] --nbd-server addr.type=unix,addr.path=S --export type=nbd,id=e,node-name=r,name=x,writable=on",
-              "nbdkit -f -U S file FILE",
-              f"fio --name=t --ioengine=nbd --uri=URI --rw=randwrite --bs=4k --iodepth=32 --size=SIZE --randrepeat=0 --norandommap --time_based --runtime={b.seconds} --ramp_time=0.5",
-              "fio --name=t --ioengine=io_uring --direct=1 --filename=FILE --rw=rw --rwmixread=25 --bs=1m --iodepth=8 --size=SIZE --randrepeat=0 --norandommap --time_based --runtime=3",
-              "cdp-bench engine DIR --depth 32; cdp-bench views DIR --records N", "```", ""]
+              "nbdkit -f -U S file FILE", "cdp-bench engine DIR --depth 32; cdp-bench views DIR --records N", "```", "",
+              "Every command of fio, once:", "", "```", *b.commands, "```", ""]
     if not b.args.no_docs:
         with open(f"{ROOT}/docs/benchmarks.md", "w") as out:
             out.write("\n".join(lines))
@@ -812,9 +826,8 @@ def main():
                         break
         report(b, load_before)
     finally:
-        for server in (b.ours, b.qemu):
-            if server:
-                server.stop()
+        for server in Server.started:
+            server.stop()
         shutil.rmtree(b.dir, ignore_errors=True)
     b.say("done")
 
