@@ -340,7 +340,7 @@ async fn set_up_demo(control: &Control, dev: &Dev) -> Result<()> {
         reserve_duration_s: 24 * 3600,
         ..control.engine_config().default_settings
     };
-    let edit = |settings| control.on_volume(uuid, move |volume| async move { volume.edit(settings).await });
+    let edit = |settings| control.on_volume(uuid, move |volume| async move { volume.edit(move |_| settings).await });
     match edit(settings).await {
         Err(Error::NoSpace { free, .. }) if free > 0 && free < settings.reserve_capacity => {
             settings.reserve_capacity = free;

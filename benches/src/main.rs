@@ -175,7 +175,7 @@ async fn world(ring: &Ring, dir: &Path, size_mib: u64, reserve_mib: u64, filled:
         })
         .await?;
     volume
-        .edit(Settings { reserve_capacity: reserve_mib << 20, reserve_duration_s: 86400, priority: Priority::Mid })
+        .edit(|_| Settings { reserve_capacity: reserve_mib << 20, reserve_duration_s: 86400, priority: Priority::Mid })
         .await?;
     volume.enable().await?;
     Ok(World { engine, volume, _files: files })

@@ -4,7 +4,8 @@
 //! * A segment is given out only while the table says durably that it is free, and used only after its new owner stands in the table.
 //! * A table page is written to the older of its two copies, and only when the newer one is durable, so a torn write loses nothing.
 //! * The first write, sync or table error, and any operation that outlives the stall bound, latches the disk as failed: every waiter is
-//!   answered at once and nothing is tried again. Read errors answer their caller only: a bad sector of the past must not end protection.
+//!   answered at once and nothing is tried again. Read errors answer their caller only: a bad sector of the past must not end protection
+//!   (but the merge of indexes when a log is sealed cannot do without what it reads: `docs/decisions/0002`).
 
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -328,7 +329,8 @@ impl Disk {
         }
     }
 
-    fn check(&self) -> Result<()> {
+    /// An error once it has failed.
+    pub fn check(&self) -> Result<()> {
         match self.failure() {
             Some(reason) => Err(Error::Gone(format!("CDP disk {} is offline: {reason}", self.path))),
             None => Ok(()),

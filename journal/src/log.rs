@@ -14,7 +14,7 @@ use crate::buf::{IoBuf, Slice};
 use crate::disk::{Disk, Owner, SegmentRef};
 use crate::error::{Error, Result};
 use crate::format::{
-    self, ControlLog, EntryKind, IndexEntry, RunRoot, SegmentFooter, SegmentHeader, StreamKind, log_flags,
+    self, ControlLog, EntryKind, FrameHeader, IndexEntry, RunRoot, SegmentFooter, SegmentHeader, StreamKind, log_flags,
 };
 use crate::frame::{FrameBuilder, FramePoint, SealedFrame};
 use crate::host::{Host, LocalFuture};
@@ -27,6 +27,11 @@ use crate::types::{BLOCK, Instant};
 /// Blocks that one frame may carry at the most, for a segment size: 1 MiB, less on small segments.
 pub fn frame_blocks_max(segment_size: u64) -> u32 {
     (segment_size / 4 / BLOCK).min(256) as u32
+}
+
+/// The last block of a segment at which its second frame may begin.
+pub fn second_frame_at_most(segment_size: u64) -> u32 {
+    1 + frame_blocks_max(segment_size) + u32::from(FrameHeader::HEADER_BLOCKS_MAX)
 }
 
 /// Bytes of a segment that appends can count on: what is left after header, footer and the gap before a frame that does not fit.
@@ -656,8 +661,10 @@ impl Log {
             let footer = IoBuf::copy_of(&format::sealed_block(&footer, 8)).share();
             (place, (parts, footer, root))
         };
-        let log = Rc::clone(self);
+        // Until these are written the segment may get no other owner.
+        let (log, pin) = (Rc::clone(self), self.pin());
         host.spawn(Box::pin(async move {
+            let _pin = pin;
             let (parts, footer, root) = writes;
             if !parts.is_empty() && log.disk.write(place.segment, position, parts).await.is_err() {
                 return;

@@ -21,6 +21,8 @@ pub enum Mutation {
     ViewExclusive,
     /// I2: redo takes a second before-image of a block that has one.
     BeforeImageTwice,
+    /// I2: a start no longer counts as history what was journaled before it.
+    HistoryForgotten,
     /// I3: recovery does not compare a frame's checksum of its predecessor.
     ChainUnchecked,
     /// I3, I7: recovery takes frames of the tail whose payload is torn.
@@ -45,6 +47,8 @@ pub enum Mutation {
     HoleAccepted,
     /// I8: an error of the CDP disk reaches the guest.
     ErrorToGuest,
+    /// I8: what was recovered is dropped when the CDP disk fails before the start is complete.
+    RecoveredBacklogDropped,
     /// I9: the span in which CDP was disabled counts as history.
     DisabledSpanCovered,
     /// I10: before-images are not counted when room is made.

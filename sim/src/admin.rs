@@ -185,12 +185,14 @@ fn disarm(world: &World) {
 
 fn fault_begins(world: &World, disk: usize) {
     world.count(|counts| counts.faults += 1);
-    if disk < world.cdp.len() {
-        world.cdp_faulty.set(true);
-    } else {
-        world.primary_faulty.set(true);
+    if disk >= world.cdp.len() {
+        // What is acked meanwhile is in the journal.
+        return world.primary_faulty.set(true);
     }
-    for vol in &world.volumes {
+    world.cdp_faulty.set(true);
+    let journaled_elsewhere =
+        |vol: &&Rc<Vol>| world.folder.fence(vol.id).is_some_and(|fence| fence.disk != boot::disk_id(disk));
+    for vol in world.volumes.iter().filter(|vol| !journaled_elsewhere(vol)) {
         vol.unprotect();
     }
 }
@@ -612,7 +614,7 @@ async fn edit(world: &Rc<World>, vol: &Rc<Vol>, segments: u64, duration_s: u64) 
     };
     vol.capacity.set(vol.capacity.get().max(settings.reserve_capacity));
     let had = vol.handle().info().settings;
-    match vol.handle().edit(settings).await {
+    match vol.handle().edit(move |_| settings).await {
         Ok(()) => {
             let info = vol.handle().info();
             if info.settings != Some(settings) {
@@ -667,7 +669,11 @@ async fn clean_log(world: &Rc<World>, vol: &Rc<Vol>, pick: u64) {
     }
     let log = info.logs[(pick % info.logs.len() as u64) as usize].clone();
     let began = world.clock();
-    match vol.handle().clean(Some(log.seq)).await {
+    vol.forget_history();
+    vol.cleaning.set(true);
+    let cleaned = vol.handle().clean(Some(log.seq)).await;
+    vol.cleaning.set(false);
+    match cleaned {
         Ok(()) => {
             let end = log.end.map_or(began, |end| end.0);
             world.say(|| format!("volume {}: cleaned log {} ({}, {end}]", vol.index, log.seq, log.start));

@@ -140,7 +140,8 @@ fn start_watch(world: &Rc<World>, executor: &Rc<Executor>) -> Rc<std::cell::Cell
     done
 }
 
-fn disk_id(i: usize) -> Uuid {
+/// The uuid of CDP disk number `i`.
+pub fn disk_id(i: usize) -> Uuid {
     Uuid::from_u64_pair(0x6469_736b, i as u64 + 1)
 }
 
@@ -162,7 +163,7 @@ pub async fn open(world: &Rc<World>, vol: &Rc<Vol>) -> bool {
         Ok(handle) => handle,
         Err(error) if world.any_fault() => {
             world.say(|| format!("volume {}: does not open: {error}", vol.index));
-            return unserved(world, vol);
+            return unserved(world, vol).await;
         }
         Err(error) => {
             world.fail(format!("volume {} does not open: {error}", vol.index));
@@ -188,17 +189,18 @@ pub async fn open(world: &Rc<World>, vol: &Rc<Vol>) -> bool {
         // The admin goes on with the primary as it is: what was history has ended.
         let now = world.clock();
         vol.gaps.borrow_mut().push((0, now));
+        vol.forget_history();
         vol.cut_off.set(true);
         world.views.borrow_mut().retain(|view| view.vol != vol.index);
     }
     match info.health {
         Health::Ok => {}
-        Health::RevertIncomplete if world.any_fault() => return unserved(world, vol),
+        Health::RevertIncomplete if world.any_fault() => return unserved(world, vol).await,
         Health::Offline if world.cdp_faulty.get() || world.store_faulty.get() => {}
         // An enable was cut off after its fence; protection comes on by itself.
         Health::Offline if vol.expect_on.get().is_none() || vol.cut_off.get() => vol.cut_off.set(true),
         Health::PrimaryFailing if world.primary_faulty.get() => {}
-        Health::NeedsJournal if world.any_fault() => return unserved(world, vol),
+        Health::NeedsJournal if world.any_fault() => return unserved(world, vol).await,
         health => {
             world.fail(format!("volume {}: {health:?} after a restart: {}", vol.index, info.health_reason));
             return false;
@@ -215,11 +217,28 @@ pub async fn open(world: &Rc<World>, vol: &Rc<Vol>) -> bool {
         _ => vol.expect_on.set(Some(info.state == CdpState::On)),
     }
     let healthy = info.health == Health::Ok && world.cdp.iter().all(|disk| !disk.is_faulty());
+    vol.cleaning.set(false);
+    if world.override_journal.get() || world.any_fault() {
+        vol.forget_history();
+    }
+    if let Some(instant) = vol.forgotten(&info, world.clock()) {
+        let text = format!("volume {}: instant {instant} is not covered after a restart", vol.index);
+        world.fail(format!("history was forgotten: {text}: {:?} {:?}", info.coverage, info.logs));
+        return false;
+    }
     if info.state == CdpState::On && healthy {
+        let reached = vol.history.get().1;
         vol.protect();
+        vol.history_is_durable(reached);
         vol.gap_open.set(None);
     } else {
         vol.unprotect();
+        if info.state == CdpState::On
+            && let Some(from) = vol.gap_open.take()
+        {
+            // Protection comes on by itself, and nobody says when.
+            vol.gaps.borrow_mut().push((from, world.clock()));
+        }
     }
     if vol.held.get().is_some_and(|held| held != info.held) && !world.any_fault() {
         world.fail(format!("volume {}: held: {} after a restart, expected {:?}", vol.index, info.held, vol.held.get()));
@@ -266,8 +285,12 @@ async fn tampered(world: &World, vol: &Vol, health: Health) -> bool {
 }
 
 /// A volume that is not served for want of its journal: the disks come back, or the admin goes on without.
-fn unserved(world: &World, vol: &Vol) -> bool {
+async fn unserved(world: &World, vol: &Vol) -> bool {
     let health = vol.handle.borrow().as_ref().map(|handle| handle.info().health);
+    // An agent runs on like that: whatever it does meanwhile must lose nothing.
+    if world.shared.rng.one_in(2) {
+        sleep(world, 5_000_000_000).await;
+    }
     if world.primary_faulty.get() && world.shared.rng.one_in(2) {
         world.say(|| "all primaries work again".to_owned());
         world.volumes.iter().for_each(|vol| vol.primary.heal());

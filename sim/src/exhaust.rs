@@ -5,19 +5,24 @@ use crate::run::{Report, run, run_for_calls};
 use crate::workload::{Action, Crash, History, Op, Setup, Then};
 
 /// The alphabet: on a volume of two blocks, so that nearly everything overlaps.
-pub const ALPHABET: [(&str, &[Action]); 10] = [
-    ("write A", &[Action::Write { vol: 0, sector: 0, count: 8, fua: false }]),
-    ("write A+B", &[Action::Write { vol: 0, sector: 0, count: 16, fua: false }]),
-    ("write B's middle", &[Action::Write { vol: 0, sector: 10, count: 3, fua: false }]),
-    ("zero A", &[Action::Zero { vol: 0, sector: 0, count: 8, no_hole: false, fua: false }]),
-    ("flush", &[Action::Flush { vol: 0 }]),
-    ("mark", &[Action::Mark { vol: Some(0), pick: 1 }]),
-    ("revert", &[Action::Revert { vol: 0, at: 1, force: true, release: true }]),
-    ("undo the revert", &[Action::UndoRevert { vol: 0 }]),
-    ("disable, enable", &[Action::Disable { vol: 0 }, Action::Enable { vol: 0 }]),
+pub const ALPHABET: [(&str, &[(Action, Then)]); 11] = [
+    ("write A", &[(Action::Write { vol: 0, sector: 0, count: 8, fua: false }, Then::Go)]),
+    ("write A+B", &[(Action::Write { vol: 0, sector: 0, count: 16, fua: false }, Then::Go)]),
+    ("write B's middle", &[(Action::Write { vol: 0, sector: 10, count: 3, fua: false }, Then::Go)]),
+    ("zero A", &[(Action::Zero { vol: 0, sector: 0, count: 8, no_hole: false, fua: false }, Then::Go)]),
+    ("flush", &[(Action::Flush { vol: 0 }, Then::Go)]),
+    // A guest that waits for its writes and for its flush: what was written before must survive whatever comes after.
+    ("flush all", &[(Action::Tick, Then::Barrier), (Action::Flush { vol: 0 }, Then::Wait)]),
+    ("mark", &[(Action::Mark { vol: Some(0), pick: 1 }, Then::Go)]),
+    ("revert", &[(Action::Revert { vol: 0, at: 1, force: true, release: true }, Then::Go)]),
+    ("undo the revert", &[(Action::UndoRevert { vol: 0 }, Then::Go)]),
+    ("disable, enable", &[(Action::Disable { vol: 0 }, Then::Go), (Action::Enable { vol: 0 }, Then::Go)]),
     // Closes the active log and drops or thins it: rotation and eviction in one.
-    ("clean the newest log", &[Action::CleanLog { vol: 0, pick: u64::MAX }]),
+    ("clean the newest log", &[(Action::CleanLog { vol: 0, pick: NEWEST }, Then::Go)]),
 ];
+
+/// The last of up to 20 logs: one less than a multiple of all numbers up to 20.
+const NEWEST: u64 = 232_792_560 - 1;
 
 /// Later than any step: such a crash never comes.
 pub const NEVER: u64 = 1 << 40;
@@ -37,10 +42,11 @@ impl Case {
     /// The history of this case.
     pub fn history(&self) -> History {
         let op = |action: &Action| Op { action: action.clone(), then: Then::Go };
+        let step = |(action, then): &(Action, Then)| Op { action: action.clone(), then: *then };
         let (steps, power) = self.crash;
         // Also one that never comes: the order of events is the same with it.
         let mut ops = vec![op(&Action::Crash(Crash { power, steps, again: None, down_ns: 1_000_000 }))];
-        ops.extend(self.letters.iter().flat_map(|letter| ALPHABET[*letter].1.iter().map(op)));
+        ops.extend(self.letters.iter().flat_map(|letter| ALPHABET[*letter].1.iter().map(step)));
         // What is in flight gets time to reach the primary, or to crash on the way.
         ops.push(Op { action: Action::Tick, then: Then::Barrier });
         ops.push(op(&Action::Sleep { ns: 30_000_000 }));

@@ -91,7 +91,7 @@ fn forgiven(world: &World, vol: &Vol, forced: u64, error: &Error) -> bool {
     let held = vol.forced.get() != forced || vol.disconnected.get();
     let refused = matches!(error, Error::State(_) | Error::Gone(_));
     // Blocks of a pending revert that were on the lost disk only.
-    let bad_health = matches!(vol.handle().info().health, Health::RevertIncomplete | Health::Offline)
+    let bad_health = vol.handle().info().health == Health::RevertIncomplete
         || matches!(error, Error::Device { op: "read CDP disk", .. } if vol.forced.get() > 0)
         // The same blocks, kept as unreadable by a later log, and shown by a revert to before it while that is copied.
         || matches!(error, Error::Device { op: "read before-image of", .. } if vol.forced.get() > 0)
@@ -137,6 +137,9 @@ async fn request(world: &Rc<World>, vol: &Rc<Vol>, action: &Action) {
             if result.is_ok() {
                 let now = world.now(vol);
                 vol.oracle.borrow_mut().flushed(began, now);
+                if !unprotected && vol.protected.get() && vol.switches.get() == switches {
+                    vol.history_is_durable(began.0);
+                }
                 world.say(|| format!("vol {}: flushed", vol.index));
             } else {
                 vol.oracle.borrow_mut().sync_failed();
@@ -159,6 +162,9 @@ async fn request(world: &Rc<World>, vol: &Rc<Vol>, action: &Action) {
             let now = world.now(vol);
             let weak = unprotected || !vol.protected.get() || vol.switches.get() != switches;
             vol.oracle.borrow_mut().ack(op, weak, now);
+            if !weak {
+                vol.history_goes_on(began.0, action.bytes());
+            }
             if fua {
                 vol.oracle.borrow_mut().durable(op, now);
             }

@@ -169,8 +169,9 @@ fn many(args: &Args) -> anyhow::Result<ExitCode> {
     let (histories, failed, counts) = *totals.lock().expect("no holder panics");
     let seconds = began.elapsed().as_secs_f64();
     println!(
-        "{histories} histories, {failed} violations, {seconds:.1} s: {} operations, {} kills, {} power cuts, {} clean stops, \
+        "{histories} histories, {failed} violations, {seconds:.1} s: {} with crashes, {} operations, {} kills, {} power cuts, {} clean stops, \
          {} reverts, {} evictions, {} reads and {} view reads checked, {} views refused, {} faults, {} steps, {:.1} h of virtual time",
+        counts.crashed,
         counts.ops,
         counts.kills,
         counts.power_cuts,
@@ -213,7 +214,7 @@ fn commit() -> String {
     if let Some(commit) = option_env!("CDP_COMMIT") {
         return commit.to_owned();
     }
-    let output = Command::new("git").args(["rev-parse", "HEAD"]).output();
+    let output = Command::new("git").args(["describe", "--always", "--abbrev=40", "--dirty", "--match", ""]).output();
     match output {
         Ok(output) if output.status.success() => String::from_utf8_lossy(&output.stdout).trim().to_owned(),
         _ => "unknown".to_owned(),

@@ -64,6 +64,7 @@ fn run_in(world: Rc<World>) -> Report {
 fn report(world: &World, panic: Option<String>) -> Report {
     let mut counts = *world.counts.borrow();
     counts.steps = world.shared.steps();
+    counts.crashed = u64::from(counts.kills + counts.power_cuts > 0);
     counts.virtual_ns = world.shared.boot_ns();
     Report {
         failure: world.failure.borrow().clone().or(panic),
@@ -194,6 +195,9 @@ fn crash(world: &World, crash: Crash) {
             vol.oracle.borrow_mut().unordered();
         }
         vol.oracle.borrow_mut().crash(kind, physical, now);
+        if crash.power {
+            vol.history.set((vol.history.get().0, vol.history.get().0));
+        }
         vol.protected.set(false);
     }
     world.count(|counts| *if crash.power { &mut counts.power_cuts } else { &mut counts.kills } += 1);

@@ -196,6 +196,16 @@ pub enum Action {
     },
 }
 
+impl Action {
+    /// Bytes that a guest's write carries.
+    pub fn bytes(&self) -> u64 {
+        match self {
+            Action::Write { count, .. } | Action::Zero { count, .. } => count * 512,
+            _ => 0,
+        }
+    }
+}
+
 /// An operation and what the next one waits for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Op {

@@ -27,6 +27,8 @@ pub const SEGMENT: u64 = 1 << 20;
 #[allow(missing_docs)]
 pub struct Counts {
     pub ops: u64,
+    /// Histories in which the agent was killed or the power went.
+    pub crashed: u64,
     pub kills: u64,
     pub power_cuts: u64,
     pub restarts: u64,
@@ -44,6 +46,7 @@ impl Counts {
     /// Adds another history's numbers.
     pub fn add(&mut self, other: &Counts) {
         self.ops += other.ops;
+        self.crashed += other.crashed;
         self.kills += other.kills;
         self.power_cuts += other.power_cuts;
         self.restarts += other.restarts;
@@ -86,6 +89,12 @@ pub struct Vol {
     pub oracle: RefCell<Oracle>,
     /// Certainly journaled: enabled, and no fault since.
     pub protected: Cell<bool>,
+    /// Newest instants that the history must reach, whatever comes: one that a power cut cannot take, and one that only a power cut can. 0: none.
+    pub history: Cell<(u64, u64)>,
+    /// Bytes written since the first of these.
+    pub history_bytes: Cell<u64>,
+    /// A log is being cleaned: what is acked meanwhile may lie in it.
+    pub cleaning: Cell<bool>,
     /// Raised whenever protection may change.
     pub switches: Cell<u64>,
     /// The user's switch as last acknowledged; `None`: a call was cut off by a crash.
@@ -142,8 +151,43 @@ impl Vol {
     pub fn covers(info: &VolumeInfo, instant: u64) -> bool {
         info.coverage.iter().any(|i| i.start.0 <= instant && i.end.is_none_or(|end| instant <= end.0))
     }
+    /// A write that began at this instant was journaled and acknowledged.
+    pub fn history_goes_on(&self, instant: u64, bytes: u64) {
+        let (durable, acked) = self.history.get();
+        if !self.cleaning.get() {
+            self.history.set((durable, acked.max(instant)));
+        }
+        self.history_bytes.set(self.history_bytes.get() + bytes);
+    }
+    /// All that was acknowledged before this instant is durable.
+    pub fn history_is_durable(&self, instant: u64) {
+        let (durable, acked) = self.history.get();
+        if !self.cleaning.get() {
+            self.history.set((durable.max(instant), acked.max(instant)));
+            self.history_bytes.set(0);
+        }
+    }
+    /// What was history may be gone, and rightly.
+    pub fn forget_history(&self) {
+        self.history.set((0, 0));
+        self.history_bytes.set(0);
+    }
+    /// The instant that the history must reach still, and does not, of all that is known.
+    pub fn forgotten(&self, info: &VolumeInfo, now: u64) -> Option<u64> {
+        /// Far from what fills a reservation, and far from what ages out.
+        const BYTES: u64 = 4 << 20;
+        const LOGS: usize = 4;
+        const AGE_NS: u64 = 43_200_000_000_000;
+        let newest = self.history.get().1;
+        let kept = info.settings.is_some_and(|settings| settings.reserve_duration_s >= 86400);
+        let near = self.history_bytes.get() <= BYTES && now.saturating_sub(newest) <= AGE_NS;
+        // Each log behind it takes segments, however little it holds.
+        let newer = info.logs.iter().filter(|log| log.start.0 > newest).count();
+        (newest > 0 && kept && near && newer <= LOGS && !Self::covers(info, newest)).then_some(newest)
+    }
     /// Certainly not journaled from here until [`Vol::protect`].
     pub fn unprotect(&self) {
+        self.forget_history();
         self.protected.set(false);
         self.switches.set(self.switches.get() + 1);
     }
@@ -290,6 +334,9 @@ impl World {
                 sizes: RefCell::new(vec![(0, Some(0), first)]),
                 oracle: RefCell::new(Oracle::new(i as u32, *sectors, initial)),
                 protected: Cell::new(false),
+                history: Cell::default(),
+                history_bytes: Cell::default(),
+                cleaning: Cell::new(false),
                 switches: Cell::new(0),
                 expect_on: Cell::new(Some(false)),
                 cut_off: Cell::new(false),

@@ -7,11 +7,13 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
 use cdp_journal::mutation::{Mutation, set};
+use cdp_sim::exhaust::{check, sequences};
 use cdp_sim::run::run;
+use cdp_sim::shrink::{pick, shrink};
 use cdp_sim::workload::{Action, History, Op, Setup, Then, generate};
 
 /// The fault, what it breaks, the profile that looks for it, and a seed that found it when this was written.
-const FAULTS: [(Mutation, &str, &str, u64); 22] = [
+const FAULTS: [(Mutation, &str, &str, u64); 24] = [
     (Mutation::AckBeforeAppend, "I1", "crash", 27),
     (Mutation::AckAheadOfEarlier, "I1", "crash", 399),
     (Mutation::FlushWithoutSync, "I1", "crash", 5),
@@ -19,6 +21,7 @@ const FAULTS: [(Mutation, &str, &str, u64); 22] = [
     (Mutation::WatermarkEarly, "I1", "crash", 1),
     (Mutation::ViewExclusive, "I2", "views", 0),
     (Mutation::BeforeImageTwice, "I2", "crash", 0),
+    (Mutation::HistoryForgotten, "I2", "crash", 0),
     (Mutation::TornTailAccepted, "I3", "crash", 9),
     (Mutation::ClockPastMark, "I3", "clock", 0),
     (Mutation::DestageBeforeSync, "I4", "crash", 18),
@@ -31,6 +34,7 @@ const FAULTS: [(Mutation, &str, &str, u64); 22] = [
     (Mutation::PayloadUnchecked, "I7", "damage", 2),
     (Mutation::HoleAccepted, "I7", "damage", 4),
     (Mutation::ErrorToGuest, "I8", "cdp-fault", 7),
+    (Mutation::RecoveredBacklogDropped, "I8", "cdp-fault", 6829),
     (Mutation::DisabledSpanCovered, "I9", "switch", 0),
     (Mutation::BeforeImagesUncounted, "I10", "capacity", 1),
     (Mutation::ReuseEarly, "I2", "wrap", 1015),
@@ -71,6 +75,44 @@ fn caught(mutation: Mutation, profile: &str, seed: u64) -> Option<String> {
     let failure = report.failure?;
     // The engine as it is must pass the same seed, or the fault was not what failed.
     run(history(mutation, profile, seed), false).failure.is_none().then_some(failure)
+}
+
+/// Goal: the exhaustion of short histories can fail, too.
+/// Method: all sequences of two operations with a crash at every place, under one order of events, until one fails.
+#[test]
+fn the_exhaustion_catches_faults_that_need_no_long_history() {
+    for mutation in [
+        Mutation::AckBeforeAppend,
+        Mutation::FlushWithoutSync,
+        Mutation::WatermarkEarly,
+        Mutation::BeforeImageTwice,
+        Mutation::HistoryForgotten,
+        Mutation::DestageBeforeSync,
+        Mutation::RevertNotDurable,
+    ] {
+        set(mutation);
+        let failed = (0..sequences(2)).find_map(|place| check(2, place, 1, 1).1);
+        set(Mutation::None);
+        let Some((case, report)) = failed else { panic!("{mutation:?}: no sequence of two operations fails") };
+        let words: String = report.failure.unwrap_or_default().chars().take(200).collect();
+        println!("{mutation:?}: {}: {words}", case.name());
+        assert_eq!(case.run().failure, None, "{mutation:?}: {} fails without it, too", case.name());
+    }
+}
+
+/// Goal: a shortened history fails in the same way, and what is printed of it replays that.
+#[test]
+fn a_shortened_history_fails_alike_and_replays() {
+    let (mutation, profile, seed) = (Mutation::FlushWithoutSync, "crash", 5);
+    let whole = history(mutation, profile, seed);
+    set(mutation);
+    let report = run(whole.clone(), false);
+    let (keep, shorter) = shrink(&whole, &report);
+    let again = run(pick(&whole, &keep), false);
+    set(Mutation::None);
+    assert!(report.failure.is_some() && keep.len() < whole.ops.len() / 2, "{keep:?} of {}", whole.ops.len());
+    assert_eq!((&shorter.failure, shorter.hash), (&again.failure, again.hash), "{keep:?}");
+    assert_eq!(run(pick(&whole, &keep), false).failure, None, "it fails without the fault, too: {keep:?}");
 }
 
 /// `MUTATION=Name` looks at one fault only, `SEARCH=1` for the first seed instead of the known one.

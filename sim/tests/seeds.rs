@@ -2,6 +2,7 @@
 
 use cdp_sim::run::run;
 use cdp_sim::workload::generate;
+use cdp_sim::world::Counts;
 
 /// Lines of `seeds.txt`: profile, seed, operations.
 fn seeds() -> Vec<(String, u64, usize)> {
@@ -36,11 +37,28 @@ fn the_same_seed_gives_the_same_hash_of_all_events() {
     }
 }
 
-/// Goal: no violation in a first, small lot of histories of every kind.
+/// Goal: no violation in a first, small lot of histories of every kind, and all that they are to do is done in them.
 #[test]
 fn a_first_lot_of_histories_holds() {
+    let mut all = Counts::default();
     for seed in 1000..1240 {
         let report = run(generate(seed, "all", 60).expect("a profile"), false);
         assert_eq!(report.failure, None, "cdp-sim --seed {seed}");
+        all.add(&report.counts);
+    }
+    // Far below what they are: none of them may come to nothing.
+    for (what, count, least) in [
+        ("histories with crashes", all.crashed, 120),
+        ("kills", all.kills, 100),
+        ("power cuts", all.power_cuts, 100),
+        ("clean stops", all.restarts, 240),
+        ("reads", all.reads_checked, 2000),
+        ("reads of views", all.views_checked, 2000),
+        ("views refused", all.views_refused, 20),
+        ("reverts", all.reverts, 100),
+        ("evictions", all.evicted, 5),
+        ("faults", all.faults, 50),
+    ] {
+        assert!(count >= least, "{what}: only {count}");
     }
 }

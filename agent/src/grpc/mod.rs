@@ -244,7 +244,7 @@ fn recording_since(info: &VolumeInfo) -> u64 {
 }
 
 async fn edit_one(volume: Rc<Volume>, edit: Edit, default: cdp_journal::info::Settings) -> Result<VolumeInfo> {
-    volume.edit(edit.apply(volume.info().settings.unwrap_or(default))).await?;
+    volume.edit(move |settings| edit.apply(settings.unwrap_or(default))).await?;
     Ok(volume.info())
 }
 

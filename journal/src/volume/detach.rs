@@ -59,7 +59,7 @@ impl Volume {
             let tickets = state.take_tickets();
             state.leaving.clear();
             let logs = std::mem::take(&mut state.logs);
-            if state.mode != Mode::Closed {
+            if state.mode == Mode::Switching {
                 state.mode = Mode::Direct;
             }
             if state.lost_blocks.is_some() {

@@ -457,7 +457,9 @@ impl Volume {
     /// Whether the oldest log can be given up for somebody else's sake.
     pub(crate) fn can_lose_oldest(&self, disk: &Rc<Disk>) -> bool {
         let state = self.state.borrow();
-        state.attach.as_ref().is_some_and(|a| Rc::ptr_eq(&a.disk, disk))
+        // One that is on its way out of the journal gives everything back itself.
+        state.mode == Mode::Journal
+            && state.attach.as_ref().is_some_and(|a| Rc::ptr_eq(&a.disk, disk))
             && state.leaving.is_empty()
             && Self::oldest_can_go(&state)
     }
@@ -741,11 +743,14 @@ impl Volume {
     }
 
     /// Changes the settings; creates them in state `off` where there are none.
-    pub async fn edit(self: &Rc<Self>, settings: Settings) -> Result<()> {
+    ///
+    /// `change` makes the new ones of those that hold when no other call of an admin is under way: of two edits at once, neither loses what the other set.
+    pub async fn edit(self: &Rc<Self>, change: impl FnOnce(Option<Settings>) -> Settings) -> Result<()> {
         self.serving()?;
-        Self::check_duration(&settings)?;
         let _lock = self.lock_admin().await;
         self.settled().await?;
+        let settings = change(self.state.borrow().settings);
+        Self::check_duration(&settings)?;
         let attach = self.state.borrow().attach.clone();
         match attach {
             Some(attach) => {
@@ -1249,13 +1254,12 @@ impl Volume {
             oldest
         };
         if oldest {
-            self.changed
-                .until(|| {
-                    let state = self.state.borrow();
-                    let gone = !state.leaving.iter().any(|l| Rc::ptr_eq(l, &log));
-                    (gone || log.disk.failure().is_some()).then_some(())
-                })
-                .await;
+            // With a disk that failed before the record was durable the log may come back at the next start.
+            let gone = || {
+                let gone = !self.state.borrow().leaving.iter().any(|l| Rc::ptr_eq(l, &log));
+                gone.then_some(Ok(())).or_else(|| log.disk.failure().map(|reason| Err(Error::Gone(reason))))
+            };
+            self.changed.until(gone).await?;
         } else {
             let ticket = self.control(ControlKind::Log, Instant::ZERO, log.seq, 0, log.row().as_bytes(), true);
             ticket.wait().await?;

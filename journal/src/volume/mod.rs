@@ -49,6 +49,9 @@ pub(crate) use recover::open;
 #[cfg(feature = "fuzzing")]
 pub(crate) use recover::read_frame;
 
+/// What an error says was done when the state directory could not take a fence.
+const WRITE_FENCE: &str = "write fence of";
+
 /// How requests are served.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Mode {
@@ -474,6 +477,21 @@ impl Volume {
         result
     }
 
+    /// The same for a guest, whose ack waits for it. A state directory that cannot be written costs it time, as everywhere; what its own primary answers
+    /// is its own.
+    pub(crate) async fn store_lost_for_guest(&self) -> Result<()> {
+        let mut pause = 10_000_000;
+        loop {
+            match self.store_lost_blocks().await {
+                Err(Error::Device { op: WRITE_FENCE, .. }) if self.state.borrow().mode != Mode::Closed => {
+                    self.host.sleep(pause).await;
+                    pause = (pause * 2).min(1_000_000_000);
+                }
+                stored => return stored,
+            }
+        }
+    }
+
     /// A block that was overwritten leaves the fence only when what overwrote it is durable: a power cut must not bring back what was there before.
     async fn store_lost_in_order(&self) -> Result<()> {
         let (fence, journal) = {
@@ -515,7 +533,7 @@ impl Volume {
             .store()
             .put_fence(self.id, Some(fence.clone()))
             .await
-            .map_err(|e| Error::device("write fence of", self.name(), &e))?;
+            .map_err(|e| Error::device(WRITE_FENCE, self.name(), &e))?;
         self.state.borrow_mut().fence = Some(fence);
         Ok(())
     }

@@ -13,7 +13,7 @@ use std::rc::Rc;
 
 use uuid::Uuid;
 
-use super::{Attach, CloseReason, Mode, State, Volume, whole_mask};
+use super::{Attach, CloseReason, Mode, State, Ticket, Volume, whole_mask};
 use crate::buf::{IoBuf, Slice};
 use crate::disk::{Disk, SegmentRef};
 use crate::engine::{Engine, VolumeSpec};
@@ -26,7 +26,7 @@ use crate::format::{
 use crate::frame::{self, Descriptor, ParsedFrame};
 use crate::index::{Filter, Key, Run, Touched};
 use crate::info::{EventKind, Health, Marker, Priority, Settings, VolumeStats};
-use crate::log::{Log, PendingRevert, Stream};
+use crate::log::{Log, PendingRevert, Stream, second_frame_at_most};
 use crate::mutation::{Mutation, active};
 use crate::signal::{Signal, yield_now};
 use crate::types::{BLOCK, Instant, SECTOR, SECTORS_PER_BLOCK};
@@ -312,7 +312,11 @@ impl Volume {
                 base = Some((seq, id, scan));
                 break;
             }
-            if let Some(place) = scan.hole {
+            // Also before-images, of which none is taken before there are control records.
+            let before = streams.get(&(seq, id, StreamKind::Before)).cloned().unwrap_or_default();
+            let before = scan_stream(disk, self.id, seq, id, StreamKind::Before, before).await?;
+            let told = (before.claim_other > scan.frame_next).then(|| format!("{} log {seq}", disk.path));
+            if let Some(place) = scan.hole.or(told) {
                 return Err(Error::Damaged { what: "journal: control records that were durable are missing", place });
             }
             for kind in Self::STREAMS {
@@ -447,6 +451,9 @@ impl Volume {
                     }
                     index.close_recovered(scan.number_next.saturating_sub(1));
                 }
+            }
+            if active(Mutation::HistoryForgotten) {
+                log.state.borrow_mut().recording = false;
             }
             logs.push_back(log);
         }
@@ -804,6 +811,22 @@ impl Volume {
             (state.open.back().map(|f| Rc::clone(&f.ticket)), empty)
         };
         self.start_tasks();
+        match self.begin_again(disk, ticket, empty, detaching).await {
+            // The way out is under way, on the destager's task: it brings what was recovered to the primary, and then that is served. The row of logs is
+            // its own by now: whoever took it away here would leave the primary without the backlog, and the fence would say that it has it.
+            Err(_) if disk.failure().is_some() && !active(Mutation::RecoveredBacklogDropped) => Ok(()),
+            result => result,
+        }
+    }
+
+    /// The first frame of the new log, and what waits for it.
+    async fn begin_again(
+        self: &Rc<Self>,
+        disk: &Rc<Disk>,
+        ticket: Option<Rc<Ticket>>,
+        empty: Option<Rc<Log>>,
+        detaching: bool,
+    ) -> Result<()> {
         if let Some(ticket) = ticket {
             ticket.wait().await?;
             self.sync_completed(disk).await?;
@@ -819,6 +842,7 @@ impl Volume {
             disk.release(&segments).await?;
         }
         if detaching {
+            disk.check()?;
             // Redone, then over: this history has a gap from where the disk failed.
             self.state.borrow_mut().mode = Mode::Journal;
             self.leave_journal("the CDP disk had failed", false).await?;
@@ -1020,7 +1044,7 @@ async fn scan_stream(
     // What later frames say of what was durable: a footer is believed only below that.
     let mut durable_frames = 0;
     for (s, header) in segments.iter().zip(&headers).rev().take(2) {
-        // Frames name their log and their place themselves: a damaged header hides nothing.
+        // Frames name their log and their place themselves: a damaged header hides nothing, nor does a first frame that went with it.
         if header.is_some() || has_frames(disk, *s, id).await? {
             let (own, other) = durable_claim(disk, *s, id).await?;
             durable_frames = durable_frames.max(own);
@@ -1096,10 +1120,15 @@ pub(super) async fn read_header(
     }))
 }
 
-/// Whether a segment begins with a frame of this log.
+/// Whether a frame of this log begins where the first or the second frame of a segment may: the first one is one write with the segment's header, and
+/// may have been lost with it.
 async fn has_frames(disk: &Rc<Disk>, s: SegmentRef, log_id: u64) -> Result<bool> {
-    let bytes = disk.read(s.segment, 1, 1).await?;
-    Ok(frame::peek_frame(&bytes, log_id, s, 1).is_some())
+    let segment_size = disk.geometry.segment_size;
+    let end = (second_frame_at_most(segment_size) + 1).min((segment_size / BLOCK) as u32);
+    let bytes = disk.read(s.segment, 1, end - 1).await?;
+    Ok((1..end)
+        .zip(bytes.chunks(BLOCK as usize))
+        .any(|(block, bytes)| frame::peek_frame(bytes, log_id, s, block).is_some()))
 }
 
 /// The highest `durable_frames` and `durable_frames_other` that any whole frame header of a segment claims.
@@ -1314,10 +1343,10 @@ impl Window {
     }
 }
 
-/// What recovery does with the bytes of a frame, without a disk: for the fuzzers.
+/// What recovery does with the bytes of a frame, without a disk: for the fuzzers. Answers whether the frame and its payload are whole.
 #[cfg(feature = "fuzzing")]
-pub(crate) fn read_frame(bytes: &[u8], header: FrameHeader) {
-    let Some(parsed) = verified(bytes, header) else { return };
+pub(crate) fn read_frame(bytes: &[u8], header: FrameHeader) -> bool {
+    let Some(parsed) = verified(bytes, header) else { return false };
     let mut scan = Scan::default();
     take_frame(parsed, header.segment.get(), header.block.get(), &mut scan);
     let mut touched = Touched::default();
@@ -1327,4 +1356,5 @@ pub(crate) fn read_frame(bytes: &[u8], header: FrameHeader) {
     }
     // A damaged record is an error; whatever else it says is taken as it is.
     let _ = fold(&scan.side, 0, "frame", &[]);
+    true
 }

@@ -135,7 +135,7 @@ impl Volume {
                     let result = self.primary.write(at, vec![part]).await;
                     self.leave_direct(first, blocks, result.is_ok());
                     result.map_err(|e| Error::device("write to", self.path(), &e))?;
-                    self.store_lost_blocks().await?;
+                    self.store_lost_for_guest().await?;
                     direct = true;
                 }
                 Admitted::TooLarge => continue,
@@ -180,7 +180,7 @@ impl Volume {
                     let result = self.primary.write_zeroes(at, piece_end - at, !no_hole).await;
                     self.leave_direct(first, blocks, result.is_ok());
                     result.map_err(|e| Error::device("write zeroes to", self.path(), &e))?;
-                    self.store_lost_blocks().await?;
+                    self.store_lost_for_guest().await?;
                 }
                 Admitted::TooLarge => continue,
             }

@@ -1,0 +1,64 @@
+//! One protected volume on simulated disks, for tests of a single thing.
+
+use std::rc::Rc;
+use std::sync::Arc;
+
+use cdp_journal::clock::HostClock;
+use cdp_journal::info::{Priority, Settings};
+use cdp_journal::{Engine, EngineConfig, InitOptions, Instant, Volume, VolumeSpec};
+use cdp_sim::disk::SimDisk;
+use cdp_sim::executor::{Executor, SimHost};
+use cdp_sim::store::Folder;
+use uuid::Uuid;
+
+pub const SECOND: u64 = 1_000_000_000;
+
+/// Where the volume lives, over all starts.
+pub struct Place {
+    pub cdp: Rc<SimDisk>,
+    pub primary: Rc<SimDisk>,
+    pub folder: Rc<Folder>,
+}
+
+impl Place {
+    pub fn new(cdp_mib: u64, primary_mib: u64) -> Self {
+        Self {
+            cdp: SimDisk::new(1, "cdp", cdp_mib << 20, 4096, false),
+            primary: SimDisk::new(2, "primary", primary_mib << 20, 4096, false),
+            folder: Rc::default(),
+        }
+    }
+
+    /// Starts an engine and opens the volume; the first start makes the CDP disk and switches protection on.
+    pub async fn start(&self, executor: &Rc<Executor>, config: EngineConfig) -> (Rc<Engine>, Rc<Volume>) {
+        let (disk, id) = (Uuid::from_u128(1), Uuid::from_u128(2));
+        let fence = self.folder.fence(id);
+        let first = fence.is_none();
+        let clock = Arc::new(HostClock::new(if first { Instant::ZERO } else { self.folder.clock() }));
+        let host = Rc::new(SimHost(Rc::clone(executor)));
+        let engine = Engine::new(host, clock, self.folder.attach(executor), config, Box::new(|_| {}));
+        if first {
+            let options = InitOptions { segment_size: 1 << 20, force: false };
+            Engine::init_disk(self.cdp.attach(executor), options, disk, 0).await.unwrap();
+        }
+        engine.add_disk(self.cdp.attach(executor), "cdp".into()).await.unwrap();
+        let spec = VolumeSpec {
+            id,
+            name: "vol".into(),
+            path: "primary".into(),
+            size: 0,
+            primary: self.primary.attach(executor),
+            fence,
+            override_journal: false,
+            attach_journal: false,
+            undecided_reverts: Vec::new(),
+        };
+        let volume = engine.open_volume(spec).await.unwrap();
+        if first {
+            let kept = Settings { reserve_capacity: 40 << 20, reserve_duration_s: 86400, priority: Priority::Mid };
+            volume.edit(|_| kept).await.unwrap();
+            volume.enable().await.unwrap();
+        }
+        (engine, volume)
+    }
+}
