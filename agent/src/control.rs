@@ -16,14 +16,16 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use cdp_journal::clock::HostClock;
-use cdp_journal::info::{DiskInfo, Health, VolumeInfo, VolumeStats};
-use cdp_journal::{Device, Engine, EngineConfig, Error, Export, InitOptions, Instant, Result, Volume, VolumeSpec};
+use cdp_journal::info::{DiskInfo, Health, ViewInfo, VolumeInfo, VolumeStats};
+use cdp_journal::{
+    Device, Engine, EngineConfig, Error, Export, Fence, FenceState, InitOptions, Instant, Result, Volume, VolumeSpec,
+};
 use cdp_proto::v1::EventKind;
 use futures::future::{BoxFuture, FutureExt as _, join_all};
 use parking_lot::RwLock;
 use uuid::Uuid;
 
-use crate::config::{Attach, Config};
+use crate::config::{Attach, Config, VolumeConfig};
 use crate::copying::{self, Copying};
 use crate::device::{Disk, DiskFile, OpenError};
 use crate::events::{EventHub, wall_ns};
@@ -132,6 +134,8 @@ pub struct Control {
 #[derive(Default)]
 pub(crate) struct Registry {
     volumes: BTreeMap<Uuid, VolumeSlot>,
+    /// Volumes that left the configuration and have a journal still: not served, and remembered, so that they are the same when they come back.
+    left: Vec<VolumeRecord>,
     disks: Vec<DiskSlot>,
     views: BTreeMap<Uuid, ViewSlot>,
     pub(crate) groups: BTreeMap<String, Group>,
@@ -143,6 +147,19 @@ struct VolumeSlot {
     identity: Option<FileId>,
     /// Why it could not be opened.
     failed: Option<String>,
+}
+
+/// Volumes whose journal alone holds what their primary lacks: by the primary's identity, the volume and its CDP disk.
+type Claims = BTreeMap<String, (Uuid, Uuid)>;
+
+fn claims(fences: &BTreeMap<Uuid, Fence>) -> Claims {
+    let open = fences.iter().filter(|(_, fence)| only_in_journal(fence) && !fence.primary_id.is_empty());
+    open.map(|(volume, fence)| (fence.primary_id.clone(), (*volume, fence.disk))).collect()
+}
+
+/// Whether acked writes may be in the journal only.
+fn only_in_journal(fence: &Fence) -> bool {
+    matches!(fence.state, FenceState::Dirty | FenceState::Detaching)
 }
 
 struct DiskSlot {
@@ -320,7 +337,12 @@ impl Control {
         };
         let info = match failed {
             Some(why) => Err(why),
-            None => Ok(self.info(volume).await?),
+            None => match self.info(volume).await {
+                // Removed just now.
+                Err(error @ Error::NotFound { .. }) => return Err(error),
+                // It stays in every list: what is not served must be seen.
+                info => info.map_err(|error| error.to_string()),
+            },
         };
         Ok(VolumeStatus { record, info })
     }
@@ -353,7 +375,8 @@ impl Control {
             configured: false,
         };
         self.events.name_volume(record.uuid, &record.name);
-        let (shard, info) = self.open_volume(&record, tokio::time::Instant::now()).await?;
+        let fences = self.state.fences().map_err(|error| Error::State(error.to_string()))?;
+        let (shard, info) = self.open_volume(&record, &claims(&fences), tokio::time::Instant::now()).await?;
         record.size = info.size;
         let uuid = record.uuid;
         let message = format!("volume {:?} added: {}", record.name, record.path.display());
@@ -427,6 +450,13 @@ impl Control {
             let text = format!("volume {:?} is in group {:?}: remove the group first", status.record.name, group.name);
             return Err(Error::State(text));
         }
+        let left_behind = self.left_behind(volume, &status.info)?.filter(|_| !clean);
+        if let Some(what) = left_behind.filter(|_| !force) {
+            return Err(Error::State(format!(
+                "volume {:?}: {what} are in its journal only, and its primary lacks them: wait until that is over, mend it, or use force",
+                status.record.name
+            )));
+        }
         if let Ok(info) = &status.info {
             let views = self.on_volume(volume, |volume| async move { Ok(volume.views()) }).await?;
             if !force && info.clients > 0 {
@@ -445,11 +475,31 @@ impl Control {
             if clean && info.settings.is_some() {
                 self.on_volume(volume, |volume| async move { volume.clean(None).await }).await?;
             }
-            let shard = self.registry.read().volumes.get(&volume).map_or(0, |slot| slot.shard);
-            self.close_on_shard(shard, volume).await?;
         } else if clean {
             return Err(Error::State("history can be cleaned only while the volume is served".to_owned()));
         }
+        let shard = self.registry.read().volumes.get(&volume).map_or(0, |slot| slot.shard);
+        // Also one that could not be served: what was opened of it is let go.
+        let closed = self.close_on_shard(shard, volume).await.map_err(|error| error.to_string());
+        let dirty = || self.state.fence(volume).is_ok_and(|fence| fence.is_some_and(|fence| only_in_journal(&fence)));
+        let closed = match closed {
+            Ok(()) if left_behind.is_none() && dirty() => Err("a revert began while it was being removed".to_owned()),
+            closed => closed,
+        };
+        if let Err(why) = closed.as_ref()
+            && !force
+        {
+            let lacking = if dirty() { "; its journal holds what its primary lacks" } else { "" };
+            let why = format!("it was closed to be removed, and that failed: {why}{lacking}");
+            if let Some(slot) = self.registry.write().volumes.get_mut(&volume) {
+                slot.failed = Some(why.clone());
+            }
+            return Err(Error::State(format!(
+                "volume {:?}: {why}; remove it with force, or restart the agent to serve it again",
+                status.record.name
+            )));
+        }
+        self.drop_views_of(volume).await?;
         let slot = self.registry.write().volumes.remove(&volume);
         if let Err(error) = self.record_volumes().await {
             // It is not served any more; the record still says so until it can be written.
@@ -465,9 +515,35 @@ impl Control {
             return Err(error);
         }
         self.leave_groups(volume).await?;
-        let message = format!("volume {:?} removed", status.record.name);
+        let mut message = format!("volume {:?} removed", status.record.name);
+        if dirty() {
+            message.push_str(&format!(
+                ": its primary is not all of it, its journal holds the rest; to serve it again, add it with uuid {volume}"
+            ));
+        }
         self.events.publish_now(EventKind::VolumeRemoved, Some(volume), None, message);
         Ok(status)
+    }
+
+    /// What would be in a volume's journal only, if it were closed now; `None`: its primary would hold everything.
+    fn left_behind(&self, volume: Uuid, info: &Result<VolumeInfo, String>) -> Result<Option<&'static str>> {
+        let served = |info: &&VolumeInfo| !matches!(info.health, Health::NeedsJournal | Health::PrimaryChanged);
+        if let Some(info) = info.as_ref().ok().filter(served) {
+            return Ok(info.revert.is_some().then_some("blocks of a revert that is being copied"));
+        }
+        let fence = self.state.fence(volume).map_err(|error| Error::State(error.to_string()))?;
+        Ok(fence.is_some_and(|fence| only_in_journal(&fence)).then_some("acked writes"))
+    }
+
+    /// Forgets the views of a volume that is not served any more.
+    async fn drop_views_of(&self, volume: Uuid) -> Result<()> {
+        let before = {
+            let mut registry = self.registry.write();
+            let before = registry.views.len();
+            registry.views.retain(|_, slot| slot.record.volume != volume);
+            before - registry.views.len()
+        };
+        if before > 0 { self.record_views().await } else { Ok(()) }
     }
 
     /// Offers the primary's grown size to the guest.
@@ -557,7 +633,11 @@ impl Control {
     }
 
     async fn record_volumes(&self) -> Result<()> {
-        let records: Vec<_> = self.registry.read().volumes.values().map(|slot| slot.record.clone()).collect();
+        let records: Vec<_> = {
+            let registry = self.registry.read();
+            let left = registry.left.iter().filter(|record| !registry.volumes.contains_key(&record.uuid));
+            registry.volumes.values().map(|slot| &slot.record).chain(left).cloned().collect()
+        };
         self.recorded("volumes", self.state.put_volumes(&records).await)
     }
 
@@ -566,14 +646,28 @@ impl Control {
         result.map_err(|error| Error::device("write", place(), &error))
     }
 
-    async fn open_volume(&self, record: &VolumeRecord, deadline: tokio::time::Instant) -> Result<(usize, VolumeInfo)> {
+    /// `claims` are looked at where the host knows nothing of this volume: served under a new uuid, a primary would lack what its own volume's journal holds.
+    async fn open_volume(
+        &self,
+        record: &VolumeRecord,
+        claims: &Claims,
+        deadline: tokio::time::Instant,
+    ) -> Result<(usize, VolumeInfo)> {
         let fence = self.state.fence(record.uuid).map_err(|error| Error::State(error.to_string()))?;
         let shard = self.place(fence.as_ref().map(|fence| fence.disk)).await;
         let file = open_patiently(&record.path, deadline).await.map_err(open_error)?;
         let record = record.clone();
         let undecided_reverts = self.state.undecided_reverts();
+        let claims = if fence.is_none() { claims.clone() } else { Claims::new() };
         let opened = self.shards[shard].call(move |local, ring| async move {
             let primary: Rc<dyn Device> = Rc::new(Disk::new(&ring, file));
+            let identity = primary.identity().map_err(|e| Error::device("identify", record.path.display().to_string(), &e))?;
+            if let Some((owner, disk)) = claims.get(&identity.id).filter(|(owner, _)| *owner != record.uuid) {
+                return Err(Error::State(format!(
+                    "{} is the primary of volume {owner}, whose journal on CDP disk {disk} holds acked writes that it lacks: serve it with uuid {owner}",
+                    record.path.display()
+                )));
+            }
             let spec = VolumeSpec {
                 id: record.uuid,
                 name: record.name,
@@ -594,9 +688,13 @@ impl Control {
 
     async fn close_on_shard(&self, shard: usize, volume: Uuid) -> Result<()> {
         let closed = self.shards[shard].call(move |local, _| async move {
-            local.engine.close_volume(volume).await?;
+            let closed = local.engine.close_volume(volume).await;
+            // However it ended, nothing of the volume runs any more.
             local.primaries.borrow_mut().remove(&volume);
-            Ok(())
+            match closed {
+                Err(Error::NotFound { .. }) => Ok(()),
+                closed => closed,
+            }
         });
         closed.await.unwrap_or_else(|_| Err(stopping()))
     }
@@ -627,10 +725,7 @@ impl Control {
     async fn open_volumes(&self, config: &Config, saved: &Saved, deadline: tokio::time::Instant) -> anyhow::Result<()> {
         let mut records = Vec::new();
         for volume in &config.volumes {
-            let known = saved.volumes.iter().find(|record| match volume.uuid {
-                Some(uuid) => record.uuid == uuid,
-                None => record.name == volume.name,
-            });
+            let known = known_volume(&saved.volumes, &config.volumes, volume);
             let recorded_size = known.filter(|known| known.path == volume.path).map_or(0, |known| known.size);
             records.push(VolumeRecord {
                 uuid: volume.uuid.or(known.map(|known| known.uuid)).unwrap_or_else(Uuid::new_v4),
@@ -646,6 +741,9 @@ impl Control {
             }
             if record.configured {
                 tracing::warn!(volume = record.name, uuid = %record.uuid, "it left the configuration and is not served");
+                if saved.fences.get(&record.uuid).is_some_and(|fence| fence.state != FenceState::Detached) {
+                    self.registry.write().left.push(record.clone());
+                }
                 continue;
             }
             if let Some(other) = records.iter().find(|other| other.name == record.name) {
@@ -663,10 +761,13 @@ impl Control {
             let settings = saved.fences.get(&record.uuid).and_then(|fence| fence.settings);
             std::cmp::Reverse(settings.map(|settings| settings.priority).unwrap_or_default())
         });
+        // Those that were served before are what they were: a device's number may be another's by now.
+        let (claims, nobodys) = (claims(&saved.fences), Claims::new());
         for mut record in records {
             self.events.name_volume(record.uuid, &record.name);
+            let new = !saved.volumes.iter().any(|known| known.uuid == record.uuid);
             let opened = match self.check_identity(&record.path, "path") {
-                Ok(()) => self.open_volume(&record, deadline).await,
+                Ok(()) => self.open_volume(&record, if new { &claims } else { &nobodys }, deadline).await,
                 Err(error) => Err(error),
             };
             let (shard, failed) = match opened {
@@ -697,6 +798,12 @@ impl Control {
         self.check_identity(&path, "path")?;
         prepare_disk_file(&path, size, options.force).await?;
         let file = open_file(&path).await?;
+        // Recorded before it is one: a disk in use that the next start does not know of would cost the history on it.
+        if let Err(error) = self.record_disks_with(Some(&path)).await {
+            // What was written of it may be there all the same.
+            let _ = self.record_disks_with(None).await;
+            return Err(error);
+        }
         let shard = self.shard_for_disk();
         let direct = file.io_mode() == "direct";
         let (shown, id) = (path.display().to_string(), Uuid::new_v4());
@@ -706,7 +813,15 @@ impl Control {
             Engine::init_disk(Rc::clone(&device), options, id, wall_ns()).await?;
             local.engine.add_disk(device, label).await
         });
-        let info = opened.await.unwrap_or_else(|_| Err(stopping()))?;
+        let info = match opened.await.unwrap_or_else(|_| Err(stopping())) {
+            Ok(info) => info,
+            Err(error) => {
+                if let Err(recorded) = self.record_disks_with(None).await {
+                    tracing::warn!(%recorded, "a CDP disk that could not be made stays in the record, and the next start will say that it cannot be used");
+                }
+                return Err(error);
+            }
+        };
         let identity = FileId::of(&path);
         let slot = DiskSlot { path, configured: false, shard, identity, id: Some(info.id), direct, failed: None };
         {
@@ -714,7 +829,6 @@ impl Control {
             registry.disks.retain(|disk| disk.path != slot.path);
             registry.disks.push(slot);
         }
-        self.record_disks().await?;
         let message =
             format!("CDP disk {shown} taken into use: {} segments of {} bytes", info.segments, info.segment_size);
         self.events.publish_now(EventKind::DiskAdded, None, Some(shown), message);
@@ -740,11 +854,13 @@ impl Control {
         disks
     }
 
-    async fn record_disks(&self) -> Result<()> {
-        let added = |slot: &&DiskSlot| !slot.configured;
+    /// Records the disks that are not configured, and one more that is about to be used.
+    async fn record_disks_with(&self, new: Option<&Path>) -> Result<()> {
         let records: Vec<_> = {
             let registry = self.registry.read();
-            registry.disks.iter().filter(added).map(|slot| DiskRecord { path: slot.path.clone() }).collect()
+            let added = registry.disks.iter().filter(|slot| !slot.configured).map(|slot| slot.path.as_path());
+            let known = added.filter(|path| Some(*path) != new);
+            known.chain(new).map(|path| DiskRecord { path: path.to_owned() }).collect()
         };
         self.recorded("disks", self.state.put_disks(&records).await)
     }
@@ -803,7 +919,16 @@ impl Control {
         let record = self.registry.read().views.get(&id).map(|slot| slot.record.clone());
         let record = record.ok_or_else(|| Error::NotFound { what: "view", name: id.to_string() })?;
         let volume = record.volume;
-        let shard = self.shard_of(volume)?;
+        let shard = match self.shard_of(volume) {
+            Ok(shard) => shard,
+            // Its volume is not served: nothing runs of the view, and there is nothing to close but what is remembered of it.
+            Err(error) => {
+                self.registry.write().views.remove(&id);
+                self.record_views().await?;
+                let why = format!("its volume is not served: {error}");
+                return Ok(ViewStatus { info: unserved_view(&record, why), record });
+            }
+        };
         let closed = shard.call(move |local, _| async move {
             let view = local.engine.view(id).ok_or_else(|| Error::NotFound { what: "view", name: id.to_string() })?;
             let info = view.info();
@@ -1011,6 +1136,38 @@ fn health_word(health: Health) -> String {
 
 pub(crate) fn stopping() -> Error {
     Error::Gone("the agent is stopping".to_owned())
+}
+
+/// What is remembered of a volume of the configuration: by its uuid, else by its name, else (it was renamed) by its path.
+fn known_volume<'a>(
+    saved: &'a [VolumeRecord],
+    configured: &[VolumeConfig],
+    volume: &VolumeConfig,
+) -> Option<&'a VolumeRecord> {
+    if let Some(uuid) = volume.uuid {
+        return saved.iter().find(|record| record.uuid == uuid);
+    }
+    let named = saved.iter().filter(|record| record.name == volume.name).max_by_key(|record| record.configured);
+    let anothers = |record: &VolumeRecord| {
+        configured.iter().any(|other| other.name == record.name || other.uuid == Some(record.uuid))
+    };
+    named.or_else(|| saved.iter().find(|record| record.configured && record.path == volume.path && !anothers(record)))
+}
+
+fn unserved_view(record: &ViewRecord, why: String) -> ViewInfo {
+    ViewInfo {
+        id: record.id,
+        volume: record.volume,
+        time: Instant(record.time_ns),
+        snapshot_name: record.snapshot_name.clone(),
+        size: 0,
+        writable: record.writable,
+        scratch_bytes: 0,
+        scratch_bytes_max: 0,
+        opened_ns: record.opened_ns,
+        clients: 0,
+        lost: Some(why),
+    }
 }
 
 fn absent_disk(slot: &DiskSlot) -> DiskInfo {

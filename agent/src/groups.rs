@@ -65,6 +65,10 @@ impl Control {
         if self.resolve(name).is_ok() {
             return Err(Error::Exists { what: "volume", name: name.to_owned() });
         }
+        // They were looked up before this call had its turn.
+        if let Some(gone) = volumes.iter().find(|volume| self.resolved(volume.uuid).is_none()) {
+            return Err(Error::NotFound { what: "volume", name: gone.name.clone() });
+        }
         let members: Vec<String> = volumes.iter().map(|volume| volume.uuid.to_string()).collect();
         let group = Group { name: name.to_owned(), members, configured: false };
         {

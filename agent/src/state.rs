@@ -257,6 +257,11 @@ impl StateDir {
         read_fence(&self.fence_path(volume), volume)
     }
 
+    /// The fences of all volumes that this host has known, as they are on disk now.
+    pub fn fences(&self) -> Result<BTreeMap<Uuid, Fence>, StateError> {
+        read_fences(&self.dir.join("fences"))
+    }
+
     /// Replaces the list of volumes.
     pub async fn put_volumes(&self, volumes: &[VolumeRecord]) -> io::Result<()> {
         self.writer.put(self.dir.join("volumes"), encode("volumes", &volumes)).await

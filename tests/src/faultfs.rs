@@ -62,6 +62,8 @@ pub enum Effect {
     Hang,
     /// It is done so much later.
     Delay(Duration),
+    /// Of a read of several blocks only the first half is done, and the answer says so. (Of a write the kernel's FUSE makes an error then.)
+    Short,
 }
 
 /// A fault of one file.
@@ -610,6 +612,24 @@ impl State {
         named.unwrap_or_default()
     }
 
+    /// The bytes that are done of a read.
+    fn cut(&mut self, ino: u64, len: usize) -> usize {
+        let name = self.name_of(ino);
+        let faults = self.faults.get_mut(&name).into_iter().flatten();
+        let short = faults.filter(|fault| fault.op == Op::Read && fault.effect == Effect::Short && fault.times > 0);
+        for fault in short {
+            if fault.after > 0 {
+                fault.after -= 1;
+            } else if len > 4096 {
+                // Whole blocks, as disks and file systems do it.
+                fault.times -= 1;
+                self.met += 1;
+                return (len / 2).next_multiple_of(4096);
+            }
+        }
+        len
+    }
+
     /// The fault that a call meets.
     fn fault(&mut self, ino: u64, op: Op) -> Option<Effect> {
         let name = self.name_of(ino);
@@ -621,7 +641,8 @@ impl State {
         };
         *self.calls.entry((name.clone(), word)).or_default() += 1;
         let faults = self.faults.get_mut(&name)?;
-        for fault in faults.iter_mut().filter(|fault| fault.op == op && fault.times > 0) {
+        let met = |fault: &&mut Fault| fault.op == op && fault.effect != Effect::Short && fault.times > 0;
+        for fault in faults.iter_mut().filter(met) {
             if fault.after > 0 {
                 fault.after -= 1;
                 continue;
@@ -696,7 +717,7 @@ impl Handler {
                 state.parked.push((name, Box::new(move || run(None))));
             }
             (Some(Effect::Delay(delay)), _) | (None, Some(delay)) => later(delay, Box::new(move || run(None))),
-            (None, None) => run(None),
+            (Some(Effect::Short) | None, None) | (Some(Effect::Short), Some(_)) => run(None),
         }
     }
 }
@@ -843,11 +864,12 @@ impl Filesystem for Handler {
         _lock_owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
+        let size = self.0.lock().cut(ino.0, size as usize);
         self.act(ino.0, Op::Read, None, move |state, errno| match (errno, state.file(ino.0)) {
             (Some(errno), _) | (None, Err(errno)) => reply.error(errno),
             (None, Ok(content)) => {
                 let start = usize::try_from(offset).unwrap_or(usize::MAX).min(content.len());
-                let end = start.saturating_add(size as usize).min(content.len());
+                let end = start.saturating_add(size).min(content.len());
                 reply.data(&content[start..end]);
             }
         });

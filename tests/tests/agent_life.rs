@@ -209,6 +209,84 @@ fn a_configured_agent_takes_disks_and_volumes_and_has_them_again_after_a_restart
     oracle.check_image(&image, now, now).expect("a removed volume's data are on its primary");
 }
 
+/// Goal: a volume of the configuration stays the one it was when its entry gets another name, or is left out for a start; and a primary whose
+/// journal holds acked writes is served as nothing else.
+/// Method: no uuid in the configuration, as in the example; kills, so that the newest writes are in the journal only.
+#[test]
+fn a_configured_volume_keeps_its_history_when_it_is_renamed_or_left_out_for_a_start() {
+    let mut agent = Agent::configured("");
+    let primary = agent.file("vm.img");
+    fs::File::create(&primary).and_then(|file| file.set_len(SIZE)).unwrap();
+    let base = format!("{CONFIG}\n[engine]\nreserve_capacity = \"256MiB\"\n");
+    let restart = |agent: &mut Agent, name: Option<&str>| {
+        let entry = name.map(|name| format!("[[volume]]\nname = {name:?}\npath = {primary:?}\n")).unwrap_or_default();
+        let text = format!("{base}{entry}").replace("DIR", agent.dir().to_str().unwrap());
+        fs::write(agent.file("config.toml"), text).unwrap();
+        agent.start_unserved();
+    };
+    restart(&mut agent, Some("a"));
+    agent.ctl(&["disk", "init", agent.file("cdp.img").to_str().unwrap(), "--size", "512MiB"]);
+    agent.ctl(&["enable", "a"]);
+    let write = |agent: &Agent, name: &str, byte: u8| {
+        let mut client = agent.connect(name);
+        client.write(0, &[byte; 4096]).unwrap();
+        client.close();
+        now_ns()
+    };
+    let first = write(&agent, "a", 1);
+    agent.kill();
+    let holds = |agent: &Agent, name: &str, byte: u8| {
+        assert_eq!(agent.info(name)["health"], "ok");
+        assert_eq!(agent.info(name)["cdp_state"], "on");
+        assert!(agent.live_image(name)[..4096] == [byte; 4096], "{name}: acked writes are missing");
+        assert!(agent.view_image(name, first)[..4096] == [1; 4096], "{name}: history is missing");
+    };
+    restart(&mut agent, Some("b"));
+    holds(&agent, "b", 1);
+    write(&agent, "b", 2);
+    agent.kill();
+    restart(&mut agent, None);
+    assert!(agent.try_ctl(&["info", "b"]).is_err());
+    let path = primary.to_str().unwrap();
+    let refused = agent.ctl_refused(&["volume", "add", "c", "--path", path], &[path, "acked writes", "uuid"]);
+    let uuid = refused.to_string().split("primary of volume ").nth(1).unwrap()[..36].to_owned();
+    agent.kill();
+    restart(&mut agent, Some("b"));
+    holds(&agent, "b", 2);
+    agent.kill();
+    restart(&mut agent, None);
+    agent.ctl(&["volume", "add", "c", "--path", path, "--uuid", &uuid]);
+    holds(&agent, "c", 2);
+    // Let go of in good order everything is on the primary, and that may be anything.
+    agent.ctl(&["volume", "remove", "c"]);
+    assert!(fs::read(&primary).unwrap()[..4096] == [2; 4096]);
+    agent.ctl(&["volume", "add", "d", "--path", path]);
+    assert!(agent.live_image("d")[..4096] == [2; 4096]);
+}
+
+/// Goal: a CDP disk that is in use is one that the next start knows of, also where its record cannot be written at first.
+#[test]
+fn a_cdp_disk_that_cannot_be_recorded_is_not_taken_into_use() {
+    let mut agent = Agent::configured(&format!("{CONFIG}\n[engine]\nreserve_capacity = \"256MiB\"\n"));
+    agent.start_unserved();
+    let (cdp, primary) = (agent.file("cdp.img"), agent.file("vm.img"));
+    let init = ["disk", "init", cdp.to_str().unwrap(), "--size", "512MiB"];
+    // What the state directory cannot replace: a folder stands where the new list would be written.
+    let obstacle = agent.file("state/disks.tmp");
+    fs::create_dir(&obstacle).unwrap();
+    agent.ctl_refused(&init, &["disks"]);
+    assert!(agent.ctl(&["disk", "list"])["disks"].as_array().is_some_and(Vec::is_empty), "it is in use");
+    fs::remove_dir(&obstacle).unwrap();
+    agent.ctl(&init);
+    agent.ctl(&["volume", "add", "demo", "--path", primary.to_str().unwrap(), "--size", "8MiB", "--create"]);
+    agent.ctl(&["enable", "demo"]);
+    let oracle = some_writes(&agent, 9);
+    agent.kill();
+    agent.start();
+    assert_eq!(health(&agent), "ok");
+    assert_live(&agent, &oracle);
+}
+
 /// Goal: when somebody wrote to the primary behind the agent's back, nothing is redone over it and no old history is shown
 /// for it, until the admin decides; then protection goes on.
 #[test]

@@ -141,6 +141,11 @@ fn a_cdp_disk_whose_writes_hang_costs_the_guest_nothing() {
 }
 
 #[test]
+fn a_cdp_disk_whose_reads_hang_costs_the_guest_nothing() {
+    cdp_disk_fails(8, Op::Read, Effect::Hang, 0);
+}
+
+#[test]
 fn a_cdp_disk_whose_syncs_hang_costs_the_guest_nothing() {
     // A block device: on FUSE the kernel holds a file's lock during a sync, and submitting a write then blocks the caller.
     if FaultFs::possible() && Path::new("/dev/loop-control").exists() {
@@ -204,6 +209,29 @@ fn with_a_spare_cdp_disk_protection_goes_on_by_itself() {
     assert_gap(&rig, old);
 }
 
+/// Goal: reads of which a disk does only a part at a time are brought to their end, on either disk.
+#[test]
+fn reads_that_are_done_in_parts_show_everything() {
+    let Some(mut rig) = rig(17, STALL) else { return };
+    for file in [CDP, PRIMARY] {
+        rig.disks.inject(file, Fault::sticky(Op::Read, Effect::Short));
+    }
+    let load = rig.load(rig.plan(17));
+    load.wait_for(400);
+    let before = now_ns();
+    load.wait_for(400);
+    load.stop();
+    assert!(rig.disks.met() > 0, "nothing was done in parts: the test shows nothing");
+    rig.assert_protected();
+    assert_eq!(rig.events("offline"), 0);
+    rig.check_live("in parts");
+    rig.check_view(before);
+    rig.agent.kill();
+    rig.agent.start();
+    rig.check_live("in parts, after a kill");
+    rig.check_view(before);
+}
+
 /// Goal: a short hang, below `stall_max`, costs time and nothing else.
 #[test]
 fn a_cdp_disk_that_is_slow_below_the_bound_keeps_its_protection() {
@@ -253,7 +281,9 @@ fn a_cdp_disk_that_is_truncated_under_the_agent_costs_the_guest_nothing() {
     let old = now_ns();
     load.wait_for(100);
     rig.disks.change(CDP, |content| content.truncate(3 << 20));
+    let calls = rig.disks.calls(CDP, "write");
     load.wait_for(600);
+    assert!(rig.disks.calls(CDP, "write") > calls, "nothing went to the disk that was cut short: that shows nothing");
     let new = now_ns();
     load.wait_for(50);
     load.stop();
@@ -515,6 +545,33 @@ fn a_cdp_disk_that_comes_back_with_an_old_watermark_is_not_believed() {
 /// Goal: the one case in which the guest sees an error of the journal's: the CDP disk is lost while a revert is copied. Blocks
 /// that were not copied read as errors until they are overwritten, everything else is right, also after a restart; a named
 /// decision gives the bytes from before the revert.
+/// Goal: nobody lets go of a volume by mistake while its primary is half of one state and half of another.
+#[test]
+fn a_volume_whose_revert_is_being_copied_is_not_removed() {
+    if !FaultFs::possible() {
+        cdp_tests::skip("needs root and /dev/fuse");
+        return;
+    }
+    let rig = Rig::new(93, Sizes { volume: 32, cdp: 768, reserve: 640 }, STALL);
+    let plan = Plan { sizes: vec![65536, 262_144], reads_percent: 0, writes_max: 400, ..rig.plan(93) };
+    rig.load(plan.clone()).finish();
+    rig.check_live("first");
+    let target = now_ns();
+    let old = rig.agent.live_image("demo");
+    rig.load(Plan { seed: 94, ..plan }).finish();
+    rig.eventually("an empty backlog", || rig.info()["backlog_bytes"] == 0);
+    // The copying waits for the primary.
+    rig.disks.inject(PRIMARY, Fault::sticky(Op::Write, Effect::Hang));
+    rig.agent.ctl(&["revert", "demo", "--at", &target.to_string()]);
+    assert!(!rig.info()["revert"].is_null(), "nothing is pending: the test shows nothing");
+    rig.agent.ctl_refused(&["volume", "remove", "demo"], &["revert", "force"]);
+    assert!(rig.agent.live_image("demo") == old, "it is served as before");
+    rig.disks.heal();
+    rig.eventually("the end of the copying", || rig.info()["revert"].is_null());
+    rig.agent.ctl(&["volume", "remove", "demo"]);
+    assert!(*rig.disks.content(PRIMARY) == old, "the primary alone is the volume as it was reverted to");
+}
+
 #[test]
 fn a_cdp_disk_lost_with_a_revert_pending_gives_errors_only_where_nothing_was_copied() {
     if !FaultFs::possible() {

@@ -57,8 +57,8 @@ pub const SHARE_MIN: u64 = 128 << 10;
 const DRAIN_LOOK_NS: u64 = 2_000_000;
 /// How long a TCP client that goes on sending may take to see that the connection has ended.
 const LINGER_NS: u64 = 1_000_000_000;
-/// Most extents of one BLOCK_STATUS reply. A client asks again for what is left out.
-const EXTENTS_MAX: usize = 64 << 10;
+/// Most extents of one BLOCK_STATUS reply in one context, 8 bytes each. A client asks again for what is left out.
+const EXTENTS_MAX: usize = 8 << 10;
 /// Changed blocks that one answer goes through: a slice of work, beside the guests' requests.
 const STATUS_BLOCKS_MAX: usize = 64 << 10;
 
@@ -476,6 +476,8 @@ impl Connection {
         let verdict = check(&request, self.export.size(), self.read_only, &self.session);
         let charge = match &verdict {
             Ok(Command::Read | Command::Write) => u64::from(len),
+            // What its answer may take: a client that asks and never reads must not fill the memory with extents.
+            Ok(Command::Status { one: false }) => (self.session.contexts.len() * EXTENTS_MAX * 8) as u64,
             _ => 0,
         };
         if !self.admit(charge).await {
@@ -793,17 +795,19 @@ fn check(request: &Request, size: u64, read_only: bool, session: &NbdSession) ->
 
 /// What is done with the 28 bytes of a request before anything of it is believed: for the fuzzers.
 #[cfg(feature = "fuzzing")]
-pub(crate) fn fuzz_request(head: &[u8; 28], size: u64, read_only: bool, structured: bool, allocation: bool) {
+pub(crate) fn fuzz_request(head: &[u8; 28], size: u64, read_only: bool, structured: bool, allocation: bool) -> bool {
     let request = Request::read_from_bytes(head).expect("as many bytes as a request has");
     let contexts = if allocation { vec![MetaContext::Allocation] } else { vec![] };
     let session = NbdSession::new(String::new(), structured, contexts);
     let (offset, len) = (request.offset.get(), u64::from(request.len.get()));
     match check(&request, size, read_only, &session) {
-        Ok(Command::Flush) | Err(_) => {}
+        Ok(Command::Flush) => true,
+        Err(_) => false,
         Ok(command) => {
             assert!(offset + len <= size && len > 0 && offset % SECTOR == 0 && len % SECTOR == 0, "{command:?}");
             assert!(!read_only || !matches!(command, Command::Write | Command::Trim | Command::WriteZeroes { .. }));
             assert!(len <= u64::from(PAYLOAD_MAX) || !matches!(command, Command::Read | Command::Write));
+            true
         }
     }
 }

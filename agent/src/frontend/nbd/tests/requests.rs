@@ -155,12 +155,31 @@ fn metadata_contexts_are_chosen_by_name() {
     ] {
         assert_eq!(client.option(code, &queries("disk", names)).unwrap(), expected, "{code} {names:?}");
     }
-    assert_eq!(client.option(option::SET_META_CONTEXT, &queries("unheard", &[])).unwrap()[0].0, reply::ERR_UNKNOWN);
     // They were chosen for "disk" alone.
     client.structured = true;
     client.go("read-only").unwrap();
     let answer = client.ask(command::BLOCK_STATUS, 0, 0, 512, &[]).unwrap();
     assert!(matches!(answer, Answer::Error(error::EINVAL, words) if words.contains("context")));
+}
+
+/// Goal: a refused choice leaves none, as the protocol says, and of two instants to compare with none is silently left out.
+#[test]
+fn a_choice_of_contexts_that_is_refused_leaves_none() {
+    let fixture = Fixture::new();
+    let instants = ["qemu:dirty-bitmap:since-1", "qemu:dirty-bitmap:since-2"];
+    for (export, names, code) in [("unheard", &[][..], reply::ERR_UNKNOWN), ("disk", &instants[..], reply::ERR_INVALID)]
+    {
+        let mut client = Client::greet(&fixture.socket()).unwrap();
+        client.option(option::STRUCTURED_REPLY, &[]).unwrap();
+        let chosen = client.option(option::SET_META_CONTEXT, &queries("disk", &["base:allocation"])).unwrap();
+        assert_eq!(chosen.len(), 2, "{chosen:?}");
+        let refused = client.option(option::SET_META_CONTEXT, &queries(export, names)).unwrap();
+        assert_eq!((refused.len(), refused[0].0), (1, code), "{refused:?}");
+        client.structured = true;
+        client.go("disk").unwrap();
+        let answer = client.ask(command::BLOCK_STATUS, 0, 0, 512, &[]).unwrap();
+        assert!(matches!(answer, Answer::Error(error::EINVAL, words) if words.contains("context")), "{names:?}");
+    }
 }
 
 /// Goal: whatever is in flight at the same time, every reply goes to its request and no byte to a wrong place.
