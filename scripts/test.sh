@@ -69,10 +69,12 @@ step docs env RUSTDOCFLAGS="-D warnings" cargo doc --locked --workspace --no-dep
 step "unit tests" cargo test --locked --workspace --exclude cdp-tests --no-fail-fast
 # Without the fuzz targets: their doors to the parsers are not for a product.
 step build cargo build --locked --release --workspace --exclude cdp-fuzz || finish
-# Fixed seeds, so that a change fails by its own fault; `make soak` takes others.
-step simulator target/release/cdp-sim --seed 200000 --histories "${CDP_SIM_HISTORIES:-20000}" --threads 2
+# Fixed seeds, so that a change fails by its own fault; `make soak` takes others. Of 32,000 histories some 20,000 have crashes.
+step simulator target/release/cdp-sim --seed 200000 --histories "${CDP_SIM_HISTORIES:-32000}" --threads 2
 step exhaustion target/release/cdp-sim --exhaust 3 --subsets 2 --threads 2
 step "deliberate faults" cargo test --locked -p cdp-sim --features mutations --test mutations
+# A workspace of its own, with a flag of its own.
+step loom env RUSTFLAGS="--cfg loom" cargo test --locked --release --manifest-path loom/Cargo.toml --target-dir target/loom
 export CDP_BIN="$PWD/target/release"
 export CDP_SKIPPED="$logs/skipped"
 step "whole-agent tests" cargo test --locked --release -p cdp-tests --no-fail-fast

@@ -1,5 +1,5 @@
 //! Doors for the fuzzers: each takes any bytes, as a client or a file may hold them, through the agent's own parsers. Nothing else
-//! uses them.
+//! uses them. Each answers whether the bytes were taken for what they claim to be.
 
 use std::pin::pin;
 use std::rc::Rc;
@@ -14,37 +14,43 @@ use crate::frontend::nbd::fuzz::{fuzz_request, plain};
 use crate::frontend::nbd::{ExportDirectory, ExportEntry, ExportInfo, ExportKind, ExportSource};
 
 /// The configuration file.
-pub fn config(data: &[u8]) {
-    if let Ok(text) = std::str::from_utf8(data)
-        && let Err(error) = Config::parse("config.toml", text)
-    {
+pub fn config(data: &[u8]) -> bool {
+    let Ok(text) = std::str::from_utf8(data) else { return false };
+    let parsed = Config::parse("config.toml", text);
+    if let Err(error) = &parsed {
         // Its line is a line of the text.
         assert!(error.line <= text.lines().count().max(1), "{error}");
         assert!(!error.message.is_empty());
     }
+    parsed.is_ok()
 }
 
 /// An NBD client's side of the handshake.
-pub fn handshake(data: &[u8]) {
+pub fn handshake(data: &[u8]) -> bool {
     let mut stream = tokio::io::join(data, tokio::io::sink());
     let ended = pin!(plain(&mut stream, &Shelf)).poll(&mut Context::from_waker(Waker::noop()));
     // All bytes are there, so nothing is waited for; and nothing can be served.
     match ended {
-        Poll::Ready(Ok(served)) => assert!(served.is_none()),
-        Poll::Ready(Err(_)) => {}
+        Poll::Ready(Ok(served)) => {
+            assert!(served.is_none());
+            true
+        }
+        Poll::Ready(Err(_)) => false,
         Poll::Pending => panic!("the handshake waits for something"),
     }
 }
 
 /// Requests, one after the other, to an export whose kind the first bytes choose.
-pub fn requests(data: &[u8]) {
-    let Some((kind, data)) = data.split_first() else { return };
-    let Some((size, data)) = data.split_first_chunk::<8>() else { return };
+pub fn requests(data: &[u8]) -> bool {
+    let Some((kind, data)) = data.split_first() else { return false };
+    let Some((size, data)) = data.split_first_chunk::<8>() else { return false };
     let size = u64::from_le_bytes(*size) >> (kind >> 3);
+    let mut taken = false;
     for head in data.chunks_exact(28) {
         let head = head.try_into().expect("28 bytes");
-        fuzz_request(head, size, kind & 1 != 0, kind & 2 != 0, kind & 4 != 0);
+        taken |= fuzz_request(head, size, kind & 1 != 0, kind & 2 != 0, kind & 4 != 0);
     }
+    taken
 }
 
 /// Lists an export and never finds one.

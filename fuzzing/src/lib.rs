@@ -10,8 +10,8 @@ use std::path::{Path, PathBuf};
 
 pub use heap::largest_since;
 
-/// A target's name and its function.
-pub type Target = (&'static str, fn(&[u8]));
+/// A target's name and its function, which answers whether the bytes were taken for what they claim to be.
+pub type Target = (&'static str, fn(&[u8]) -> bool);
 
 /// All targets.
 pub const TARGETS: &[Target] = &[
@@ -34,15 +34,15 @@ pub const TARGETS: &[Target] = &[
 ///
 /// # Panics
 /// When there is no target of that name.
-pub fn target(name: &str) -> fn(&[u8]) {
+pub fn target(name: &str) -> fn(&[u8]) -> bool {
     TARGETS.iter().find(|(known, _)| *known == name).unwrap_or_else(|| panic!("no target {name}")).1
 }
 
 /// Sizes, durations, instants, endpoints and names.
 #[cfg(feature = "proto")]
-fn words(data: &[u8]) {
+fn words(data: &[u8]) -> bool {
     use cdp_proto::parse;
-    let Ok(text) = std::str::from_utf8(data) else { return };
+    let Ok(text) = std::str::from_utf8(data) else { return false };
     if let Ok(bytes) = parse::size(text) {
         // For people, so it is rounded.
         assert!(!parse::size_text(bytes).is_empty());
@@ -59,7 +59,8 @@ fn words(data: &[u8]) {
             "a duration is written as it is read"
         );
     }
-    if let Ok(when) = text.parse::<parse::When>() {
+    let when = text.parse::<parse::When>();
+    if let Ok(when) = &when {
         let again = when.to_string();
         let _ = again.parse::<parse::When>().unwrap_or_else(|e| panic!("{when:?} is written as {again:?}: {e}"));
     }
@@ -67,6 +68,7 @@ fn words(data: &[u8]) {
     let _ = parse::volume_name(text);
     let _ = parse::marker_name(text);
     let _ = parse::priority(text);
+    when.is_ok()
 }
 
 /// The folder with a target's inputs.

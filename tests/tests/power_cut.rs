@@ -37,7 +37,7 @@ fn some_cut(recording: &Recording, rng: &mut Rng) -> usize {
 /// The images of one recording, each tried; `cuts` of them.
 fn try_cuts(rig: &mut Rig, recording: &Recording, seed: u64, cuts: usize, begun: u64) {
     let only: Option<usize> = std::env::var("CDP_CUT").ok().and_then(|cut| cut.parse().ok());
-    let (mut lost, mut again) = (0, 0);
+    let (mut lost, mut again, mut viewed) = (0, 0, 0);
     for number in 0..cuts {
         if only.is_some_and(|only| only != number) {
             continue;
@@ -55,8 +55,11 @@ fn try_cuts(rig: &mut Rig, recording: &Recording, seed: u64, cuts: usize, begun:
         let checked = rig.oracle.lock().expect("no panic").check_power_cut(&live, time);
         let safe = checked.unwrap_or_else(|wrong| panic!("{what}: {wrong}\n{}", rig.agent.log_tail()));
         lost += usize::from(safe < time.saturating_sub(1_000_000));
+        // What was promised last has not aged out, and is history.
+        let reached = safe <= begun || covers(rig, safe);
+        assert!(reached, "{what}: {safe} is not covered: {:?}", rig.agent.coverage("demo"));
         for _ in 0..2 {
-            check_some_view(rig, &mut rng, begun, time, safe, &what);
+            viewed += usize::from(check_some_view(rig, &mut rng, begun, time, safe, &what));
         }
         if rng.percent(30) {
             again += 1;
@@ -71,7 +74,7 @@ fn try_cuts(rig: &mut Rig, recording: &Recording, seed: u64, cuts: usize, begun:
                     "{what}: another cut during recovery gave another volume"
                 );
             }
-            check_some_view(rig, &mut rng, begun, time, safe, &what);
+            viewed += usize::from(check_some_view(rig, &mut rng, begun, time, safe, &what));
         }
         // It goes on from there.
         let mut client = rig.agent.connect("demo");
@@ -88,7 +91,10 @@ fn try_cuts(rig: &mut Rig, recording: &Recording, seed: u64, cuts: usize, begun:
             rig.agent.kill();
         }
     }
-    println!("{cuts} power cuts, {again} of them cut again twice; {lost} lost something that was not flushed");
+    println!(
+        "{cuts} power cuts, {again} of them cut again twice; {lost} lost something that was not flushed; {viewed} views"
+    );
+    assert!(viewed > 0 || only.is_some(), "no random instant was covered: that shows nothing");
 }
 
 /// Goal: this test would notice. Disks that forget what they said was synced leave a volume that lacks flushed writes, or one
@@ -112,15 +118,20 @@ fn liars_are_found_out(rig: &mut Rig, recording: &Recording, seed: u64) {
     panic!("CDP_SEED={seed}: disks that lie about syncs were not noticed");
 }
 
-/// A view of a random instant: right, or outside of what is covered.
-fn check_some_view(rig: &Rig, rng: &mut Rng, begun: u64, time: u64, safe: u64, what: &str) {
+fn covers(rig: &Rig, at: u64) -> bool {
+    rig.agent.coverage("demo").iter().any(|interval| interval.contains(at))
+}
+
+/// A view of a random instant: right, or outside of what is covered. Answers whether it was looked at.
+fn check_some_view(rig: &Rig, rng: &mut Rng, begun: u64, time: u64, safe: u64, what: &str) -> bool {
     let at = begun + rng.below(time.max(begun + 1) - begun);
-    if !rig.agent.coverage("demo").iter().any(|interval| interval.contains(at)) {
-        return;
+    if !covers(rig, at) {
+        return false;
     }
     let image = rig.agent.view_image("demo", at);
     let checked = rig.oracle.lock().expect("no panic").check_view_after_cut(&image, at, safe);
     checked.unwrap_or_else(|wrong| panic!("{what}: view at {at}: {wrong}"));
+    true
 }
 
 #[test]
