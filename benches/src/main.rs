@@ -86,6 +86,9 @@ struct ViewArgs {
     /// MiB of the volume.
     #[arg(long, default_value_t = 1024)]
     size: u64,
+    /// MiB of the reservation, of which a log is a fixed share; 0: as many as the records take.
+    #[arg(long, default_value_t = 0)]
+    reserve: u64,
     /// Views to open.
     #[arg(long, default_value_t = 200)]
     views: usize,
@@ -330,7 +333,8 @@ async fn engine(ring: &Ring, args: &EngineArgs) -> Result<Value> {
 
 async fn views(ring: &Ring, args: &ViewArgs) -> Result<Value> {
     // Index, frames and headers of records without payload: about 100 bytes each.
-    let reserve = 1024 + args.records * 200 / (1 << 20);
+    let taken = 1024 + args.records * 200 / (1 << 20);
+    let reserve = if args.reserve == 0 { taken } else { args.reserve };
     let world = world(ring, &args.dir, args.size, reserve, false).await?;
     let export = world.volume.export();
     let blocks = (args.size << 20) / BLOCK;
