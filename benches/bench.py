@@ -5,7 +5,9 @@ Benches measure; they judge nothing and never fail for a figure. Called by `make
 
 usage: benches/bench.py [--quick | --full] [--dir FOLDER] [--size MiB] [--only ROW,...] [--no-docs]
 
---quick   under 3 minutes, short turns; --full adds the rows that take 60 s and more (10 million records, 10 minutes of writes)
+          under 20 minutes without --quick and --full
+--quick   under 3 minutes, short turns
+--full    an hour: longer turns, and the rows that take 60 s and more (10 and 30 million records, 10 minutes of writes)
 --size    MiB of the volume (default 8192, with --quick 1024, less when the disk has little room)
 --only    steps by their names (writes, peers, latency, sequential, curves, memory, views, revert, restart, engine, records, scaling, idle, stability); the other
           rows stay as the last run of the same mode and size left them, and the report says so
@@ -106,7 +108,7 @@ class Bench:
             wanted //= 2
         self.size = wanted
         self.cdp_size = max(int(wanted * 1.75), 1536)
-        self.seconds = 1 if args.quick else 5
+        self.seconds = 1 if args.quick else 5 if args.full else 3
         self.pairs = 3 if args.quick else 5
         self.dir = tempfile.mkdtemp(prefix="cdp-bench.", dir=args.dir)
         self.log = open(os.path.join(self.dir, "servers.log"), "w")
@@ -170,7 +172,7 @@ class Bench:
         self.qemu = self.start_qemu()
         self.say("warming up: until the ring has wrapped")
         # A log is charged 8 KiB for each write, so this is more than the CDP disk holds.
-        for _ in range(1 if self.args.quick else 3):
+        for _ in range(1 if self.args.quick else 3 if self.args.full else 2):
             for server in [self.ours, self.qemu]:
                 # The peers' file too: reads of blocks that were overwritten need not be as fast as those of fresh ones.
                 self.fio(server.uri, rw="write", bs="1m", depth=8, seconds=600, extra=["--time_based=0", "--loops=1"], ramp=0)
@@ -288,7 +290,7 @@ def peers(b):
     for number in range(b.pairs):
         ours.append(b.turn(b.ours, rw="randwrite", depth=32))
         for name, start in starts.items():
-            if name != "copy-before-write" and number >= (1 if b.args.quick else 5 if b.args.full else 3):
+            if name != "copy-before-write" and number >= (1 if b.args.quick else 5 if b.args.full else 2):
                 continue
             # A fresh start each time: the copy's point in time begins anew, as ours does with each log.
             server = start()
@@ -372,7 +374,7 @@ def mix(b, moved, guest):
 
 
 def engine(b):
-    size = min(b.size, 1024 if b.args.quick else 4096)
+    size = min(b.size, 1024 if b.args.quick else 4096 if b.args.full else 2048)
     options = ["--size", size, "--reserve", size, "--seconds", b.seconds * 2, "--ramp", 3]
     runs, limits = [], []
     for _ in range(2 if b.args.quick else 5):
@@ -571,7 +573,7 @@ def scaling(b):
 
 def curves(b):
     servers = [b.ours, b.qemu]
-    seconds = 1 if b.args.quick else 3
+    seconds = 1 if b.args.quick else 3 if b.args.full else 2
     depths = [1, 8, 32, 128] if b.args.quick else [1, 2, 4, 8, 16, 32, 64, 128]
     sizes = ["4k", "64k", "1m"] if b.args.quick else ["4k", "16k", "64k", "256k", "1m"]
     by_depth = {s.name: [(d, b.turn(s, depth=d, seconds=seconds)["iops"]) for d in depths] for s in servers}

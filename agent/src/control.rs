@@ -366,7 +366,7 @@ impl Control {
         if new.create {
             create_sparse(&new.path, new.size).await?;
         }
-        self.check_identity(&new.path, "path")?;
+        self.check_identity(&new.path, "path", false)?;
         let mut record = VolumeRecord {
             uuid: new.uuid.unwrap_or_else(Uuid::new_v4),
             name: new.name,
@@ -375,8 +375,11 @@ impl Control {
             configured: false,
         };
         self.events.name_volume(record.uuid, &record.name);
-        let fences = self.state.fences().map_err(|error| Error::State(error.to_string()))?;
-        let (shard, info) = self.open_volume(&record, &claims(&fences), tokio::time::Instant::now()).await?;
+        let claims = match new.uuid {
+            Some(_) => Claims::new(),
+            None => claims(&self.state.fences().map_err(|error| Error::State(error.to_string()))?),
+        };
+        let (shard, info) = self.open_volume(&record, &claims, tokio::time::Instant::now()).await?;
         record.size = info.size;
         let uuid = record.uuid;
         let message = format!("volume {:?} added: {}", record.name, record.path.display());
@@ -420,10 +423,13 @@ impl Control {
     }
 
     /// Refuses a device or file that is in use here already, under whatever path.
-    fn check_identity(&self, path: &Path, field: &'static str) -> Result<()> {
+    /// `anew`: but for a CDP disk of that path that could not be opened, because its making was cut off, say.
+    fn check_identity(&self, path: &Path, field: &'static str, anew: bool) -> Result<()> {
         let Some(identity) = FileId::of(path) else { return Ok(()) };
         let registry = self.registry.read();
-        if let Some(disk) = registry.disks.iter().find(|disk| disk.identity == Some(identity)) {
+        let used =
+            |disk: &&DiskSlot| disk.identity == Some(identity) && !(anew && disk.failed.is_some() && disk.path == path);
+        if let Some(disk) = registry.disks.iter().find(used) {
             let bound = format!("it is the CDP disk {}", disk.path.display());
             return Err(Error::invalid(field, path.display(), bound));
         }
@@ -646,7 +652,8 @@ impl Control {
         result.map_err(|error| Error::device("write", place(), &error))
     }
 
-    /// `claims` are looked at where the host knows nothing of this volume: served under a new uuid, a primary would lack what its own volume's journal holds.
+    /// `claims` are looked at where the host knows nothing of this volume, and nobody gave it a uuid: served under a new one, a primary would lack what its
+    /// own volume's journal holds.
     async fn open_volume(
         &self,
         record: &VolumeRecord,
@@ -664,8 +671,10 @@ impl Control {
             let identity = primary.identity().map_err(|e| Error::device("identify", record.path.display().to_string(), &e))?;
             if let Some((owner, disk)) = claims.get(&identity.id).filter(|(owner, _)| *owner != record.uuid) {
                 return Err(Error::State(format!(
-                    "{} is the primary of volume {owner}, whose journal on CDP disk {disk} holds acked writes that it lacks: serve it with uuid {owner}",
-                    record.path.display()
+                    "{} is the primary of volume {owner}, whose journal on CDP disk {disk} holds acked writes that it lacks: serve it with uuid {owner}; \
+                     or, if the number of its file or device ({}) is another one's by now, with a uuid of its own",
+                    record.path.display(),
+                    identity.id
                 )));
             }
             let spec = VolumeSpec {
@@ -765,8 +774,9 @@ impl Control {
         let (claims, nobodys) = (claims(&saved.fences), Claims::new());
         for mut record in records {
             self.events.name_volume(record.uuid, &record.name);
-            let new = !saved.volumes.iter().any(|known| known.uuid == record.uuid);
-            let opened = match self.check_identity(&record.path, "path") {
+            let given = config.volumes.iter().any(|volume| volume.uuid == Some(record.uuid));
+            let new = !given && !saved.volumes.iter().any(|known| known.uuid == record.uuid);
+            let opened = match self.check_identity(&record.path, "path", false) {
                 Ok(()) => self.open_volume(&record, if new { &claims } else { &nobodys }, deadline).await,
                 Err(error) => Err(error),
             };
@@ -795,7 +805,7 @@ impl Control {
         if self.registry.read().disks.iter().any(|disk| disk.path == path && disk.failed.is_none()) {
             return Err(Error::Exists { what: "CDP disk", name: path.display().to_string() });
         }
-        self.check_identity(&path, "path")?;
+        self.check_identity(&path, "path", true)?;
         prepare_disk_file(&path, size, options.force).await?;
         let file = open_file(&path).await?;
         // Recorded before it is one: a disk in use that the next start does not know of would cost the history on it.
@@ -1058,6 +1068,9 @@ impl Control {
     /// # Errors
     /// The first of what failed; the rest is stopped all the same.
     pub async fn stop(&self, grace: Duration) -> anyhow::Result<()> {
+        let told =
+            join_all(self.shards.iter().map(|shard| shard.call(|local, _| async move { local.engine.will_stop() })));
+        told.await;
         let drained = join_all(self.shards.iter().map(|shard| shard.drain(grace))).await;
         let cut: usize = drained.into_iter().flatten().sum();
         if cut > 0 {

@@ -313,6 +313,8 @@ async fn set_up_demo(control: &Control, dev: &Dev) -> Result<()> {
         None => false,
     };
     let known = control.disks().await.into_iter().find(|disk| Path::new(&disk.info.path) == dev.cdp());
+    // Recorded, and its making was cut off.
+    let known = known.filter(|disk| disk.info.online || had_journal);
     let disk = match known {
         Some(disk) => Some(disk.info),
         None if had_journal => None,

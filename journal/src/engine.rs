@@ -148,6 +148,7 @@ pub struct Engine {
     /// Wall and boot clock when the engine began: age runs on the boot clock from there.
     began: (u64, u64),
     step_told: Cell<bool>,
+    stopping: Cell<bool>,
 }
 
 impl Drop for Engine {
@@ -186,7 +187,17 @@ impl Engine {
             raise_took_ns: Cell::new(0),
             began,
             step_told: Cell::new(false),
+            stopping: Cell::new(false),
         })
+    }
+
+    /// The agent is about to stop: what waits for the state directory to work again is answered with its error instead, so that clients can be drained.
+    pub fn will_stop(&self) {
+        self.stopping.set(true);
+    }
+
+    pub(crate) fn stopping(&self) -> bool {
+        self.stopping.get()
     }
 
     /// Writes an empty superblock, clock and segment table. Needs no engine.

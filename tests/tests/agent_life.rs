@@ -278,6 +278,12 @@ fn a_cdp_disk_that_cannot_be_recorded_is_not_taken_into_use() {
     assert!(agent.ctl(&["disk", "list"])["disks"].as_array().is_some_and(Vec::is_empty), "it is in use");
     fs::remove_dir(&obstacle).unwrap();
     agent.ctl(&init);
+    // One whose making was cut off behind its record is made anew in its place.
+    agent.stop();
+    fs::File::create(&cdp).and_then(|file| file.set_len(512 << 20)).unwrap();
+    agent.start_unserved();
+    assert_eq!(agent.ctl(&["disk", "list"])["disks"][0]["online"], false);
+    agent.ctl(&["disk", "init", cdp.to_str().unwrap(), "--force"]);
     agent.ctl(&["volume", "add", "demo", "--path", primary.to_str().unwrap(), "--size", "8MiB", "--create"]);
     agent.ctl(&["enable", "demo"]);
     let oracle = some_writes(&agent, 9);

@@ -457,8 +457,8 @@ impl Volume {
     /// Whether the oldest log can be given up for somebody else's sake.
     pub(crate) fn can_lose_oldest(&self, disk: &Rc<Disk>) -> bool {
         let state = self.state.borrow();
-        // One that is on its way out of the journal gives everything back itself.
-        state.mode == Mode::Journal
+        // Once everything is on the primary a volume on its way out of the journal gives all of it back itself; until then it may need the room, too.
+        !self.left_in_order.get()
             && state.attach.as_ref().is_some_and(|a| Rc::ptr_eq(&a.disk, disk))
             && state.leaving.is_empty()
             && Self::oldest_can_go(&state)

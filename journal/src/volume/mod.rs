@@ -481,9 +481,11 @@ impl Volume {
     /// is its own.
     pub(crate) async fn store_lost_for_guest(&self) -> Result<()> {
         let mut pause = 10_000_000;
+        let goes_on =
+            || self.state.borrow().mode != Mode::Closed && self.engine().is_ok_and(|engine| !engine.stopping());
         loop {
             match self.store_lost_blocks().await {
-                Err(Error::Device { op: WRITE_FENCE, .. }) if self.state.borrow().mode != Mode::Closed => {
+                Err(Error::Device { op: WRITE_FENCE, .. }) if goes_on() => {
                     self.host.sleep(pause).await;
                     pause = (pause * 2).min(1_000_000_000);
                 }

@@ -811,12 +811,19 @@ impl Volume {
             (state.open.back().map(|f| Rc::clone(&f.ticket)), empty)
         };
         self.start_tasks();
-        match self.begin_again(disk, ticket, empty, detaching).await {
-            // The way out is under way, on the destager's task: it brings what was recovered to the primary, and then that is served. The row of logs is
-            // its own by now: whoever took it away here would leave the primary without the backlog, and the fence would say that it has it.
-            Err(_) if disk.failure().is_some() && !active(Mutation::RecoveredBacklogDropped) => Ok(()),
-            result => result,
+        let begun = self.begin_again(disk, ticket, empty, detaching).await;
+        let Some(reason) = disk.failure().filter(|_| begun.is_err() && !active(Mutation::RecoveredBacklogDropped))
+        else {
+            return begun;
+        };
+        // The way out begins, or has begun, on the destager's task: it brings what was recovered to the primary, and then that is served. The row of logs is
+        // its own by now: whoever took it away here would leave the primary without the backlog, and the fence would say that it has it.
+        let mut state = self.state.borrow_mut();
+        if state.on && state.health == Health::Ok {
+            state.health = Health::Offline;
+            state.health_reason = format!("CDP disk {}: {reason}", disk.path);
         }
+        Ok(())
     }
 
     /// The first frame of the new log, and what waits for it.
@@ -845,12 +852,16 @@ impl Volume {
             disk.check()?;
             // Redone, then over: this history has a gap from where the disk failed.
             self.state.borrow_mut().mode = Mode::Journal;
-            self.leave_journal("the CDP disk had failed", false).await?;
-            let mut state = self.state.borrow_mut();
-            if state.on && state.health == Health::Ok {
-                state.health = Health::Offline;
-                state.health_reason = "the CDP disk had failed".into();
+            let left = self.leave_journal("the CDP disk had failed", false).await;
+            {
+                let mut state = self.state.borrow_mut();
+                // Also where only the giving back of its segments failed.
+                if state.mode == Mode::Direct && state.on && state.health == Health::Ok {
+                    state.health = Health::Offline;
+                    state.health_reason = "the CDP disk had failed".into();
+                }
             }
+            left?;
         }
         Ok(())
     }
