@@ -6,9 +6,9 @@ Benches measure; they judge nothing and never fail for a figure. Called by `make
 usage: benches/bench.py [--quick | --full] [--dir FOLDER] [--size MiB] [--only ROW,...] [--no-docs]
 
           under 20 minutes without --quick and --full
---quick   under 3 minutes, short turns
+--quick   under 3 minutes: short turns, few of them, small files
 --full    an hour: longer turns, and the rows that take 60 s and more (10 and 30 million records, 10 minutes of writes)
---size    MiB of the volume (default 8192, with --quick 1024, less when the disk has little room)
+--size    MiB of the volume (default 8192, with --quick 512, less when the disk has little room)
 --only    steps by their names (writes, peers, latency, sequential, curves, memory, views, revert, restart, engine, records, scaling, idle, stability); the other
           rows stay as the last run of the same mode and size left them, and the report says so
 """
@@ -102,14 +102,14 @@ class Bench:
     def __init__(self, args):
         self.args = args
         free = shutil.disk_usage(args.dir).free >> 20
-        wanted = args.size or (1024 if args.quick else 8192)
+        wanted = args.size or (512 if args.quick else 8192)
         # Files: the volume, a peer's, the target of a copy, and 2.5 times the volume as CDP disk.
         while wanted > 256 and wanted * 5.5 + 2048 > free * 0.8:
             wanted //= 2
         self.size = wanted
         self.cdp_size = max(int(wanted * 1.75), 1536)
         self.seconds = 1 if args.quick else 5 if args.full else 3
-        self.pairs = 3 if args.quick else 5
+        self.pairs = 2 if args.quick else 5
         self.dir = tempfile.mkdtemp(prefix="cdp-bench.", dir=args.dir)
         self.log = open(os.path.join(self.dir, "servers.log"), "w")
         self.stack = contextlib.ExitStack()
@@ -269,7 +269,7 @@ def writes(b):
                  "primary_bytes_per_guest_byte": share("destaged")}
         limits.append({"moved": moved, "iops": mix(b, moved, 30000)})
 
-    results = b.interleaved([ours, qemu], after=limit, rw="randwrite", depth=32, seconds=seconds, pairs=5)
+    results = b.interleaved([ours, qemu], after=limit, rw="randwrite", depth=32, seconds=seconds)
     b.facts["randwrite_qd32"], b.facts["randwrite_fio_same_mix"] = results, limits
     b.row("randwrite", f"NBD 4K random write QD32 / qemu-nbd raw cache=none", (">=", 1.0), b.ratios(results, ours.name, qemu.name),
           note=f"{seconds} s a turn" + ("" if b.args.full else "; 60 s with FULL=1"))
@@ -339,7 +339,7 @@ def sequential(b):
     # Two files of one disk need not be equally fast: a host may keep one of them elsewhere.
     files = {"protected": os.path.join(b.path("cdp"), "primary.img"), "peers": b.path("peer.img")}
     straight = {name: [] for name in files}
-    each = lambda: [straight[name].append(b.fio(path, rw="randread", seconds=2, ramp=0)["iops"]) for name, path in files.items()]
+    each = lambda: [straight[name].append(b.fio(path, rw="randread", seconds=min(b.seconds, 2), ramp=0)["iops"]) for name, path in files.items()]
     results = b.interleaved(servers, after=each, rw="randread")
     b.facts["randread"] = {**results, "fio_on_the_file": straight}
     b.row("randread", "NBD 4K random read QD32 / qemu-nbd raw", (">=", 1.0), b.ratios(results, b.ours.name, b.qemu.name))
@@ -374,8 +374,8 @@ def mix(b, moved, guest):
 
 
 def engine(b):
-    size = min(b.size, 1024 if b.args.quick else 4096 if b.args.full else 2048)
-    options = ["--size", size, "--reserve", size, "--seconds", b.seconds * 2, "--ramp", 3]
+    size = min(b.size, 512 if b.args.quick else 4096 if b.args.full else 2048)
+    options = ["--size", size, "--reserve", size, "--seconds", b.seconds * 2, "--ramp", 1 if b.args.quick else 3]
     runs, limits = [], []
     for _ in range(2 if b.args.quick else 5):
         runs.append(engine_bench(b, *options, "--depth", 32))
@@ -388,7 +388,7 @@ def engine(b):
     total = lambda r: r["journal_bytes_per_guest_byte"] + r["before_image_bytes_per_guest_byte"] + r["primary_bytes_per_guest_byte"]
     b.row("amplification", "total write amplification, before-images and primary counted in", (None, None), [total(r) for r in runs],
           note="engine alone, QD32, uniform")
-    depth = [1, 32] if b.args.quick else [1, 4, 16, 32, 128]
+    depth = [32] if b.args.quick else [1, 4, 16, 32, 128]
     # A smaller volume: each point makes its own files.
     of_depth = ["--size", min(size, 1024), "--reserve", min(size, 1024), "--seconds", 2, "--ramp", 1]
     points = [(d, engine_bench(b, *of_depth, "--depth", d)) for d in depth]
@@ -410,7 +410,7 @@ def engine(b):
 
 
 def records(b):
-    counts = [100_000, 1_000_000]
+    counts = [100_000, 300_000 if b.args.quick else 1_000_000]
     if b.args.full:
         counts += [10_000_000, 30_000_000]
     elif not b.args.quick:
@@ -574,8 +574,8 @@ def scaling(b):
 def curves(b):
     servers = [b.ours, b.qemu]
     seconds = 1 if b.args.quick else 3 if b.args.full else 2
-    depths = [1, 8, 32, 128] if b.args.quick else [1, 2, 4, 8, 16, 32, 64, 128]
-    sizes = ["4k", "64k", "1m"] if b.args.quick else ["4k", "16k", "64k", "256k", "1m"]
+    depths = [1, 32] if b.args.quick else [1, 2, 4, 8, 16, 32, 64, 128]
+    sizes = ["4k", "1m"] if b.args.quick else ["4k", "16k", "64k", "256k", "1m"]
     by_depth = {s.name: [(d, b.turn(s, depth=d, seconds=seconds)["iops"]) for d in depths] for s in servers}
     b.curves["depth"] = {"x": "requests in flight", "y": "4K random writes/s", "log": True, "series": by_depth}
     kib = lambda text: int(text[:-1]) * (1024 if text.endswith("m") else 1)
@@ -750,7 +750,7 @@ def report(b, load_before):
              "What stands behind the figures is in `docs/performance.md`.", "", f"- Machine: {about['machine']}; load average {load_before:.1f} before the run{priority()}.",
              f"- Versions: {about['versions']}; commit {about['commit']}.",
              f"- Volume: {b.size} MiB, written before, uniform random unless a row says otherwise; CDP disk {b.cdp_size} MiB, written before, so that the ring wraps"
-             f" on blocks that are there. {b.seconds} s a turn, {b.pairs} to 5 pairs.",
+             f" on blocks that are there. {b.seconds} s a turn, {b.pairs} pairs.",
              *(f"- From an earlier run, on {run_['date']}, commit {run_['commit']}, load average {run_['load']:.1f} at its end: {', '.join(run_['rows'])}."
                for run_ in kept), "", "| what | target | median | spread | met |", "|---|---|---|---|---|"]
     for name in ORDER:
