@@ -487,7 +487,7 @@ impl Control {
         let shard = self.registry.read().volumes.get(&volume).map_or(0, |slot| slot.shard);
         // Also one that could not be served: what was opened of it is let go.
         let closed = self.close_on_shard(shard, volume).await.map_err(|error| error.to_string());
-        let dirty = || self.state.fence(volume).is_ok_and(|fence| fence.is_some_and(|fence| only_in_journal(&fence)));
+        let dirty = || self.fence(volume).is_ok_and(|fence| fence.as_ref().is_some_and(only_in_journal));
         let closed = match closed {
             Ok(()) if left_behind.is_none() && dirty() => Err("a revert began while it was being removed".to_owned()),
             closed => closed,
@@ -537,8 +537,8 @@ impl Control {
         if let Some(info) = info.as_ref().ok().filter(served) {
             return Ok(info.revert.is_some().then_some("blocks of a revert that is being copied"));
         }
-        let fence = self.state.fence(volume).map_err(|error| Error::State(error.to_string()))?;
-        Ok(fence.is_some_and(|fence| only_in_journal(&fence)).then_some("acked writes"))
+        let fence = self.fence(volume)?;
+        Ok(fence.as_ref().is_some_and(only_in_journal).then_some("acked writes"))
     }
 
     /// Forgets the views of a volume that is not served any more.
@@ -587,7 +587,7 @@ impl Control {
     /// The admin's decision to take over the history that a CDP disk has of this volume, though this host knows nothing of it.
     pub async fn attach_volume(&self, volume: Uuid) -> Result<VolumeStatus> {
         let _changing = self.changing.lock().await;
-        let fence = self.state.fence(volume).map_err(|error| Error::State(error.to_string()))?;
+        let fence = self.fence(volume)?;
         let info = self.info(volume).await?;
         if fence.is_some() || info.health != Health::NeedsJournal {
             let name = info.name;
@@ -605,7 +605,7 @@ impl Control {
             let slot = slot.ok_or_else(|| Error::NotFound { what: "volume", name: volume.to_string() })?;
             (slot.record.clone(), slot.shard)
         };
-        let fence = self.state.fence(volume).map_err(|error| Error::State(error.to_string()))?;
+        let fence = self.fence(volume)?;
         let undecided_reverts = self.state.undecided_reverts();
         let reopened = self.shards[shard].call(move |local, _| async move {
             let primary = local.primaries.borrow().get(&volume).cloned();
@@ -638,6 +638,11 @@ impl Control {
         }
     }
 
+    /// The fence of a volume, as it is on disk now.
+    fn fence(&self, volume: Uuid) -> Result<Option<Fence>> {
+        self.state.fence(volume).map_err(|error| Error::State(error.to_string()))
+    }
+
     async fn record_volumes(&self) -> Result<()> {
         let records: Vec<_> = {
             let registry = self.registry.read();
@@ -660,7 +665,7 @@ impl Control {
         claims: &Claims,
         deadline: tokio::time::Instant,
     ) -> Result<(usize, VolumeInfo)> {
-        let fence = self.state.fence(record.uuid).map_err(|error| Error::State(error.to_string()))?;
+        let fence = self.fence(record.uuid)?;
         let shard = self.place(fence.as_ref().map(|fence| fence.disk)).await;
         let file = open_patiently(&record.path, deadline).await.map_err(open_error)?;
         let record = record.clone();

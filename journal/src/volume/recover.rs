@@ -852,16 +852,12 @@ impl Volume {
             disk.check()?;
             // Redone, then over: this history has a gap from where the disk failed.
             self.state.borrow_mut().mode = Mode::Journal;
-            let left = self.leave_journal("the CDP disk had failed", false).await;
-            {
-                let mut state = self.state.borrow_mut();
-                // Also where only the giving back of its segments failed.
-                if state.mode == Mode::Direct && state.on && state.health == Health::Ok {
-                    state.health = Health::Offline;
-                    state.health_reason = "the CDP disk had failed".into();
-                }
+            self.leave_journal("the CDP disk had failed", false).await?;
+            let mut state = self.state.borrow_mut();
+            if state.on && state.health == Health::Ok {
+                state.health = Health::Offline;
+                state.health_reason = "the CDP disk had failed".into();
             }
-            left?;
         }
         Ok(())
     }
