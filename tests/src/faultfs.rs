@@ -615,19 +615,23 @@ impl State {
     /// The bytes that are done of a read.
     fn cut(&mut self, ino: u64, len: usize) -> usize {
         let name = self.name_of(ino);
-        let faults = self.faults.get_mut(&name).into_iter().flatten();
-        let short = faults.filter(|fault| fault.op == Op::Read && fault.effect == Effect::Short && fault.times > 0);
-        for fault in short {
+        let short = self.meet(&name, |fault| fault.op == Op::Read && fault.effect == Effect::Short && len > 4096);
+        // Whole blocks, as disks and file systems do it.
+        short.map_or(len, |_| (len / 2).next_multiple_of(4096))
+    }
+
+    /// The first fault of a file that fits a call and is due.
+    fn meet(&mut self, name: &str, fits: impl Fn(&Fault) -> bool) -> Option<Effect> {
+        for fault in self.faults.get_mut(name)?.iter_mut().filter(|fault| fits(fault) && fault.times > 0) {
             if fault.after > 0 {
                 fault.after -= 1;
-            } else if len > 4096 {
-                // Whole blocks, as disks and file systems do it.
-                fault.times -= 1;
-                self.met += 1;
-                return (len / 2).next_multiple_of(4096);
+                continue;
             }
+            fault.times -= 1;
+            self.met += 1;
+            return Some(fault.effect);
         }
-        len
+        None
     }
 
     /// The fault that a call meets.
@@ -640,18 +644,7 @@ impl State {
             Op::Allocate => "allocate",
         };
         *self.calls.entry((name.clone(), word)).or_default() += 1;
-        let faults = self.faults.get_mut(&name)?;
-        let met = |fault: &&mut Fault| fault.op == op && fault.effect != Effect::Short && fault.times > 0;
-        for fault in faults.iter_mut().filter(met) {
-            if fault.after > 0 {
-                fault.after -= 1;
-                continue;
-            }
-            fault.times -= 1;
-            self.met += 1;
-            return Some(fault.effect);
-        }
-        None
+        self.meet(&name, |fault| fault.op == op && fault.effect != Effect::Short)
     }
 
     fn forget_unsynced(&mut self, ino: u64) {
