@@ -31,8 +31,10 @@ pub struct EngineConfig {
     pub destage_blocks_max: u64,
     /// Most frames of a volume's writes that are on their way to the CDP disk at once.
     pub frames_in_flight_max: usize,
-    /// Blocks of payload that a frame has at least when it goes while another is on its way: each costs a block of header.
+    /// Blocks of payload with which a frame goes while another is on its way, however many writes are in flight: each frame costs a block of header.
     pub frame_company_blocks: u32,
+    /// Up to so many writes in flight a frame also goes beside another with half of them in it: their latency counts for more than the headers then.
+    pub few_writes: usize,
     /// Longest time that a guest request waits for any CDP-disk operation, nanoseconds.
     pub stall_max_ns: u64,
     /// Time between automatic markers, seconds.
@@ -62,6 +64,7 @@ impl Default for EngineConfig {
             frames_in_flight_max: 2,
             // A block of header to 20 of payload: 5 % at the most.
             frame_company_blocks: 20,
+            few_writes: 16,
             stall_max_ns: 5_000_000_000,
             marker_interval_s: 60,
             default_settings: Settings {

@@ -73,6 +73,7 @@ pub struct FrameBuilder {
     entries: Vec<IndexEntry>,
     extents: Vec<(EntryKind, u64, u64, Instant)>,
     instant_last: Instant,
+    records: usize,
 }
 
 /// A frame with its place, ready to be written and indexed.
@@ -131,6 +132,11 @@ impl FrameBuilder {
         self.payload_blocks
     }
 
+    /// Records so far.
+    pub fn record_count(&self) -> usize {
+        self.records
+    }
+
     /// Bytes of descriptors so far.
     pub fn descriptor_bytes(&self) -> usize {
         self.descriptors.len()
@@ -164,6 +170,7 @@ impl FrameBuilder {
     fn push(&mut self, header: DescriptorHeader, extra: &[u8], side: bool) {
         let header = DescriptorHeader { extra_bytes: (extra.len() as u32).into(), ..header };
         let start = self.descriptors.len();
+        self.records += 1;
         self.descriptors.extend_from_slice(header.as_bytes());
         self.descriptors.extend_from_slice(extra);
         self.descriptors.resize(self.descriptors.len().next_multiple_of(8), 0);

@@ -51,6 +51,7 @@ fn config(world: &World) -> EngineConfig {
         // Frames side by side as often as can be, like an agent's, and one after the other.
         frames_in_flight_max: [2, 4, 1, 2][(world.history.seed % 4) as usize],
         frame_company_blocks: [0, 2, 20][(world.history.seed / 4 % 3) as usize],
+        few_writes: [16, 0, 4][(world.history.seed / 12 % 3) as usize],
         marker_interval_s: setup.marker_interval_s,
         default_settings: Settings {
             reserve_capacity: setup.reserve_segments * SEGMENT,

@@ -139,8 +139,10 @@ pub(crate) struct State {
     /// On their way out: their segments still count.
     pub leaving: Vec<Rc<Log>>,
     pub open: VecDeque<OpenFrame>,
-    /// The frames on their way to the disk, in their order: their log, and who waits for them.
-    pub inflight: VecDeque<(Rc<Log>, Rc<Ticket>)>,
+    /// The frames on their way to the disk, in their order.
+    pub inflight: VecDeque<FrameOnItsWay>,
+    /// How many records were on their way at once of late, a frame's own among them: how many writes the guest has in flight, about.
+    pub records_at_once: usize,
     /// Newest instant admitted.
     pub instant_last: Instant,
     /// Newest instant in a frame that was sealed.
@@ -186,6 +188,15 @@ pub(crate) struct State {
     pub flushes: VecDeque<(Instant, bool)>,
 }
 
+/// A frame between the appender and its completion.
+pub(crate) struct FrameOnItsWay {
+    pub log: Rc<Log>,
+    /// Who waits for it.
+    pub ticket: Rc<Ticket>,
+    /// How many it holds.
+    pub records: usize,
+}
+
 /// How far the fence's `next_seq` runs ahead of the journal's.
 const SEQS_AHEAD: u64 = 1 << 20;
 
@@ -196,7 +207,7 @@ impl State {
     /// Who waits for a frame, on its way or not: for those who end what the appender did not.
     pub fn take_tickets(&mut self) -> Vec<Rc<Ticket>> {
         let open = std::mem::take(&mut self.open).into_iter().map(|frame| frame.ticket);
-        let inflight = std::mem::take(&mut self.inflight).into_iter().map(|(_, ticket)| ticket);
+        let inflight = std::mem::take(&mut self.inflight).into_iter().map(|frame| frame.ticket);
         inflight.chain(open).collect()
     }
 

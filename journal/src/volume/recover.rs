@@ -74,6 +74,7 @@ pub(crate) async fn open(engine: &Rc<Engine>, spec: VolumeSpec) -> Result<Rc<Vol
             leaving: Vec::new(),
             open: VecDeque::new(),
             inflight: VecDeque::new(),
+            records_at_once: 0,
             instant_last: Instant::ZERO,
             framed: Instant::ZERO,
             completed: Instant::ZERO,

@@ -9,7 +9,7 @@ use std::rc::Rc;
 
 use futures::{StreamExt as _, stream};
 
-use super::{CloseReason, Mode, OpenFrame, State, Ticket, Volume, blocks_of};
+use super::{CloseReason, FrameOnItsWay, Mode, OpenFrame, State, Ticket, Volume, blocks_of};
 use crate::buf::{IoBuf, Slice};
 use crate::error::{Error, Result};
 use crate::format::StreamKind;
@@ -677,7 +677,10 @@ impl Volume {
     /// The next frame that may go: there is something urgent in it, or it is full; and while others are on their way it has enough in it to be worth a header of
     /// its own. `None` when the volume has left the journal, or its disk failed.
     async fn next_frame(&self) -> Option<(OpenFrame, VolumePoint)> {
-        let company = self.engine.upgrade().map_or(0, |engine| engine.config().frame_company_blocks);
+        let (company, few) = self
+            .engine
+            .upgrade()
+            .map_or((0, 0), |engine| (engine.config().frame_company_blocks, engine.config().few_writes));
         self.kick
             .until(|| {
                 let mut state = self.state.borrow_mut();
@@ -690,8 +693,10 @@ impl Volume {
                 let goes = match state.inflight.back() {
                     None => full || first.urgent,
                     // A start takes what the first frame of a log says of the one before on trust: all of that has completed by then.
-                    Some((log, _)) if !Rc::ptr_eq(log, &first.log) => false,
-                    Some(_) => full || (first.urgent && first.builder.payload_blocks() >= company),
+                    Some(before) if !Rc::ptr_eq(&before.log, &first.log) => false,
+                    Some(_) => {
+                        full || (first.urgent && worth_a_header(&first.builder, state.records_at_once, company, few))
+                    }
                 };
                 if !goes {
                     return None;
@@ -704,7 +709,15 @@ impl Volume {
                 };
                 state.framed = point.instant_last;
                 state.recorded = (point.durable, point.watermark);
-                state.inflight.push_back((Rc::clone(&frame.log), Rc::clone(&frame.ticket)));
+                let records = frame.builder.record_count();
+                let at_once = state.inflight.iter().map(|f| f.records).sum::<usize>() + records;
+                // A guest that asks for less from now on is known after a few frames.
+                state.records_at_once = at_once.max(state.records_at_once - state.records_at_once.div_ceil(4));
+                state.inflight.push_back(FrameOnItsWay {
+                    log: Rc::clone(&frame.log),
+                    ticket: Rc::clone(&frame.ticket),
+                    records,
+                });
                 Some(Some((frame, point)))
             })
             .await
@@ -793,6 +806,12 @@ enum Room {
     Enough,
     Rotate,
     Later,
+}
+
+/// Whether a frame goes beside another that is on its way. One at a time, a write would wait for the end of the frame before its own: with two to sixteen
+/// writes in flight that costs up to half of their rate. With more, the CDP disk and the destager are busy all the time, and headers count.
+fn worth_a_header(frame: &FrameBuilder, records_at_once: usize, company: u32, few: usize) -> bool {
+    frame.payload_blocks() >= company || (records_at_once <= few && 2 * frame.record_count() >= records_at_once)
 }
 
 /// What a request is charged: payload, frame and index overhead, a before-image for each block not touched yet.
