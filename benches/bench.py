@@ -7,15 +7,14 @@ usage: benches/bench.py [--quick | --full] [--dir FOLDER] [--size MiB] [--only R
 
           under 20 minutes without --quick and --full
 --quick   under 3 minutes: short turns, few of them, small files
---full    an hour: longer turns, and the rows that take 60 s and more (10 and 30 million records, 10 minutes of writes)
+--full    an hour: longer turns, and the rows that take 60 s and more (10 million records, 10 minutes of writes)
 --size    MiB of the volume (default 8192, with --quick 512, less when the disk has little room)
---only    steps by their names (writes, peers, latency, sequential, curves, memory, views, revert, restart, engine, records, scaling, idle, stability); the other
+--only    steps by their names (writes, peers, latency, sequential, device, curves, views, revert, memory, restart, engine, records, scaling, idle, stability); the other
           rows stay as the last run of the same mode and size left them, and the report says so
 """
 import argparse
 import concurrent.futures
 import contextlib
-import datetime
 import json
 import os
 import random
@@ -29,14 +28,12 @@ import tempfile
 import time
 import urllib.request
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-ROOT = os.path.dirname(HERE)
+import model
+import report
+from report import ROOT, run
+
 BIN = os.path.join(ROOT, "target", "release")
 TICK = os.sysconf("SC_CLK_TCK")
-
-
-def run(*command, **kwargs):
-    return subprocess.run([str(c) for c in command], check=True, capture_output=True, text=True, **kwargs).stdout
 
 
 def cpu_seconds(pid):
@@ -103,18 +100,20 @@ class Bench:
         self.args = args
         free = shutil.disk_usage(args.dir).free >> 20
         wanted = args.size or (512 if args.quick else 8192)
-        # Files: the volume, a peer's, the target of a copy, and 2.5 times the volume as CDP disk.
-        while wanted > 256 and wanted * 5.5 + 2048 > free * 0.8:
+        # Files: the volume, a peer's, a third one, 1.75 times the volume as CDP disk; later those of the engine alone.
+        while wanted > 256 and wanted * 5.75 + 2048 > free * 0.85:
             wanted //= 2
         self.size = wanted
         self.cdp_size = max(int(wanted * 1.75), 1536)
-        self.seconds = 1 if args.quick else 5 if args.full else 3
+        self.seconds = 1 if args.quick else 5 if args.full else 2
+        self.ramp = 0.2 if args.quick else 0.5
         self.pairs = 2 if args.quick else 5
         self.dir = tempfile.mkdtemp(prefix="cdp-bench.", dir=args.dir)
         self.log = open(os.path.join(self.dir, "servers.log"), "w")
         self.stack = contextlib.ExitStack()
         self.rows, self.curves, self.facts, self.commands = {}, {}, {}, {}
         self.ours = self.qemu = None
+        self.last_iops = 0
         self.began = time.monotonic()
 
     def path(self, name):
@@ -128,27 +127,31 @@ class Bench:
     def start_ours(self):
         folder = self.path("cdp")
         command = [f"{BIN}/cdp-agent", "--dev", folder, "--size", f"{self.size}MiB", "--cdp-size", f"{self.cdp_size}MiB"]
+        self.shown(command)
         self.ours = Server("cdp-agent", command, f"nbd+unix:///demo?socket={folder}/nbd.sock", self.log)
         return self.ours
 
     def ctl(self, *command):
         return json.loads(run(f"{BIN}/cdpctl", "--agent", f"unix:{self.path('cdp')}/agent.sock", "--output", "json", *command) or "null")
 
-    def start_qemu(self, name="qemu-nbd", cache="none"):
+    def start_qemu(self, name="qemu-nbd", cache="none", file="peer.img"):
         socket = self.path(f"{name}.sock")
         aio = ["--aio=io_uring"] if cache == "none" else []
-        command = ["qemu-nbd", "-f", "raw", f"--cache={cache}", *aio, "--persistent", "--socket", socket, self.path("peer.img")]
+        command = ["qemu-nbd", "-f", "raw", f"--cache={cache}", *aio, "--persistent", "--socket", socket, self.path(file)]
+        self.shown(command)
         return Server(name, command, f"nbd+unix:///?socket={socket}", self.log)
 
     def start_qsd(self, copy):
         socket = self.path("qsd.sock")
         node = lambda name, file: f"driver=file,node-name={name},filename={file},cache.direct=on,aio=io_uring"
-        command = ["qemu-storage-daemon", "--blockdev", node("f", self.path("peer.img")), "--blockdev", "driver=raw,node-name=r,file=f"]
+        file = self.path("peer.img" if copy else "third.img")
+        command = ["qemu-storage-daemon", "--blockdev", node("f", file), "--blockdev", "driver=raw,node-name=r,file=f"]
         if copy:
-            command += ["--blockdev", node("tf", self.path("copy.img")), "--blockdev", "driver=raw,node-name=t,file=tf"]
+            command += ["--blockdev", node("tf", self.path("third.img")), "--blockdev", "driver=raw,node-name=t,file=tf"]
             command += ["--blockdev", "driver=copy-before-write,node-name=c,file=r,target=t"]
         top = "c" if copy else "r"
         command += ["--nbd-server", f"addr.type=unix,addr.path={socket}", "--export", f"type=nbd,id=e,node-name={top},name=x,writable=on"]
+        self.shown(command)
         return Server("qemu-storage-daemon", command, f"nbd+unix:///x?socket={socket}", self.log)
 
     def start_nbdkit(self):
@@ -156,16 +159,18 @@ class Bench:
         # What an earlier turn left behind: nbdkit does not replace it.
         with contextlib.suppress(FileNotFoundError):
             os.remove(socket)
-        return Server("nbdkit file", ["nbdkit", "-f", "-U", socket, "file", self.path("peer.img")], f"nbd+unix:///?socket={socket}", self.log)
+        command = ["nbdkit", "-f", "-U", socket, "file", self.path("third.img")]
+        self.shown(command)
+        return Server("nbdkit file", command, f"nbd+unix:///?socket={socket}", self.log)
 
     def prepare(self):
         """The volume, the peers' files, and a CDP disk whose ring has wrapped."""
         self.say(f"files: a volume of {self.size} MiB")
         os.makedirs(self.path("cdp"))
-        for name in ["cdp/primary.img", "peer.img"]:
+        # The third is for other servers, for fio as the limit and as the target of a copy: the peer's file sees the same writes as the protected one.
+        for name in ["cdp/primary.img", "peer.img", "third.img"]:
             fill(self.path(name), self.size)
-        if self.wanted("peers"):
-            fill(self.path("copy.img"), self.size)
+        fill(self.path("appends.img"), 512)
         self.start_ours().stop()
         rewrite(self.path("cdp/cdp.img"))
         self.start_ours()
@@ -180,8 +185,8 @@ class Bench:
 
     # -- one turn ------------------------------------------------------------------------------------------------------
 
-    def fio(self, uri, rw="randwrite", bs="4k", depth=32, seconds=None, size=None, extra=(), ramp=0.5):
-        seconds = seconds or self.seconds
+    def fio(self, uri, rw="randwrite", bs="4k", depth=32, seconds=None, size=None, extra=(), ramp=None):
+        seconds, ramp = seconds or self.seconds, self.ramp if ramp is None else ramp
         target = ["--ioengine=nbd", f"--uri={uri}"] if uri.startswith("nbd") else ["--ioengine=io_uring", "--direct=1", f"--filename={uri}"]
         command = ["fio", "--name=t", *target, f"--rw={rw}", f"--bs={bs}", f"--iodepth={depth}", f"--size={size or self.size}m", "--randrepeat=0",
                    "--norandommap", "--time_based", f"--runtime={seconds}", f"--ramp_time={ramp}", "--output-format=json",
@@ -193,13 +198,31 @@ class Bench:
             raise RuntimeError(f"fio: error {job['error']}")
         side = job["write"] if job["write"]["total_ios"] else job["read"]
         lat = side["clat_ns"]
-        return {"iops": side["iops"], "mib_s": side["bw"] / 1024, "both_mib_s": (job["read"]["bw"] + job["write"]["bw"]) / 1024, "ios": side["total_ios"], "mean_us": lat["mean"] / 1e3,
+        return {"iops": side["iops"], "mib_s": side["bw"] / 1024, "both_mib_s": (job["read"]["bw"] + job["write"]["bw"]) / 1024,
+                "both_iops": job["read"]["iops"] + job["write"]["iops"], "ios": side["total_ios"], "mean_us": lat["mean"] / 1e3,
                 "p50_us": lat["percentile"]["50.000000"] / 1e3, "p99_us": lat["percentile"]["99.000000"] / 1e3,
                 "p999_us": lat["percentile"]["99.900000"] / 1e3, "max_us": lat["max"] / 1e3}
 
+    @contextlib.contextmanager
+    def guest(self, uri, *options):
+        """A guest that goes on until the block ends; its result is in the dictionary then."""
+        command = ["fio", "--name=t", "--ioengine=nbd", f"--uri={uri}", "--bs=4k", f"--size={self.size}m", "--randrepeat=0", "--norandommap", "--time_based",
+                   "--runtime=600", "--output-format=json", *options]
+        self.shown(command)
+        result, process = {}, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        try:
+            yield result
+        finally:
+            process.send_signal(signal.SIGINT)
+            out, _ = process.communicate()
+            with contextlib.suppress(ValueError, KeyError):
+                job = json.loads(out[out.index("{"):])["jobs"][0]
+                result.update(iops=job["read"]["iops"] + job["write"]["iops"], error=job["error"],
+                              max_ms=max(job[kind]["clat_ns"].get("max", 0) for kind in ("read", "write")) / 1e6)
+
     def shown(self, command):
         """Keeps a command for the report, once, with a name for the folder of the files."""
-        text = " ".join(str(part) for part in command).replace(self.dir, "DIR")
+        text = " ".join(str(part) for part in command).replace(self.dir, "DIR").replace(f"{BIN}/", "")
         self.commands[re.sub(r"view-?[0-9a-f-]{8,}", "VIEW", text)] = None
 
     def settle(self):
@@ -220,16 +243,17 @@ class Bench:
         result = self.fio(server.uri, **kwargs)
         if server is self.ours:
             self.settle()
+            self.last_iops = result["iops"]
         # With the ramp and what ran behind the acks: all of it belongs to the writes.
         share = kwargs.get("seconds") or self.seconds
-        result["cpu_us"] = (cpu_seconds(server.process.pid) - before) * 1e6 / max(1, result["ios"] * (share + 0.5) / share)
+        result["cpu_us"] = (cpu_seconds(server.process.pid) - before) * 1e6 / max(1, result["ios"] * (share + self.ramp) / share)
         return result
 
     def interleaved(self, servers, pairs=None, after=None, **kwargs):
-        """Turns of each server in order, again and again, and `after` behind each round: results by server."""
+        """Turns of each server, there and back again, and `after` behind each round: results by server."""
         results = {server.name: [] for server in servers}
-        for _ in range(pairs or self.pairs):
-            for server in servers:
+        for number in range(pairs or self.pairs):
+            for server in servers if number % 2 == 0 else servers[::-1]:
                 results[server.name].append(self.turn(server, **kwargs))
             if after:
                 after()
@@ -267,7 +291,7 @@ def writes(b):
         share = lambda kind: (new[kind] - old[kind]) / (new["write"] - old["write"])
         moved = {"journal_bytes_per_guest_byte": share("journal"), "before_image_bytes_per_guest_byte": share("before_image"),
                  "primary_bytes_per_guest_byte": share("destaged")}
-        limits.append({"moved": moved, "iops": mix(b, moved, 30000)})
+        limits.append({"moved": moved, "iops": mix(b, moved, 30000, b.path("third.img"))})
 
     results = b.interleaved([ours, qemu], after=limit, rw="randwrite", depth=32, seconds=seconds)
     b.facts["randwrite_qd32"], b.facts["randwrite_fio_same_mix"] = results, limits
@@ -277,61 +301,82 @@ def writes(b):
     b.row("randwrite_limit", "the same / fio straight on the file, the same random reads, random writes and appends, 64 in flight", (None, None),
           [turn["iops"] / most["iops"] for turn, most in zip(results[ours.name], limits)],
           note=f"median {statistics.median(most['iops'] for most in limits):,.0f}/s fit, that is {fit:.2f} of qemu-nbd")
+    b.row("journal_bytes", "bytes written to the CDP disk / guest bytes, 4K QD32, before-images aside", ("<=", 1.05),
+          [most["moved"]["journal_bytes_per_guest_byte"] for most in limits], note="the turns over NBD of the first row")
+    for depth in (8,) if b.args.quick else (4, 8):
+        results = b.interleaved([ours, qemu], rw="randwrite", depth=depth)
+        b.facts[f"randwrite_qd{depth}"] = results
+        b.row(f"randwrite_qd{depth}", f"NBD 4K random write QD{depth} / qemu-nbd raw cache=none", (None, None), b.ratios(results, ours.name, qemu.name))
     b.row("cpu", "CPU time per 4K write, whole process / qemu-nbd raw", ("<=", 1.5), b.ratios(results, ours.name, qemu.name, "cpu_us"),
           note="what runs behind the ack counted in")
 
 
 def peers(b):
-    """Other servers of the same file: only one of them is up at a time."""
+    """Other servers, one at a time."""
     starts = {"copy-before-write": lambda: b.start_qsd(True), "qemu-storage-daemon raw": lambda: b.start_qsd(False), "nbdkit file": b.start_nbdkit,
-              "qemu-nbd writeback": lambda: b.start_qemu("qemu-nbd-writeback", "writeback")}
+              "qemu-nbd writeback": lambda: b.start_qemu("qemu-nbd-writeback", "writeback", "third.img")}
     others, ours = {name: [] for name in starts}, []
     b.qemu.stop()
     for number in range(b.pairs):
-        ours.append(b.turn(b.ours, rw="randwrite", depth=32))
+        ours.append(b.turn(b.ours, rw="randwrite", depth=32, seconds=15 if b.args.full else None))
         for name, start in starts.items():
-            if name != "copy-before-write" and number >= (1 if b.args.quick else 5 if b.args.full else 2):
+            if name != "copy-before-write" and number >= (1 if b.args.quick else 3 if b.args.full else 2):
                 continue
-            # A fresh start each time: the copy's point in time begins anew, as ours does with each log.
+            # A fresh start each time: the copy's point in time begins anew. It copies the more, the less of it is copied yet: a short turn sees its worst.
             server = start()
-            others[name].append(b.turn(server, rw="randwrite", depth=32))
+            others[name].append(b.turn(server, rw="randwrite", depth=32, seconds=40 if b.args.full and name == "copy-before-write" else None))
             server.stop()
-    others["fio on the file"] = [b.fio(b.path("peer.img"), rw="randwrite", depth=32, ramp=0) for _ in range(1 if b.args.quick else 5 if b.args.full else 3)]
+    others["fio on the file"] = [b.fio(b.path("third.img"), rw="randwrite", depth=32, ramp=0) for _ in range(1 if b.args.quick else 5 if b.args.full else 3)]
     b.qemu = b.start_qemu()
     b.facts["randwrite_others"] = {"cdp-agent beside them": ours, **others}
     b.row("cbw", "the same / qemu-storage-daemon copy-before-write", (">=", 2.0), [a["iops"] / r["iops"] for a, r in zip(ours, others["copy-before-write"])],
-          note="the peer from a fresh start each turn")
+          note="the peer from a fresh start each turn, " + ("40 s of it" if b.args.full else "when it copies the most; 40 s of it with FULL=1"))
     hot = b.interleaved([b.ours, b.qemu], rw="randwrite", depth=32, size=64)
     b.facts["hot_set"] = hot
     b.row("hot", "the same on a 64 MiB hot set / qemu-nbd raw", (">=", 1.2), b.ratios(hot, b.ours.name, b.qemu.name))
 
 
 def latency(b):
-    servers = [b.ours, b.qemu]
-    flush = b.interleaved(servers, rw="randwrite", depth=1, extra=["--fsync=1"])
-    b.facts["write_flush_qd1"] = flush
-    b.row("flush", "NBD 4K write + flush QD1 / qemu-nbd raw", (">=", 1.0), b.ratios(flush, b.ours.name, b.qemu.name))
-    one = b.interleaved(servers, rw="randwrite", depth=1)
-    b.facts["randwrite_qd1"] = one
-    b.row("p50", "NBD 4K random write QD1 latency p50 / qemu-nbd raw", ("<=", 1.1), b.ratios(one, b.ours.name, b.qemu.name, "p50_us"))
-    b.row("p99", "NBD 4K random write QD1 latency p99 / qemu-nbd raw", ("<=", 1.5), b.ratios(one, b.ours.name, b.qemu.name, "p99_us"))
+    servers, name = [b.ours, b.qemu], b.ours.name
+    for rows, options in [({"flush": ("4K write + flush QD1", (">=", 1.0), "iops")}, {"extra": ["--fsync=1"]}),
+                          ({"p50": ("4K random write QD1 latency p50", ("<=", 1.1), "p50_us"), "p99": ("4K random write QD1 latency p99", ("<=", 1.5), "p99_us")}, {})]:
+        limits = []
+        results = b.interleaved(servers, after=lambda: limits.append(appends_beside(b, b.last_iops, **options)), rw="randwrite", depth=1, **options)
+        b.facts["write_flush_qd1" if options else "randwrite_qd1"] = {**results, "limit": limits}
+        for row, (what, target, key) in rows.items():
+            b.row(row, f"NBD {what} / qemu-nbd raw", target, b.ratios(results, name, b.qemu.name, key))
+            fit = statistics.median(most[key] / peer[key] for most, peer in zip(limits, results[b.qemu.name]))
+            b.row(row + "_limit", "the same / fio straight on the disk, appends of 8 KiB one at a time and as many random reads and writes beside them", (None, None),
+                  [turn[key] / most[key] for turn, most in zip(results[name], limits)], note=f"that is {fit:.2f} of qemu-nbd, which has its socket besides")
 
 
-def both_ways(b, reads):
+def appends_beside(b, rate, extra=()):
+    """What the disk gives a journal with one write in flight: appends of a header and a block, while as many blocks a second are read and written at random."""
+    command = ["fio", "--ioengine=io_uring", "--direct=1", "--time_based", f"--runtime={b.seconds}", "--randrepeat=0", "--norandommap", "--output-format=json",
+               "--percentile_list=50:99:99.9", "--name=appends", f"--filename={b.path('appends.img')}", "--rw=write", "--bs=8k", "--iodepth=1", *extra,
+               "--name=behind", f"--filename={b.path('third.img')}", f"--size={b.size}m", "--rw=randrw", "--bs=4k", "--iodepth=2", f"--rate_iops={int(rate)},{int(rate)}"]
+    out = run(*command)
+    b.shown(re.sub(r"^--rate_iops=.*", "--rate_iops=AS_MEASURED", part) for part in command)
+    side = json.loads(out[out.index("{"):])["jobs"][0]["write"]
+    percentiles = side["clat_ns"]["percentile"]
+    return {"iops": side["iops"], "p50_us": percentiles["50.000000"] / 1e3, "p99_us": percentiles["99.000000"] / 1e3}
+
+
+def both_ways(b, reads, file="third.img"):
     """MiB/s that the disk moves, straight and in both directions together, when so many percent are reads: the limit of what moves bytes several times."""
-    return b.fio(b.path("peer.img"), rw="rw", bs="1m", depth=8, seconds=min(b.seconds, 3), ramp=0, extra=[f"--rwmixread={reads}"])["both_mib_s"]
+    return b.fio(b.path(file), rw="rw", bs="1m", depth=8, seconds=min(b.seconds, 3), ramp=0, extra=[f"--rwmixread={reads}"])["both_mib_s"]
 
 
 def sequential(b):
     servers = [b.ours, b.qemu]
     # Where the disk itself may be the limit: how often it moves each byte, and how many percent of these moves are reads.
     # Of a byte written: append, read of the old content, its before-image, write to the primary.
-    for name, what, rw, bound, moves, reads, limit in [
-        ("seqwrite", "NBD 1 MiB sequential write", "write", 0.9, 4, 25, "fio straight on the file, the four moves of each byte on one disk"),
-        ("seqread", "NBD 1 MiB sequential read", "read", 1.0, 1, 100, "fio straight on the file"),
+    for name, what, rw, bound, moves, reads, file, limit in [
+        ("seqwrite", "NBD 1 MiB sequential write", "write", 0.9, 4, 25, "third.img", "fio straight on the disk, the four moves of each byte"),
+        ("seqread", "NBD 1 MiB sequential read", "read", 1.0, 1, 100, "cdp/primary.img", "fio straight on the same file"),
     ]:
         limits = []
-        results = b.interleaved(servers, after=lambda: limits.append(both_ways(b, reads) / moves), rw=rw, bs="1m", depth=8)
+        results = b.interleaved(servers, after=lambda: limits.append(both_ways(b, reads, file) / moves), rw=rw, bs="1m", depth=8)
         b.facts[name] = {**results, "limit_mib_s": limits}
         b.row(name, f"{what} / qemu-nbd raw", (">=", bound), b.ratios(results, b.ours.name, b.qemu.name))
         b.row(name + "_limit", f"the same / {limit}", (None, None), [turn["mib_s"] / most for turn, most in zip(results[b.ours.name], limits)],
@@ -347,23 +392,26 @@ def sequential(b):
           [own / peer for own, peer in zip(*straight.values())], note="how much of the row before is the disk's")
 
 
+def cdp_bench(b, what, *options):
+    command = [f"{BIN}/cdp-bench", what, b.path("engine"), *options]
+    b.shown(command)
+    return json.loads(run(*command))
+
+
 def engine_bench(b, *options):
-    folder = b.path("engine")
-    return json.loads(run(f"{BIN}/cdp-bench", "engine", folder, *options))
+    return cdp_bench(b, "engine", *options)
 
 
-def mix(b, moved, guest):
+def mix(b, moved, guest, file):
     """fio with the physical mix of protected writes: random reads and writes in the proportion that was measured, appends at the rate of `guest` writes a second
     and then at the one that came out. Answers how many writes of the guest fit into that."""
     appends = b.path("appends.img")
-    if not os.path.exists(appends):
-        fill(appends, 512)
     reads, writes_ = moved["before_image_bytes_per_guest_byte"], moved["primary_bytes_per_guest_byte"]
     appended = moved["journal_bytes_per_guest_byte"] + reads
     share = reads + writes_
     for _ in range(2):
         command = ["fio", "--ioengine=io_uring", "--direct=1", "--time_based", f"--runtime={b.seconds}", "--randrepeat=0", "--norandommap",
-                   "--output-format=json", "--name=random", f"--filename={b.path('peer.img')}", f"--size={b.size}m", "--rw=randrw", "--bs=4k",
+                   "--output-format=json", "--name=random", f"--filename={file}", f"--size={os.path.getsize(file) >> 20}m", "--rw=randrw", "--bs=4k",
                    "--iodepth=64", f"--rwmixread={round(100 * reads / share)}", "--name=appends", f"--filename={appends}",
                    "--rw=write", "--bs=128k", "--iodepth=2", f"--rate={int(guest * 4096 * appended)}"]
         out = run(*command)
@@ -374,37 +422,38 @@ def mix(b, moved, guest):
 
 
 def engine(b):
-    size = min(b.size, 512 if b.args.quick else 4096 if b.args.full else 2048)
-    options = ["--size", size, "--reserve", size, "--seconds", b.seconds * 2, "--ramp", 1 if b.args.quick else 3]
+    size = min(b.size, 512 if b.args.quick else 8192 if b.args.full else 2048)
+    # A write is charged 8 KiB: the ring wraps while the ramp runs, and logs are evicted all the time.
+    options = ["--size", size, "--reserve", min(size, 2048) if b.args.full else size // 4, "--seconds", b.seconds * 2, "--ramp", 1 if b.args.quick else 15 if b.args.full else 4]
     runs, limits = [], []
     for _ in range(2 if b.args.quick else 5):
         runs.append(engine_bench(b, *options, "--depth", 32))
-        limits.append(mix(b, runs[-1], runs[-1]["iops"]))
+        limits.append(mix(b, runs[-1], runs[-1]["iops"], b.path("third.img")))
     b.facts["engine"] = {"runs": runs, "fio_same_mix_iops": limits}
     b.row("engine", "engine alone, 4K random write QD32 / fio with the same physical mix", (">=", 0.7),
-          [run_["iops"] / limit for run_, limit in zip(runs, limits)], note=f"{size} MiB")
-    b.row("journal_bytes", "bytes written to the CDP disk / guest bytes, 4K QD32, before-images aside", ("<=", 1.05),
-          [run_["journal_bytes_per_guest_byte"] for run_ in runs], note=f"engine alone, {size} MiB")
+          [run_["iops"] / limit for run_, limit in zip(runs, limits)],
+          note=f"{size} MiB; {statistics.median(run_['evicted'] for run_ in runs):.0f} logs evicted in a turn, so the ring wraps")
+    b.row("journal_bytes_engine", "the same, engine alone", (None, None), [run_["journal_bytes_per_guest_byte"] for run_ in runs], note=f"{size} MiB")
     total = lambda r: r["journal_bytes_per_guest_byte"] + r["before_image_bytes_per_guest_byte"] + r["primary_bytes_per_guest_byte"]
     b.row("amplification", "total write amplification, before-images and primary counted in", (None, None), [total(r) for r in runs],
           note="engine alone, QD32, uniform")
-    depth = [32] if b.args.quick else [1, 4, 16, 32, 128]
     # A smaller volume: each point makes its own files.
     of_depth = ["--size", min(size, 1024), "--reserve", min(size, 1024), "--seconds", 2, "--ramp", 1]
-    points = [(d, engine_bench(b, *of_depth, "--depth", d)) for d in depth]
-    b.curves["amplification_depth"] = {"x": "writes in flight", "y": "bytes written / guest bytes", "log": True, "series": {
+    points = [(32, runs[0])] if b.args.quick else [(d, engine_bench(b, *of_depth, "--depth", d)) for d in [1, 2, 4, 8, 16, 32, 128]]
+    b.curves["amplification_depth"] = {"x": "writes in flight", "y": "bytes written / guest bytes", "series": {
         "CDP disk, without before-images": [(d, r["journal_bytes_per_guest_byte"]) for d, r in points], "all": [(d, total(r)) for d, r in points]}}
     sets = [64] if b.args.quick else [64, 256, 1024, size]
-    small = lambda mib: options[:4] if mib > 1024 else of_depth[:4]
-    points = [(s, engine_bench(b, *small(s), "--seconds", 3, "--ramp", 2, "--working-set", s)) for s in sorted(set(sets))]
-    b.curves["amplification_set"] = {"x": "MiB that are written to", "y": "bytes written / guest bytes", "log": True, "series": {
+    small = lambda mib: ["--size", size, "--reserve", size // 2] if mib > 1024 else of_depth[:4]
+    times = ["--seconds", 1, "--ramp", 1] if b.args.quick else ["--seconds", 3, "--ramp", 2]
+    points = [(s, engine_bench(b, *small(s), *times, "--working-set", s)) for s in sorted(set(sets))]
+    b.curves["amplification_set"] = {"x": "MiB that are written to", "y": "bytes written / guest bytes", "series": {
         "before-images": [(s, r["before_image_bytes_per_guest_byte"]) for s, r in points],
         "primary": [(s, r["primary_bytes_per_guest_byte"]) for s, r in points], "all": [(s, total(r)) for s, r in points]}}
     # How long a block is left alone decides whether the backlog or its log knows it still.
     # In the seconds that are measured each block must come round.
     apart = [16] if b.args.quick else [4, 16, 64]
-    points = [(d, engine_bench(b, *small(d), "--seconds", 3, "--ramp", 2, "--distance", d)) for d in apart]
-    b.curves["amplification_distance"] = {"x": "MiB written between two writes of a block", "y": "bytes written / guest bytes", "log": True, "series": {
+    points = [(d, engine_bench(b, *small(d), *times, "--distance", d)) for d in apart]
+    b.curves["amplification_distance"] = {"x": "MiB written between two writes of a block", "y": "bytes written / guest bytes", "series": {
         "before-images": [(d, r["before_image_bytes_per_guest_byte"]) for d, r in points],
         "primary": [(d, r["primary_bytes_per_guest_byte"]) for d, r in points], "all": [(d, total(r)) for d, r in points]}}
 
@@ -412,66 +461,70 @@ def engine(b):
 def records(b):
     counts = [100_000, 300_000 if b.args.quick else 1_000_000]
     if b.args.full:
-        counts += [10_000_000, 30_000_000]
+        counts += [10_000_000]
     elif not b.args.quick:
         counts += [3_000_000]
     runs = {}
+    # One reservation for all, with room for the most: a log is a fixed share of it, and what is in memory is a share of a log.
+    reserve = 1024 + counts[-1] * 200 // (1 << 20)
     for count in counts:
-        runs[count] = json.loads(run(f"{BIN}/cdp-bench", "views", b.path("engine"), "--records", count))
+        runs[count] = cdp_bench(b, "views", "--records", count, "--reserve", reserve)
         b.say(f"{count} records: {json.dumps(runs[count]['open'])}")
     b.facts["records"] = runs
-    # The targets speak of 10 million against one; what comes after them shows whether it goes on growing.
-    most = min(counts[-1], 10_000_000)
+    most = counts[-1]
     open_ = lambda count: runs[count]["open"]
     b.row("view_open", f"view open with {most:,} records, p99, ms", ("<=", 10), [open_(most)["p99_us"] / 1000],
           note=f"p50 {open_(most)['p50_us'] / 1000:.2g}; engine alone" + ("" if b.args.full else "; 10 million with FULL=1"))
     fewer = max(count for count in counts if count < most)
     b.row("view_open_flat", f"view open p50, {most:,} records / {fewer:,}", (None, None), [open_(most)["p50_us"] / max(1e-9, open_(fewer)["p50_us"])],
           note=f"with {fewer:,} p50 {open_(fewer)['p50_us'] / 1000:.2g}, p99 {open_(fewer)['p99_us'] / 1000:.2g} ms; flat is near 1, or far below the bound")
-    steps = {"memory_records": (most, fewer), "memory_records_more": (counts[-1], most)}
-    for name, (more, fewer) in steps.items():
-        if more > fewer:
-            resident = lambda count: runs[count]["resident_mib"]
-            b.row(name, f"memory with {more:,} records / {fewer:,}", ("<=", 1.2) if more >= 10_000_000 else (None, None), [resident(more) / max(1, resident(fewer))],
-                  note=f"flat; {resident(fewer)} and {resident(more)} MiB, engine alone")
-    b.curves["records"] = {"x": "records in the journal", "y": "microseconds, p99", "log": True, "series": {
+    resident = lambda count: runs[count]["resident_mib"]
+    b.row("memory_records", f"memory with {most:,} records / {fewer:,}", ("<=", 1.2) if b.args.full else (None, None), [resident(most) / max(1, resident(fewer))],
+          note=f"flat; {resident(fewer)} and {resident(most)} MiB, engine alone, both in a reservation of {reserve} MiB")
+    b.curves["records"] = {"x": "records in the journal", "y": "microseconds, p99", "series": {
         "view open": [(c, r["open"]["p99_us"]) for c, r in runs.items()], "view read, old": [(c, r["read_old"]["p99_us"]) for c, r in runs.items()],
         "view read, young": [(c, r["read_young"]["p99_us"]) for c, r in runs.items()]}}
 
 
 def views(b):
-    old = b.ctl("mark", "demo")["time"]
     b.fio(b.ours.uri, rw="randwrite", depth=32)
-    young = b.ctl("mark", "demo")["time"]
+    b.settle()
+    history = lambda: (b.ctl("info", "demo")["coverage"][-1]["start"], b.ctl("mark", "demo")["time"])
+    oldest, now = history()
+    # A second from the old end: a log may be evicted between the question and the view.
+    instants = {"old": oldest + 1_000_000_000, "middle": (oldest + now) // 2, "young": now}
     b.fio(b.ours.uri, rw="randwrite", depth=32, seconds=1)
     b.settle()
     opened = {}
-    for age, at in [("old", old), ("young", young)]:
+    for age, at in instants.items():
         began = time.monotonic()
         view = b.ctl("view", "open", "demo", "--at", at)
         opened[age] = (view, (time.monotonic() - began) * 1000)
-    ratios = []
+    ratios = {age: [] for age in opened}
     for _ in range(b.pairs):
         volume = b.fio(b.ours.uri, rw="randread", depth=32)
-        for view, _ms in opened.values():
-            ratios.append(b.fio(view["nbd_uri"], rw="randread", depth=32)["iops"] / volume["iops"])
-    b.facts["views"] = {"open_ms_with_cdpctl": {age: ms for age, (_, ms) in opened.items()}, "read_ratios": ratios}
-    b.row("view_read", "view 4K random read QD32 / volume 4K random read, young and old", (">=", 0.8), ratios)
-    ratios, errors = [], 0
-    for view, _ms in opened.values():
-        b.ctl("view", "close", view["id"])
+        for age, (view, _ms) in opened.items():
+            ratios[age].append(b.fio(view["nbd_uri"], rw="randread", depth=32)["iops"] / volume["iops"])
+    b.facts["views"] = {"open_ms_with_cdpctl": {age: ms for age, (_, ms) in opened.items()}, "read_ratios": ratios, "history_s": (now - oldest) / 1e9}
+    for age in opened:
+        back = (now - instants[age]) / 1e9
+        b.row(f"view_read_{age}", f"view 4K random read QD32 / volume 4K random read, {age} instant", (">=", 0.8), ratios[age],
+              note=f"{back:.0f} s back of {(now - oldest) / 1e9:.0f} s of history; opened in {opened[age][1]:.1f} ms, the start of cdpctl counted in")
+        b.ctl("view", "close", opened[age][0]["id"])
+    ratios, readers, errors = [], [], 0
     for _ in range(b.pairs):
         alone = b.fio(b.ours.uri, rw="randwrite", depth=32)
-        # Of now: a view of long ago may lose its log to the writes of this very row, as it should.
-        view = b.ctl("view", "open", "demo", "--at", b.ctl("mark", "demo")["time"])
-        reader = subprocess.Popen(["fio", "--name=v", "--ioengine=nbd", f"--uri={view['nbd_uri']}", "--rw=randread", "--bs=4k",
-                                   "--iodepth=32", f"--size={b.size}m", "--time_based", f"--runtime={b.seconds + 2}", "--norandommap"],
-                                  stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        time.sleep(0.5)
-        ratios.append(b.fio(b.ours.uri, rw="randwrite", depth=32)["iops"] / alone["iops"])
-        errors += reader.wait() != 0
+        # From the middle of the history: one from its end may lose its log to the writes of this very row, as it should.
+        oldest, now = history()
+        view = b.ctl("view", "open", "demo", "--at", (oldest + now) // 2)
+        with b.guest(view["nbd_uri"], "--rw=randread", "--iodepth=32") as reader:
+            time.sleep(0.5)
+            ratios.append(b.fio(b.ours.uri, rw="randwrite", depth=32)["iops"] / alone["iops"])
+        readers.append(reader.get("iops", 0))
+        errors += bool(reader.get("error", 1))
         b.ctl("view", "close", view["id"])
-    b.row("guest_beside_view", "guest IOPS while a view is read at full speed / without", (">=", 0.5), ratios, note=f"{errors} view readers ended with an error")
+    b.row("guest_beside_view", "guest IOPS while a view is read at full speed / without", (">=", 0.5), ratios,
+          note=f"a view from the middle of the history, read with 32 in flight: {statistics.median(readers):,.0f} reads/s; {errors} readers ended with an error")
 
 
 def revert(b):
@@ -484,27 +537,26 @@ def revert(b):
         began = time.monotonic()
         b.ctl("revert", "demo", "--at", point, "--force", "--release")
         call_ms = (time.monotonic() - began) * 1000
-        with concurrent.futures.ThreadPoolExecutor() as pool:
-            guest = pool.submit(b.fio, b.ours.uri, rw="randrw", depth=1, seconds=1, ramp=0)
+        with b.guest(b.ours.uri, "--rw=randrw", "--iodepth=1") as guest:
             blocks = 0
             while total := (b.ctl("info", "demo").get("revert") or {}).get("blocks_total"):
                 blocks = total
                 time.sleep(0.01)
             copy_s = time.monotonic() - began
-            guest = guest.result()
-        disk = b.fio(b.path("peer.img"), rw="write", bs="1m", depth=8, seconds=1, ramp=0)["mib_s"]
+        disk = b.fio(b.path("third.img"), rw="write", bs="1m", depth=8, seconds=1, ramp=0)["mib_s"]
         # Of each byte: read of the target's content and of the present one, its before-image, write to the primary.
         limit = both_ways(b, 50) / 4
         # Of the logs back to the instant all blocks are copied, also those that were written there before it only.
         copied = max(changed, blocks >> 8)
-        rounds.append({"changed_mib": changed, "copied_mib": copied, "call_ms": call_ms, "until_copied_s": copy_s, "guest_writes_meanwhile": guest,
+        rounds.append({"changed_mib": changed, "copied_mib": copied, "call_ms": call_ms, "until_copied_s": copy_s, "guest_meanwhile": guest,
                        "disk_mib_s": disk, "limit_mib_s": limit})
     b.facts["revert"] = rounds
     median = lambda of: statistics.median(of(r) for r in rounds)
     b.row("revert_call", f"revert over {changed} MiB of changed blocks: until the call returns, ms", ("<=", 200), [r["call_ms"] for r in rounds],
           note="with the start of cdpctl")
     b.row("revert_copy", "its background copy / disk bandwidth", (">=", 0.5), [r["copied_mib"] / r["until_copied_s"] / r["disk_mib_s"] for r in rounds],
-          note=f"{median(lambda r: r['copied_mib']):.0f} MiB in all; guest writes meanwhile: {median(lambda r: r['guest_writes_meanwhile']['iops']):.0f}/s and as many reads, one at a time, none failed")
+          note=f"{median(lambda r: r['copied_mib']):.0f} MiB in all; a guest beside all of it, one read or write at a time: {median(lambda r: r['guest_meanwhile'].get('iops', 0)):.0f}/s, longest "
+          f"{max(r['guest_meanwhile'].get('max_ms', 0) for r in rounds):.0f} ms, {sum(bool(r['guest_meanwhile'].get('error', 1)) for r in rounds)} guests with an error")
     b.row("revert_limit", "its background copy / fio straight on the file, four moves of each byte on one disk", (None, None),
           [r["copied_mib"] / r["until_copied_s"] / r["limit_mib_s"] for r in rounds],
           note=f"{median(lambda r: r['limit_mib_s']):.0f} MiB/s fit, that is {median(lambda r: r['limit_mib_s'] / r['disk_mib_s']):.2f} of the disk's bandwidth")
@@ -512,10 +564,11 @@ def revert(b):
 
 def restart(b):
     used = b.ctl("info", "demo")["used_bytes"] / (1 << 30)
-    b.fio(b.ours.uri, rw="randwrite", depth=32, seconds=1)
     times = []
     for _ in range(b.pairs):
-        b.ours.stop(signal.SIGKILL)
+        with b.guest(b.ours.uri, "--rw=randwrite", "--iodepth=32"):
+            time.sleep(1.5)
+            b.ours.stop(signal.SIGKILL)
         began = time.monotonic()
         folder = b.path("cdp")
         process = subprocess.Popen([f"{BIN}/cdp-agent", "--dev", folder, "--size", f"{b.size}MiB", "--cdp-size", f"{b.cdp_size}MiB"], stdout=b.log, stderr=b.log)
@@ -523,7 +576,7 @@ def restart(b):
             time.sleep(0.01)
         times.append(time.monotonic() - began)
         b.ours.process = process
-    b.row("restart", f"start after kill -9 with {used:.1f} GiB of history until the first read is served, s", ("<=", 1.0), times)
+    b.row("restart", f"start after kill -9 with {used:.1f} GiB of history until the first read is served, s", ("<=", 1.0), times, note="killed while 32 writes are in flight")
 
 
 def memory(b):
@@ -532,11 +585,16 @@ def memory(b):
 
 def scaling(b):
     """Many volumes on one CDP disk, written at once."""
-    counts = [1, 2, 8] if b.args.quick else [1, 2, 8, 64]
+    counts = [1, 8] if b.args.quick else [1, 2, 8, 64]
     sums = {count: [] for count in counts}
     folder = b.path("many")
     os.makedirs(folder)
-    mib, reserve = 32, 64
+    # All together are as large as the volume of the other rows: the backlogs must not hold them.
+    mib = b.size // 64
+    reserve = max(64, mib)
+    # Room for the files: what no later step needs.
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(b.path("third.img"))
     with open(f"{folder}/cdp.img", "wb") as file:
         file.truncate((counts[-1] * reserve + 256) << 20)
     with open(f"{folder}/config.toml", "w") as config:
@@ -553,37 +611,85 @@ def scaling(b):
         names = [f"v{number}" for number in range(counts[-1])]
         ctl("edit", *names, "--reserve-capacity", f"{reserve}MiB", "--reserve-duration", "1h", "--priority", "mid")
         ctl("enable", *names)
-        for count in counts * b.pairs:
+        rounds = [count for number in range(b.pairs) for count in counts if b.args.full or count in (1, counts[-1]) or number == 0]
+        for count in rounds:
             jobs = [f for n in range(count) for f in [f"--name=v{n}", f"--uri=nbd+unix:///v{n}?socket={folder}/nbd.sock"]]
             # The same requests in flight in all.
             command = ["fio", "--ioengine=nbd", "--rw=randwrite", "--bs=4k", f"--iodepth={max(1, 64 // count)}", f"--size={mib}m", "--randrepeat=0",
-                       "--norandommap", "--time_based", f"--runtime={min(b.seconds, 2)}", "--ramp_time=0.5", "--thread", "--output-format=json"]
+                       "--norandommap", "--time_based", f"--runtime={b.seconds}", "--ramp_time=1", "--thread", "--output-format=json"]
             b.shown([*command, *jobs[:2], *(["AND SO ON"] if count > 1 else [])])
             out = run(*command, *jobs)
             sums[count].append(sum(job["write"]["iops"] for job in json.loads(out[out.index("{"):])["jobs"]))
+            deadline = time.monotonic() + 30
+            while any(volume["backlog_bytes"] for volume in json.loads(ctl("list"))["list"]) and time.monotonic() < deadline:
+                time.sleep(0.2)
     finally:
         agent.terminate()
         agent.wait()
         shutil.rmtree(folder)
     b.facts["scaling"] = sums
     b.row("scaling", f"sum of IOPS of {counts[-1]} volumes written at once / one volume's", (">=", 0.9), [many / one for many, one in zip(sums[counts[-1]], sums[1])],
-          note="64 requests in flight in all" + ("; 64 volumes without QUICK=1" if b.args.quick else ""))
-    b.curves["volumes"] = {"x": "volumes written at once", "y": "4K writes/s, sum", "log": True, "series": {"protected": [(count, statistics.median(of)) for count, of in sums.items()]}}
+          note=f"64 requests in flight in all, each volume {mib} MiB; the best of the counts: {max(statistics.median(of) for of in sums.values()):,.0f}/s" + ("; 64 volumes without QUICK=1" if b.args.quick else ""))
+    b.curves["volumes"] = {"x": "volumes written at once", "y": "4K writes/s, sum", "series": {"cdp-agent": [(count, statistics.median(of)) for count, of in sums.items()]}}
 
 
 def curves(b):
     servers = [b.ours, b.qemu]
     seconds = 1 if b.args.quick else 3 if b.args.full else 2
+    rounds = 2 if b.args.full else 1
     depths = [1, 32] if b.args.quick else [1, 2, 4, 8, 16, 32, 64, 128]
-    sizes = ["4k", "1m"] if b.args.quick else ["4k", "16k", "64k", "256k", "1m"]
-    by_depth = {s.name: [(d, b.turn(s, depth=d, seconds=seconds)["iops"]) for d in depths] for s in servers}
-    b.curves["depth"] = {"x": "requests in flight", "y": "4K random writes/s", "log": True, "series": by_depth}
+    sizes = ["1m"] if b.args.quick else ["4k", "16k", "64k", "256k", "1m"]
+    sets = [64] if b.args.quick else sorted({64, 256, min(1024, b.size), min(4096, b.size), b.size})
     kib = lambda text: int(text[:-1]) * (1024 if text.endswith("m") else 1)
-    by_size = {s.name: [(kib(z), b.turn(s, bs=z, depth=8, seconds=seconds)["mib_s"]) for z in sizes] for s in servers}
-    b.curves["block_size"] = {"x": "KiB of a write", "y": "MiB/s, 8 in flight", "log": True, "series": by_size}
-    sets = sorted({64, 256, min(1024, b.size), min(4096, b.size), b.size} if not b.args.quick else {64, b.size})
-    by_set = {s.name: [(z, b.turn(s, size=z, seconds=seconds)["iops"]) for z in sets] for s in servers}
-    b.curves["working_set"] = {"x": "MiB that are written to", "y": "4K random writes/s, 32 in flight", "log": True, "series": by_set}
+
+    def curve(name, x, y, points, key, options, suffix=""):
+        series = b.curves.setdefault(name, {"x": x, "y": y, "series": {}})["series"]
+        for at, value in points:
+            turns = b.interleaved(servers, pairs=rounds, seconds=seconds, **options(value))
+            for server in servers:
+                series.setdefault(server.name + suffix, []).append((at, statistics.median(turn[key] for turn in turns[server.name])))
+
+    curve("depth", "requests in flight", "4K random writes/s", [(d, d) for d in depths], "iops", lambda d: {"depth": d})
+    curve("block_size", "KiB of a write", "MiB/s, 8 in flight", [(kib(z), z) for z in sizes], "mib_s", lambda z: {"bs": z, "depth": 8})
+    curve("working_set", "MiB that are written to", "4K random writes/s, 32 in flight", [(z, z) for z in sets], "iops", lambda z: {"size": z})
+    if b.args.full:
+        for gib in (1, 4):
+            if gib << 10 < b.size:
+                curve(f"depth_{gib}_gib", f"requests in flight, {gib} GiB written to", "4K random writes/s", [(d, d) for d in depths[::2]], "iops",
+                      lambda d: {"depth": d, "size": gib << 10})
+
+
+def device(b):
+    """What the disk gives, straight: the figures of the model. And the way of a request between guest and server, from the raw server."""
+    seconds = min(b.seconds, 3)
+    one = lambda bs: b.fio(b.path("appends.img"), rw="write", bs=bs, depth=1, seconds=seconds, size=512, ramp=0)["mean_us"] / 1e6
+    small, large = one("8k"), one("1m")
+    append_bytes_s = ((1 << 20) - (8 << 10)) / max(1e-9, large - small)
+    command = {"rw": "randrw", "depth": 64, "seconds": seconds, "ramp": 0}
+    raw = b.fio(b.path("third.img"), rw="randwrite", depth=1, seconds=seconds, ramp=0)["mean_us"] / 1e6
+    served = statistics.median(b.turn(b.qemu, depth=1, seconds=seconds)["mean_us"] for _ in range(1 if b.args.quick else 3)) / 1e6
+    busy = [b.turn(b.ours, depth=32, bs=bs, seconds=seconds) for bs in ("4k", "64k")]
+    cpu_s, cpu_64k_s = (turn["cpu_us"] / 1e6 for turn in busy)
+    b.facts["device"] = {
+        "append_s": max(0, small - (8 << 10) / append_bytes_s), "append_bytes_s": append_bytes_s, "random": b.fio(b.path("third.img"), **command)["both_iops"],
+        "both_bytes_s": both_ways(b, 25) * (1 << 20), "path_s": max(0, served - raw), "cpu_s": cpu_s, "cpu_byte_s": max(0, cpu_64k_s - cpu_s) / (60 << 10)}
+
+
+def predict(b):
+    """Draws what the model says beside each curve that it speaks of, and tells how far apart they are."""
+    if "device" not in b.facts:
+        return
+    figures = model.Figures(**b.facts["device"])
+    volume = b.size << 20
+    of = lambda **options: model.writes_s(figures, **{"set_bytes": volume, "reserve": volume, **options})
+    mib_s = lambda size: of(size=size, depth=8) * size / (1 << 20)
+    asked = {"depth": lambda x: of(depth=x), "block_size": lambda x: mib_s(x << 10), "working_set": lambda x: of(set_bytes=x << 20),
+             "volumes": lambda x: of(depth=64 / x, volumes=x, set_bytes=(b.size // 64 * x) << 20, reserve=(max(64, b.size // 64) * x) << 20)}
+    asked |= {f"depth_{gib}_gib": lambda x, gib=gib: of(depth=x, set_bytes=gib << 30) for gib in (1, 4)}
+    for name, at in asked.items():
+        if name in b.curves:
+            series = b.curves[name]["series"]
+            series["predicted"] = [(x, at(x)) for x, _ in series["cdp-agent"]]
 
 
 def longest_each_second(path):
@@ -627,8 +733,8 @@ def stability(b, seconds=600):
 
 def idle_volumes(b):
     """1,000 protected volumes that do nothing. Their CDP disk takes 34 GiB: what no later step needs makes room for it."""
-    if os.path.exists(b.path("copy.img")):
-        os.remove(b.path("copy.img"))
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(b.path("third.img"))
     folder = b.path("idle")
     os.makedirs(folder)
     with open(f"{folder}/cdp.img", "wb") as file:
@@ -661,135 +767,6 @@ def idle_volumes(b):
 SELF_CONTAINED = {"records", "scaling", "idle"}
 
 
-# -- what is written ---------------------------------------------------------------------------------------------------
-
-ORDER = ["randwrite", "randwrite_limit", "cbw", "hot", "flush", "p50", "p99", "seqwrite", "seqwrite_limit", "randread", "randread_files", "seqread", "seqread_limit", "engine", "cpu", "journal_bytes", "amplification",
-         "view_open", "view_open_flat", "view_read", "guest_beside_view", "revert_call", "revert_copy", "revert_limit", "restart", "memory_loaded", "memory_idle",
-         "memory_records", "memory_records_more", "scaling", "stability", "stability_disk", "stability_peer", "stability_peer_disk"]
-UNMEASURED = {
-    "memory_idle": ("memory: 1,000 idle protected volumes, MiB", ("<=", 1024)),
-    "stability": ("write latency over 10 minutes of random writes, 8 in flight: longest, ms", ("<=", 100)),
-}
-COLOURS = ["#1f6fb4", "#d1622b", "#3a923a", "#8a5fb0"]
-
-
-def svg(curve):
-    """A plain line plot: the x axis in equal steps, the y axis from 0."""
-    width, height, left, bottom, top = 560, 300, 70, 50, 20
-    series = curve["series"]
-    xs = sorted({x for points in series.values() for x, _ in points})
-    peak = max((y for points in series.values() for _, y in points), default=1) or 1
-    at_x = lambda x: left + (xs.index(x) + 0.5) * (width - left - 20) / len(xs)
-    at_y = lambda y: height - bottom - y / peak * (height - bottom - top)
-    out = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-family="sans-serif" font-size="12">',
-           f'<rect width="{width}" height="{height}" fill="white"/>']
-    for step in range(5):
-        value = peak * step / 4
-        out.append(f'<line x1="{left}" x2="{width - 20}" y1="{at_y(value):.1f}" y2="{at_y(value):.1f}" stroke="#ddd"/>')
-        out.append(f'<text x="{left - 6}" y="{at_y(value) + 4:.1f}" text-anchor="end">{value:,.4g}</text>')
-    for x in xs:
-        out.append(f'<text x="{at_x(x):.1f}" y="{height - bottom + 16}" text-anchor="middle">{x:,}</text>')
-    out.append(f'<text x="{(left + width) / 2}" y="{height - 12}" text-anchor="middle">{curve["x"]}</text>')
-    out.append(f'<text x="14" y="{(height - bottom) / 2}" text-anchor="middle" transform="rotate(-90 14 {(height - bottom) / 2})">{curve["y"]}</text>')
-    for number, (name, points) in enumerate(series.items()):
-        colour = COLOURS[number % len(COLOURS)]
-        line = " ".join(f"{at_x(x):.1f},{at_y(y):.1f}" for x, y in points)
-        out.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        out += [f'<circle cx="{at_x(x):.1f}" cy="{at_y(y):.1f}" r="3" fill="{colour}"/>' for x, y in points]
-        out.append(f'<text x="{left + 8}" y="{top + 14 * number + 4}" fill="{colour}">{name}</text>')
-    return "\n".join(out + ["</svg>"]) + "\n"
-
-
-def machine(b):
-    with open("/proc/cpuinfo") as info:
-        model = next((line.split(":")[1].strip() for line in info if line.startswith("model name")), "unknown")
-    version = lambda *c: run(*c).splitlines()[0]
-    return {
-        "machine": f"{os.cpu_count()} cores, {model}, Linux {os.uname().release}, {run('stat', '-f', '-c', '%T', b.args.dir).strip()}",
-        "versions": "; ".join([version("qemu-nbd", "--version"), version("qemu-storage-daemon", "--version"), version("fio", "--version"),
-                               version("nbdkit", "--version"), version("rustc", "--version")]),
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
-        "commit": run("git", "-C", ROOT, "rev-parse", "--short", "HEAD").strip() or "unknown",
-        "load": os.getloadavg()[0],
-        "minutes": (time.monotonic() - b.began) / 60,
-        "mode": "full" if b.args.full else "quick" if b.args.quick else "default",
-    }
-
-
-def priority():
-    """A machine that others use, too: whoever runs the bench may give its session more of the processor, peers and clients included."""
-    try:
-        with open("/proc/self/autogroup") as group:
-            nice = int(group.read().split()[-1])
-    except (OSError, ValueError, IndexError):
-        return ""
-    return f"; the session of the bench, all servers and clients in it, ran at autogroup nice {nice}" if nice else ""
-
-
-def report(b, load_before):
-    about = machine(b)
-    os.makedirs(f"{HERE}/results", exist_ok=True)
-    results = f"{HERE}/results/{about['mode']}.json"
-    kept = []
-    if b.args.only and os.path.exists(results):
-        with open(results) as file:
-            last = json.load(file)
-        if last["volume_mib"] == b.size:
-            earlier = last.get("kept", [])
-            fresh = set(last["rows"]).difference(b.rows, *(run_["rows"] for run_ in earlier))
-            kept = [{**run_, "rows": sorted(set(run_["rows"]) - set(b.rows))} for run_ in [*earlier, {**last["about"], "rows": fresh}]]
-            kept = [run_ for run_ in kept if run_["rows"]]
-            b.commands = {**dict.fromkeys(last.get("commands", [])), **b.commands}
-            b.rows, b.curves, b.facts = {**last["rows"], **b.rows}, {**last["curves"], **b.curves}, {**last["facts"], **b.facts}
-    figures = {"about": about, "kept": kept, "volume_mib": b.size, "rows": b.rows, "curves": b.curves, "facts": b.facts, "commands": list(b.commands)}
-    with open(results, "w") as out:
-        json.dump(figures, out, indent=1)
-        out.write("\n")
-    lines = ["# Benchmarks", "", f"Written by `{'QUICK=1 ' if b.args.quick else 'FULL=1 ' if b.args.full else ''}make bench` on {about['date']}, in {about['minutes']:.0f} minutes; the raw figures are in "
-             f"`benches/results/{about['mode']}.json`. Ratios are of turns side by side in one run on one disk; the", "median counts, the spread is from the lowest to the highest. "
-             "What stands behind the figures is in `docs/performance.md`.", "", f"- Machine: {about['machine']}; load average {load_before:.1f} before the run{priority()}.",
-             f"- Versions: {about['versions']}; commit {about['commit']}.",
-             f"- Volume: {b.size} MiB, written before, uniform random unless a row says otherwise; CDP disk {b.cdp_size} MiB, written before, so that the ring wraps"
-             f" on blocks that are there. {b.seconds} s a turn, {b.pairs} pairs.",
-             *(f"- From an earlier run, on {run_['date']}, commit {run_['commit']}, load average {run_['load']:.1f} at its end: {', '.join(run_['rows'])}."
-               for run_ in kept), "", "| what | target | median | spread | met |", "|---|---|---|---|---|"]
-    for name in ORDER:
-        row = b.rows.get(name)
-        if not row:
-            if name in UNMEASURED:
-                what, target = UNMEASURED[name]
-                lines.append(f"| {what} | {target[0]} {target[1]} | not measured in this mode | | |")
-            continue
-        value = "not measured" if row["median"] is None else f"{row['median']:.3g}"
-        spread = "" if row["count"] < 2 else f"{row['low']:.3g} to {row['high']:.3g} ({row['count']})"
-        target = f"{row['target'][0]} {row['target'][1]}" if row["target"][0] else "reported"
-        note = f" ({row['note']})" if row["note"] else ""
-        lines.append(f"| {row['what']}{note} | {target} | {value} | {spread} | {'' if row['met'] is None else 'yes' if row['met'] else '**no**'} |")
-    if "randwrite_qd32" in b.facts:
-        lines += ["", "## 4K random writes, 32 in flight", "", "| server | IOPS, each turn | mean us | p99 us | CPU us a write |", "|---|---|---|---|---|"]
-        for name, turns in {**b.facts["randwrite_qd32"], **b.facts.get("randwrite_others", {})}.items():
-            med = lambda key: statistics.median(t.get(key, 0) for t in turns)
-            cpu = f"{med('cpu_us'):.1f}" if "cpu_us" in turns[0] else ""
-            each = ", ".join(f"{turn['iops']:,.0f}" for turn in turns)
-            lines.append(f"| {name} | {each} | {med('mean_us'):.0f} | {med('p99_us'):.0f} | {cpu} |")
-    lines += ["", "## Curves", ""]
-    for name, curve in b.curves.items():
-        if not b.args.no_docs:
-            os.makedirs(f"{ROOT}/docs/bench", exist_ok=True)
-            with open(f"{ROOT}/docs/bench/{name}.svg", "w") as out:
-                out.write(svg(curve))
-        lines.append(f"![{curve['y']} over {curve['x']}](bench/{name}.svg)")
-    lines += ["", "## Commands", "", "```", "cdp-agent --dev DIR --size SIZE --cdp-size CDP_SIZE", "qemu-nbd -f raw --cache=none --aio=io_uring --persistent --socket S FILE",
-              "qemu-storage-daemon --blockdev driver=file,node-name=f,filename=FILE,cache.direct=on,aio=io_uring --blockdev driver=raw,node-name=r,file=f \\",
-              "    [--blockdev driver=copy-before-write,node-name=c,file=r,target=t] --nbd-server addr.type=unix,addr.path=S --export type=nbd,id=e,node-name=r,name=x,writable=on",
-              "nbdkit -f -U S file FILE", "cdp-bench engine DIR --depth 32; cdp-bench views DIR --records N", "```", "",
-              "Every command of fio, once:", "", "```", *b.commands, "```", ""]
-    if not b.args.no_docs:
-        with open(f"{ROOT}/docs/benchmarks.md", "w") as out:
-            out.write("\n".join(lines))
-    print("\n".join(lines))
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
@@ -805,7 +782,7 @@ def main():
     try:
         if not args.only or set(args.only) - SELF_CONTAINED:
             b.prepare()
-        steps = [("writes", writes), ("peers", peers), ("latency", latency), ("sequential", sequential), ("curves", curves), ("memory", memory), ("views", views), ("revert", revert),
+        steps = [("writes", writes), ("peers", peers), ("latency", latency), ("sequential", sequential), ("device", device), ("curves", curves), ("views", views), ("revert", revert), ("memory", memory),
                  ("restart", restart), ("engine", engine), ("records", records), ("scaling", scaling)]
         if not args.quick:
             steps.append(("idle", idle_volumes))
@@ -826,7 +803,8 @@ def main():
                         b.start_ours()
                         b.qemu = b.start_qemu()
                         break
-        report(b, load_before)
+        predict(b)
+        report.write(b, load_before)
     finally:
         for server in Server.started:
             server.stop()

@@ -1,0 +1,158 @@
+"""What `bench.py` found, as JSON, plots and docs/benchmarks.md."""
+import datetime
+import json
+import os
+import statistics
+import subprocess
+import time
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(HERE)
+
+
+def run(*command, **kwargs):
+    return subprocess.run([str(c) for c in command], check=True, capture_output=True, text=True, **kwargs).stdout
+
+
+ORDER = [
+    "randwrite", "randwrite_limit", "cbw", "hot", "randwrite_qd4", "randwrite_qd8", "flush", "flush_limit", "p50", "p50_limit", "p99", "p99_limit", "seqwrite", "seqwrite_limit",
+    "randread", "randread_files", "seqread", "seqread_limit", "engine", "cpu", "journal_bytes", "journal_bytes_engine", "amplification", "view_open", "view_open_flat",
+    "view_read_young", "view_read_middle", "view_read_old", "guest_beside_view", "revert_call", "revert_copy", "revert_limit", "restart", "memory_loaded", "memory_idle",
+    "memory_records", "scaling", "stability", "stability_disk", "stability_peer", "stability_peer_disk",
+]
+UNMEASURED = {
+    "memory_idle": ("memory: 1,000 idle protected volumes, MiB", ("<=", 1024)),
+    "stability": ("write latency over 10 minutes of random writes, 8 in flight: longest, ms", ("<=", 100)),
+}
+COLOURS = ["#1f6fb4", "#d1622b", "#3a923a", "#8a5fb0"]
+# They answer from the page cache of the host: what they acknowledge is in memory.
+CACHED = {"nbdkit file", "qemu-nbd writeback"}
+
+
+def svg(curve):
+    """A plain line plot: the x axis in equal steps, the y axis from 0."""
+    width, height, left, bottom, top = 560, 300, 70, 50, 20
+    series = curve["series"]
+    xs = sorted({x for points in series.values() for x, _ in points})
+    peak = max((y for points in series.values() for _, y in points), default=1) or 1
+    at_x = lambda x: left + (xs.index(x) + 0.5) * (width - left - 20) / len(xs)
+    at_y = lambda y: height - bottom - y / peak * (height - bottom - top)
+    out = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-family="sans-serif" font-size="12">',
+           f'<rect width="{width}" height="{height}" fill="white"/>']
+    for step in range(5):
+        value = peak * step / 4
+        out.append(f'<line x1="{left}" x2="{width - 20}" y1="{at_y(value):.1f}" y2="{at_y(value):.1f}" stroke="#ddd"/>')
+        out.append(f'<text x="{left - 6}" y="{at_y(value) + 4:.1f}" text-anchor="end">{value:,.4g}</text>')
+    for x in xs:
+        out.append(f'<text x="{at_x(x):.1f}" y="{height - bottom + 16}" text-anchor="middle">{x:,}</text>')
+    out.append(f'<text x="{(left + width) / 2}" y="{height - 12}" text-anchor="middle">{curve["x"]}</text>')
+    out.append(f'<text x="14" y="{(height - bottom) / 2}" text-anchor="middle" transform="rotate(-90 14 {(height - bottom) / 2})">{curve["y"]}</text>')
+    for number, (name, points) in enumerate(series.items()):
+        colour = COLOURS[number % len(COLOURS)]
+        dashes = ' stroke-dasharray="5 4"' if name == "predicted" else ""
+        line = " ".join(f"{at_x(x):.1f},{at_y(y):.1f}" for x, y in points)
+        out.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"{dashes}/>')
+        out += [f'<circle cx="{at_x(x):.1f}" cy="{at_y(y):.1f}" r="3" fill="{colour}"/>' for x, y in points]
+        out.append(f'<text x="{left + 8}" y="{top + 14 * number + 4}" fill="{colour}">{name}</text>')
+    return "\n".join(out + ["</svg>"]) + "\n"
+
+
+def machine(b):
+    with open("/proc/cpuinfo") as info:
+        model = next((line.split(":")[1].strip() for line in info if line.startswith("model name")), "unknown")
+    version = lambda *c: run(*c).splitlines()[0]
+    return {
+        "machine": f"{os.cpu_count()} cores, {model}, Linux {os.uname().release}, {run('stat', '-f', '-c', '%T', b.args.dir).strip()}",
+        "versions": "; ".join([version("qemu-nbd", "--version"), version("qemu-storage-daemon", "--version"), version("fio", "--version"),
+                               version("nbdkit", "--version"), version("rustc", "--version")]),
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+        "commit": run("git", "-C", ROOT, "rev-parse", "--short", "HEAD").strip() or "unknown",
+        "load": os.getloadavg()[0],
+        "minutes": (time.monotonic() - b.began) / 60,
+        "mode": "full" if b.args.full else "quick" if b.args.quick else "default",
+    }
+
+
+def priority():
+    """A machine that others use, too: whoever runs the bench may give its session more of the processor, peers and clients included."""
+    try:
+        with open("/proc/self/autogroup") as group:
+            nice = int(group.read().split()[-1])
+    except (OSError, ValueError, IndexError):
+        return ""
+    return f"; the session of the bench, all servers and clients in it, ran at autogroup nice {nice}" if nice else ""
+
+
+def predictions(b):
+    """The model beside what was measured."""
+    compared = {name: curve["series"] for name, curve in b.curves.items() if "predicted" in curve["series"]}
+    if not compared:
+        return []
+    lines = ["", "The dashed lines are the model of `docs/performance.md` (`benches/model.py`), from these figures of the disk, the socket and one core, taken in the same run: "
+             + ", ".join(f"{name} {value:.3g}" for name, value in b.facts["device"].items()) + ".", "", "| curve | point | measured | predicted | predicted / measured |", "|---|---|---|---|---|"]
+    for name, series in compared.items():
+        for (x, measured), (_, predicted) in zip(series["cdp-agent"], series["predicted"]):
+            lines.append(f"| {b.curves[name]['y']} over {b.curves[name]['x']} | {x:,} | {measured:,.0f} | {predicted:,.0f} | {predicted / max(1e-9, measured):.2f} |")
+    return lines
+
+
+def write(b, load_before):
+    """The raw figures, docs/benchmarks.md and its plots."""
+    about = machine(b)
+    os.makedirs(f"{HERE}/results", exist_ok=True)
+    results = f"{HERE}/results/{about['mode']}.json"
+    kept = []
+    if b.args.only and os.path.exists(results):
+        with open(results) as file:
+            last = json.load(file)
+        if last["volume_mib"] == b.size:
+            earlier = last.get("kept", [])
+            fresh = set(last["rows"]).difference(b.rows, *(run_["rows"] for run_ in earlier))
+            kept = [{**run_, "rows": sorted(set(run_["rows"]) - set(b.rows))} for run_ in [*earlier, {**last["about"], "rows": fresh}]]
+            kept = [run_ for run_ in kept if run_["rows"]]
+            b.commands = {**dict.fromkeys(last.get("commands", [])), **b.commands}
+            b.rows, b.curves, b.facts = {**last["rows"], **b.rows}, {**last["curves"], **b.curves}, {**last["facts"], **b.facts}
+    figures = {"about": about, "kept": kept, "volume_mib": b.size, "rows": b.rows, "curves": b.curves, "facts": b.facts, "commands": list(b.commands)}
+    with open(results, "w") as out:
+        json.dump(figures, out, indent=1)
+        out.write("\n")
+    lines = ["# Benchmarks", "", f"Written by `{'QUICK=1 ' if b.args.quick else 'FULL=1 ' if b.args.full else ''}make bench` on {about['date']}, in {about['minutes']:.0f} minutes; the raw figures are in "
+             f"`benches/results/{about['mode']}.json`. Ratios are of turns side by side in one run on one disk; the", "median counts, the spread is from the lowest to the highest. "
+             "What stands behind the figures is in `docs/performance.md`.", "", f"- Machine: {about['machine']}; load average {load_before:.1f} before the run{priority()}.",
+             f"- Versions: {about['versions']}; commit {about['commit']}.",
+             f"- Volume: {b.size} MiB, written before, uniform random unless a row says otherwise; CDP disk {b.cdp_size} MiB, written before, so that the ring wraps"
+             f" on blocks that are there. {b.seconds} s a turn, {b.pairs} pairs.",
+             *(f"- From an earlier run, on {run_['date']}, commit {run_['commit']}, in {run_['minutes']:.0f} minutes, load average {run_['load']:.1f} at its end: {', '.join(run_['rows'])}."
+               for run_ in kept), "", "| what | target | median | spread | met |", "|---|---|---|---|---|"]
+    for name in ORDER:
+        row = b.rows.get(name)
+        if not row:
+            if name in UNMEASURED:
+                what, target = UNMEASURED[name]
+                lines.append(f"| {what} | {target[0]} {target[1]} | not measured in this mode | | |")
+            continue
+        value = "not measured" if row["median"] is None else f"{row['median']:.3g}"
+        spread = "" if row["count"] < 2 else f"{row['low']:.3g} to {row['high']:.3g} ({row['count']})"
+        target = f"{row['target'][0]} {row['target'][1]}" if row["target"][0] else "reported"
+        note = f" ({row['note']})" if row["note"] else ""
+        lines.append(f"| {row['what']}{note} | {target} | {value} | {spread} | {'' if row['met'] is None else 'yes' if row['met'] else '**no**'} |")
+    if "randwrite_qd32" in b.facts:
+        lines += ["", "## 4K random writes, 32 in flight", "", "| server | IOPS, each turn | mean us | p99 us | CPU us a write |", "|---|---|---|---|---|"]
+        for name, turns in {**b.facts["randwrite_qd32"], **b.facts.get("randwrite_others", {})}.items():
+            med = lambda key: statistics.median(t.get(key, 0) for t in turns)
+            cpu = f"{med('cpu_us'):.1f}" if "cpu_us" in turns[0] else ""
+            each = ", ".join(f"{turn['iops']:,.0f}" for turn in turns)
+            lines.append(f"| {name}{' (page cache)' if name in CACHED else ''} | {each} | {med('mean_us'):.0f} | {med('p99_us'):.0f} | {cpu} |")
+    lines += ["", "## Curves", ""]
+    for name, curve in b.curves.items():
+        if not b.args.no_docs:
+            os.makedirs(f"{ROOT}/docs/bench", exist_ok=True)
+            with open(f"{ROOT}/docs/bench/{name}.svg", "w") as out:
+                out.write(svg(curve))
+        lines.append(f"![{curve['y']} over {curve['x']}](bench/{name}.svg)")
+    lines += predictions(b)
+    lines += ["", "## Commands", "", "Every command of a server, of fio and of cdp-bench, once:", "", "```", *b.commands, "```", ""]
+    if not b.args.no_docs:
+        with open(f"{ROOT}/docs/benchmarks.md", "w") as out:
+            out.write("\n".join(lines))
+    print("\n".join(lines))
