@@ -178,9 +178,9 @@ class Bench:
         self.say("warming up: until the ring has wrapped")
         # A log is charged 8 KiB for each write, so this is more than the CDP disk holds.
         for _ in range(1 if self.args.quick else 3 if self.args.full else 2):
-            for server in [self.ours, self.qemu]:
-                # The peers' file too: reads of blocks that were overwritten need not be as fast as those of fresh ones.
-                self.fio(server.uri, rw="write", bs="1m", depth=8, seconds=600, extra=["--time_based=0", "--loops=1"], ramp=0)
+            for target in [self.ours.uri, self.qemu.uri, self.path("third.img")]:
+                # The other files too: blocks that were overwritten need not be as fast as fresh ones, nor fresh ones as these.
+                self.fio(target, rw="write", bs="1m", depth=8, seconds=600, extra=["--time_based=0", "--loops=1"], ramp=0)
         self.settle()
 
     # -- one turn ------------------------------------------------------------------------------------------------------

@@ -1,13 +1,14 @@
-"""The model of docs/performance.md as a program: predicts the curves of a protected volume from what the disk, the socket and one core give.
+"""The model of docs/performance.md as a program: predicts a protected volume's rates from what the disk, the socket and one core give.
 
-Everything here is arithmetic on figures that `bench.py` measured in the same run, none of them on a protected volume but the processor time of a write.
+`bench.py` draws it beside the curves, from figures of the same run: none of them is a rate of a protected volume, only the processor time of a write is
+taken from one. Run by itself it prints what it says of three kinds of hosts.
 """
 import math
 from dataclasses import dataclass
 
 BLOCK = 4096
-# Frames of a volume on their way at once, and up to how many writes in flight half of them are company enough (`EngineConfig`).
-FRAMES, FEW_WRITES = 2, 16
+# Frames of a volume on their way at once; up to so many writes in flight half of them are company enough, with more it takes so many blocks (`EngineConfig`).
+FRAMES, FEW_WRITES, COMPANY = 2, 16, 20
 # Logs that a reservation is cut into, and what a log is charged for a write of a block: the block, its before-image, their overhead.
 LOGS, CHARGED = 8, 2 * BLOCK + 400
 # The destager takes over at half of the backlog's bound.
@@ -16,19 +17,22 @@ BACKLOG = 32 << 20
 
 @dataclass
 class Figures:
-    """Device figures: an append's time is `append_s` and its bytes over `append_bytes_s`."""
+    """What a host gives."""
 
+    # An append takes so long, and its bytes at this rate besides.
     append_s: float
     append_bytes_s: float
-    # Random blocks read and written a second, half of each, 64 in flight.
+    # Random blocks read and written a second on the primary's disk, half of each, 64 in flight.
     random: float
-    # Bytes a second in both directions, 1 MiB at a time, a quarter of them reads.
+    # Bytes a second that the primary's disk moves in both directions, 1 MiB at a time.
     both_bytes_s: float
     # What a request costs between guest and server, one in flight: a raw server's latency without that of its disk.
     path_s: float
     # Processor time of a write of a block, and of each further byte.
     cpu_s: float
     cpu_byte_s: float
+    # Bytes a second of a CDP disk of its own. `None`: it shares the primary's disk.
+    own_bytes_s: float | None = None
 
 
 def touched_first(writes, blocks):
@@ -36,20 +40,46 @@ def touched_first(writes, blocks):
     return blocks * -math.expm1(-writes / blocks) / writes
 
 
+def bus(figures, appended, rest):
+    """Times a second that so many bytes can be appended and so many others read and written on the primary."""
+    if figures.own_bytes_s is None:
+        return figures.both_bytes_s / (appended + rest)
+    return min(figures.own_bytes_s / appended, figures.both_bytes_s / rest)
+
+
 def writes_s(figures, depth=32, size=BLOCK, set_bytes=8 << 30, reserve=8 << 30, volumes=1):
-    """Writes a second of uniform random writes, `depth` in flight for each volume. The least of what the disk, the bus and the core allow."""
+    """Writes a second of uniform random writes, `depth` in flight for each volume, all of one shard. The least of what disk, bus and core allow."""
     blocks = set_bytes // BLOCK
-    per = max(1, size // BLOCK)
     first = touched_first(max(1, reserve // LOGS // CHARGED), blocks)
     reach = touched_first(BACKLOG // BLOCK, blocks)
-    # Writes that share a frame: half of those in flight while they are few; all but those in a second frame of 20 blocks otherwise.
-    together = max(1, depth / FRAMES) if depth <= FEW_WRITES else max(depth / FRAMES, depth - 20 / per)
+    # Writes that share a frame.
+    per = max(1, size // BLOCK)
+    together = max(1, depth / FRAMES) if depth <= FEW_WRITES else max(depth / FRAMES, depth - COMPANY / per)
     frame = BLOCK + together * size
-    in_flight = depth / (figures.path_s + figures.append_s + frame / figures.append_bytes_s)
-    header = BLOCK / (together * size)
-    moved = size * (1 + header + 2 * first + reach)
+    in_flight = depth * volumes / (figures.path_s + figures.append_s + frame / figures.append_bytes_s)
     requests = figures.random / (first + reach)
-    # Blocks of one write lie together: one request each way.
-    bus = figures.both_bytes_s / moved
     core = 1 / (figures.cpu_s + (size - BLOCK) * figures.cpu_byte_s)
-    return min(in_flight * volumes, requests, bus, core)
+    return min(in_flight, requests, core, bus(figures, frame / together + first * size, (first + reach) * size))
+
+
+def sequential_bytes_s(figures):
+    """Bytes a second of sequential writes: append, read of the old content, its before-image, write to the primary."""
+    return bus(figures, 2, 2)
+
+
+def main():
+    hosts = {
+        "NVMe": (Figures(20e-6, 2e9, 500e3, 3e9, 30e-6, 17e-6, 0.5e-9), 500e3, 2.5e9),
+        "SATA SSD": (Figures(60e-6, 480e6, 75e3, 500e6, 30e-6, 17e-6, 0.5e-9), 75e3, 480e6),
+        "HDD, the journal on a SATA SSD": (Figures(60e-6, 480e6, 200, 180e6, 30e-6, 17e-6, 0.5e-9, own_bytes_s=480e6), 200, 180e6),
+    }
+    print("| host | random, 1 in flight | 4 | 32 | of the raw disk, 32 | sequential, MiB/s | of the raw disk |\n|---|---|---|---|---|---|---|")
+    for name, (figures, raw, raw_bytes_s) in hosts.items():
+        one, four, many = (writes_s(figures, depth=depth) for depth in (1, 4, 32))
+        core = 1 / figures.cpu_s
+        line = sequential_bytes_s(figures)
+        print(f"| {name} | {one:,.0f}/s | {four:,.0f}/s | {many:,.0f}/s | {many / min(raw, core):.2f} | {line / (1 << 20):,.0f} | {line / raw_bytes_s:.2f} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -25,7 +25,7 @@ share() { echo $((seconds * $1 / 100)); }
 failed=0
 
 echo "==> simulator, all profiles: $(share 30) s"
-target/release/cdp-sim --seed "$(date +%s)" --seconds "$(share 30)" --threads 2 --keep-going | tee "$logs/sim"
+target/release/cdp-sim --seed "$(($(date +%s) * 100000))" --seconds "$(share 30)" --threads 2 --keep-going | tee "$logs/sim"
 [ "${PIPESTATUS[0]}" = 0 ] || failed=$((failed + 1))
 histories=$(sed -n 's/^\([0-9]*\) histories, .*/\1/p' "$logs/sim" | tail -n 1)
 violations=$(sed -n 's/^[0-9]* histories, \([0-9]*\) violations.*/\1/p' "$logs/sim" | tail -n 1)

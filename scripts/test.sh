@@ -69,8 +69,9 @@ step docs env RUSTDOCFLAGS="-D warnings" cargo doc --locked --workspace --no-dep
 step "unit tests" cargo test --locked --workspace --exclude cdp-tests --no-fail-fast
 # Without the fuzz targets: their doors to the parsers are not for a product.
 step build cargo build --locked --release --workspace --exclude cdp-fuzz || finish
-# Fixed seeds, so that a change fails by its own fault; `make soak` takes others. Of 32,000 histories some 20,000 have crashes.
-step simulator target/release/cdp-sim --seed 200000 --histories "${CDP_SIM_HISTORIES:-32000}" --threads 2
+# Fixed seeds, so that a change fails by its own fault; `make soak` takes others. At least 20,000 histories have crashes.
+histories=${CDP_SIM_HISTORIES:-32000}
+step simulator target/release/cdp-sim --seed 200000 --histories "$histories" --least-crashed "$((histories * 5 / 8))" --threads 2
 step exhaustion target/release/cdp-sim --exhaust 3 --subsets 2 --threads 2
 step "deliberate faults" cargo test --locked -p cdp-sim --features mutations --test mutations
 # A workspace of its own, with a flag of its own.

@@ -4,10 +4,11 @@ use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
 use cdp_journal::info::{CdpState, Health, MarkerKind, Priority, Settings};
-use cdp_journal::{Error, Instant, RevertRequest};
+use cdp_journal::{Error, Host, Instant, RevertRequest};
 
 use crate::boot;
 use crate::disk::{Fault, FaultKind, FaultOn};
+use crate::executor::SimHost;
 use crate::group;
 use crate::guest::{barrier, read_view, sleep, submit, verify, watch, write_view};
 use crate::model::Kind;
@@ -34,6 +35,14 @@ pub async fn execute(world: &Rc<World>, op: &Op) {
             done.await;
         }
         watched.set(true);
+    } else if overlaps(world, op) {
+        let (w, action, watched) = (Rc::clone(world), op.action.clone(), Rc::clone(&watched));
+        world.in_flight.set(world.in_flight.get() + 1);
+        SimHost(Rc::clone(&world.running().executor)).spawn(Box::pin(async move {
+            other(&w, &action).await;
+            watched.set(true);
+            w.in_flight.set(w.in_flight.get() - 1);
+        }));
     } else {
         other(world, &op.action).await;
         watched.set(true);
@@ -44,6 +53,20 @@ pub async fn execute(world: &Rc<World>, op: &Op) {
     if world.running.borrow().is_some() && world.shared.rng.one_in(2) {
         world.remember();
     }
+}
+
+/// Whether the next operation starts while this one is under way.
+fn overlaps(world: &World, op: &Op) -> bool {
+    let beside = matches!(
+        op.action,
+        Action::OpenView { .. }
+            | Action::ReadView { .. }
+            | Action::WriteView { .. }
+            | Action::CloseView { .. }
+            | Action::CheckView { .. }
+            | Action::Mark { .. }
+    );
+    world.history.setup.overlap && op.then == Then::Go && beside && world.in_flight.get() <= 24
 }
 
 async fn other(world: &Rc<World>, action: &Action) {
@@ -128,7 +151,8 @@ async fn other(world: &Rc<World>, action: &Action) {
             disarm(world);
             barrier(world).await;
             world.damaged.set(true);
-            let kind = FaultKind::Misdirect(by);
+            // Or nowhere at all.
+            let kind = if by % 16384 == 0 { FaultKind::Lost } else { FaultKind::Misdirect(by) };
             world.disk(disk).fault(Fault { on: FaultOn::Write, kind, times: Some(1), after: 0, within: None });
             let count = world.volumes[vol].shown.get().min(8);
             submit(world, &world.volumes[vol], Action::Write { vol, sector: 0, count, fua: false }).await;
@@ -187,6 +211,7 @@ fn fault_begins(world: &World, disk: usize) {
     world.count(|counts| counts.faults += 1);
     if disk >= world.cdp.len() {
         // What is acked meanwhile is in the journal.
+        world.primary_errors.set(true);
         return world.primary_faulty.set(true);
     }
     world.cdp_faulty.set(true);
@@ -246,11 +271,12 @@ pub async fn stop(world: &Rc<World>) {
                 let began = world.now(vol);
                 let now = world.now(vol);
                 vol.oracle.borrow_mut().flushed(began, now);
-                if whole && !world.any_fault() {
+                if whole && !world.journal_fault() && !vol.primary.is_faulty() {
                     boot::check_primary(world, vol);
                 }
             }
-            if world.shared.rng.one_in(2) && !world.any_fault() {
+            let sound = |vol: &Rc<Vol>| !vol.primary.is_faulty() && !vol.primary.has_dropped();
+            if world.shared.rng.one_in(2) && !world.journal_fault() && world.volumes.iter().all(sound) {
                 world.say(|| "power cut after a clean stop".to_owned());
                 for disk in world.cdp.iter().chain(world.volumes.iter().map(|vol| &vol.primary)) {
                     disk.power_cut(&world.shared.rng);
@@ -304,12 +330,10 @@ async fn mark(world: &Rc<World>, vol: Option<usize>, pick: u64) {
                 return world.fail(format!("marker {name} at {instant} came back as {marker:?}"));
             }
             Ok(_) => {
-                let info = target.handle().info();
-                if target.handle().marker(&name).map(|marker| marker.time) != Some(instant)
-                    && Vol::covers(&info, instant.0)
-                    && !world.any_fault()
-                {
-                    return world.fail(format!("marker {name} is not found"));
+                world.count(|counts| counts.marks += 1);
+                target.marks.borrow_mut().push((name.clone(), instant.0));
+                if !check_marks(world, target, instant.0) {
+                    return;
                 }
             }
             Err(Error::State(_) | Error::Exists { .. } | Error::NoSpace { .. }) => {}
@@ -318,6 +342,21 @@ async fn mark(world: &Rc<World>, vol: Option<usize>, pick: u64) {
         }
     }
     world.instants.borrow_mut().push(instant.0);
+}
+
+/// Looks up the markers of a volume that its history must hold still, of those up to an instant. Answers whether all are there.
+pub fn check_marks(world: &World, vol: &Vol, up_to: u64) -> bool {
+    let handle = vol.handle();
+    let info = handle.info();
+    vol.marks.borrow_mut().retain(|(_, instant)| *instant <= up_to && Vol::covers(&info, *instant));
+    for (name, instant) in vol.marks.borrow().iter() {
+        let found = handle.marker(name).map(|marker| marker.time.0);
+        if found != Some(*instant) && !world.journal_fault() {
+            world.fail(format!("volume {}: marker {name} of {instant} is not found: {found:?}", vol.index));
+            return false;
+        }
+    }
+    true
 }
 
 fn pick_view(world: &World, pick: u64) -> Option<Rc<OpenView>> {
@@ -330,6 +369,7 @@ async fn close(world: &Rc<World>, view: &Rc<OpenView>) {
     let vol = &world.volumes[view.vol];
     world.views.borrow_mut().retain(|other| !Rc::ptr_eq(other, view));
     view.handle.take();
+    world.closed.borrow_mut().insert(view.id);
     match vol.handle().close_view(view.id).await {
         Ok(()) | Err(Error::NotFound { .. }) => {}
         Err(error) => world.fail(format!("close of view {}: {error}", view.time)),
@@ -354,7 +394,8 @@ async fn try_view(world: &Rc<World>, vol: &Rc<Vol>, time: u64, writable: bool) -
             }
             world.say(|| format!("view at {time} of volume {} is open", vol.index));
             let sectors = view.info().size / 512;
-            if !vol.had_size(time, sectors) && !world.any_fault() {
+            world.closed.borrow_mut().remove(&view.id());
+            if !vol.had_size(time, sectors) && !world.journal_fault() {
                 let sizes = vol.sizes.borrow().clone();
                 world.fail(format!("view at {time} of volume {} has {sectors} sectors; sizes: {sizes:?}", vol.index));
                 return None;
@@ -372,7 +413,7 @@ async fn try_view(world: &Rc<World>, vol: &Rc<Vol>, time: u64, writable: bool) -
         Err(error) => {
             world.count(|counts| counts.views_refused += 1);
             world.say(|| format!("view at {time} of volume {}: {error}", vol.index));
-            if before && after && !world.any_fault() {
+            if before && after && !world.journal_fault() {
                 let text = format!("view at {time} was refused inside the coverage {:?}: {error}", info.coverage);
                 world.fail(format!("volume {}: {text}", vol.index));
             }
@@ -516,7 +557,10 @@ async fn resize(world: &Rc<World>, vol: &Rc<Vol>, sectors: u64) {
     let wanted = sectors.clamp(before, vol.sectors);
     vol.sizes.borrow_mut().push((world.clock(), None, wanted));
     match vol.handle().resize(Some(wanted * 512)).await {
-        Ok(bytes) if bytes == wanted * 512 => vol.settle_size(world.clock(), wanted),
+        Ok(bytes) if bytes == wanted * 512 => {
+            world.count(|counts| counts.resizes += 1);
+            vol.settle_size(world.clock(), wanted);
+        }
         Ok(bytes) => world.fail(format!("volume {} was to have {wanted} sectors and has {bytes} bytes", vol.index)),
         Err(error) if world.any_fault() => {
             world.say(|| format!("volume {}: resize: {error}", vol.index));
@@ -561,6 +605,7 @@ pub async fn enable(world: &Rc<World>, vol: &Rc<Vol>) {
     match result {
         Ok(()) => {
             vol.expect_on.set(Some(true));
+            world.count(|counts| counts.switches += 1);
             if let Some(from) = gap.filter(|from| *from < began) {
                 vol.gaps.borrow_mut().push((from, began));
             }
@@ -592,6 +637,7 @@ async fn disable(world: &Rc<World>, vol: &Rc<Vol>) {
     match result {
         Ok(()) => {
             vol.expect_on.set(Some(false));
+            world.count(|counts| counts.switches += 1);
             let from = vol.gap_open.get().unwrap_or_else(|| world.clock());
             vol.gap_open.set(Some(from));
             world.remember();
@@ -616,6 +662,7 @@ async fn edit(world: &Rc<World>, vol: &Rc<Vol>, segments: u64, duration_s: u64) 
     let had = vol.handle().info().settings;
     match vol.handle().edit(move |_| settings).await {
         Ok(()) => {
+            world.count(|counts| counts.edits += 1);
             let info = vol.handle().info();
             if info.settings != Some(settings) {
                 world.fail(format!("settings after edit: {:?}, expected {settings:?}", info.settings));
@@ -638,6 +685,7 @@ async fn clean_all(world: &Rc<World>, vol: &Rc<Vol>) {
     let was = vol.expect_on.replace(None);
     match vol.handle().clean(None).await {
         Ok(()) => {
+            world.count(|counts| counts.cleans += 1);
             let now = world.clock();
             let info = vol.handle().info();
             if info.settings.is_some() || !info.coverage.is_empty() || !info.logs.is_empty() {
@@ -675,6 +723,7 @@ async fn clean_log(world: &Rc<World>, vol: &Rc<Vol>, pick: u64) {
     vol.cleaning.set(false);
     match cleaned {
         Ok(()) => {
+            world.count(|counts| counts.cleans += 1);
             let end = log.end.map_or(began, |end| end.0);
             world.say(|| format!("volume {}: cleaned log {} ({}, {end}]", vol.index, log.seq, log.start));
             if end > log.start.0 {

@@ -68,6 +68,9 @@ fn config(world: &World) -> EngineConfig {
 /// Starts the agent. Answers whether it serves.
 async fn start(world: &Rc<World>, executor: &Rc<Executor>) -> bool {
     let watched = start_watch(world, executor);
+    if world.volumes.iter().all(|vol| !vol.primary.is_faulty()) {
+        world.primary_errors.set(false);
+    }
     let host = Rc::new(SimHost(Rc::clone(executor)));
     let clock = Arc::new(HostClock::new(world.folder.clock()));
     let weak = Rc::downgrade(world);
@@ -178,7 +181,7 @@ pub async fn open(world: &Rc<World>, vol: &Rc<Vol>) -> bool {
     // A resize that a crash cut off happened, or did not.
     let known = sectors == vol.shown.get()
         || vol.sizes.borrow().iter().any(|(_, acked, size)| acked.is_none() && *size == sectors);
-    if !known && !world.any_fault() {
+    if !known && !world.record_fault() {
         world.fail(format!("volume {} has {sectors} sectors after a restart, it had {}", vol.index, vol.shown.get()));
         return false;
     }
@@ -208,7 +211,7 @@ pub async fn open(world: &Rc<World>, vol: &Rc<Vol>) -> bool {
         }
     }
     match vol.expect_on.get() {
-        Some(on) if on != (info.state == CdpState::On) && !world.any_fault() => {
+        Some(on) if on != (info.state == CdpState::On) && !world.record_fault() => {
             world.fail(format!(
                 "volume {}: the switch is {:?} after a restart, expected on: {on}",
                 vol.index, info.state
@@ -219,12 +222,16 @@ pub async fn open(world: &Rc<World>, vol: &Rc<Vol>) -> bool {
     }
     let healthy = info.health == Health::Ok && world.cdp.iter().all(|disk| !disk.is_faulty());
     vol.cleaning.set(false);
-    if world.override_journal.get() || world.any_fault() {
+    if world.override_journal.get() || world.journal_fault() {
         vol.forget_history();
     }
     if let Some(instant) = vol.forgotten(&info, world.clock()) {
         let text = format!("volume {}: instant {instant} is not covered after a restart", vol.index);
         world.fail(format!("history was forgotten: {text}: {:?} {:?}", info.coverage, info.logs));
+        return false;
+    }
+    // A marker is in the journal before whatever was acked behind it.
+    if !admin::check_marks(world, vol, vol.history.get().1) {
         return false;
     }
     if info.state == CdpState::On && healthy {
@@ -241,7 +248,7 @@ pub async fn open(world: &Rc<World>, vol: &Rc<Vol>) -> bool {
             vol.gaps.borrow_mut().push((from, world.clock()));
         }
     }
-    if vol.held.get().is_some_and(|held| held != info.held) && !world.any_fault() {
+    if vol.held.get().is_some_and(|held| held != info.held) && !world.record_fault() {
         world.fail(format!("volume {}: held: {} after a restart, expected {:?}", vol.index, info.held, vol.held.get()));
         return false;
     }
@@ -395,7 +402,7 @@ async fn reopen_views(world: &Rc<World>, vol: &Rc<Vol>) {
             }
             Err(error) => {
                 world.say(|| format!("view {} of volume {} is not back: {error}", view.time, view.vol));
-                if before && after && !world.any_fault() {
+                if before && after && !world.journal_fault() {
                     return world.fail(format!("view {} does not come back after a restart: {error}", view.time));
                 }
                 world.views.borrow_mut().retain(|other| !Rc::ptr_eq(other, &view));

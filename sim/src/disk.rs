@@ -401,6 +401,23 @@ impl SimDisk {
         garbage
     }
 
+    /// Writes that no sync has covered, in the order in which they began: what a power cut may keep or not.
+    pub fn unsynced(&self) -> usize {
+        self.state.borrow().unsynced.iter().filter(|write| !write.dropped).count()
+    }
+
+    /// The power went, and of these writes exactly those survive, whole, that are asked for by their place.
+    pub fn power_cut_keeping(&self, survives: impl Fn(usize) -> bool) {
+        let mut state = self.state.borrow_mut();
+        state.hung.clear();
+        let writes = std::mem::take(&mut state.unsynced);
+        for (_, write) in writes.iter().filter(|write| !write.dropped).enumerate().filter(|(place, _)| survives(*place)) {
+            write.pieces.iter().for_each(|piece| state.stable.apply(piece));
+        }
+        state.current = Pages(state.stable.0.clone());
+        state.mtime_stable_ns = state.mtime_ns;
+    }
+
     /// Which sectors of a page a write leaves that is cut off while the power stays on: a physical sector is written whole or not at all.
     fn part_of(&self, mask: u8, rng: &Rng) -> u8 {
         let bits = rng.bits() as u8;

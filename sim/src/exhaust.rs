@@ -1,11 +1,15 @@
 //! All short histories: every sequence of a few operations over a small alphabet, with a crash before and after every call to a disk or to the folder of
-//! states, of both kinds and with several subsets of the unsynced writes, each with another order of events.
+//! states, of both kinds. Where the power goes with few unsynced writes every subset of them survives once; besides, several torn and shuffled ones
+//! survive, each with another order of events.
 
-use crate::run::{Report, run, run_for_calls};
+use std::fmt;
+use std::str::FromStr;
+
+use crate::run::{Report, run, run_for_calls, run_with_survivors};
 use crate::workload::{Action, Crash, History, Op, Setup, Then};
 
 /// The alphabet: on a volume of two blocks, so that nearly everything overlaps.
-pub const ALPHABET: [(&str, &[(Action, Then)]); 11] = [
+pub const ALPHABET: [(&str, &[(Action, Then)]); 13] = [
     ("write A", &[(Action::Write { vol: 0, sector: 0, count: 8, fua: false }, Then::Go)]),
     ("write A+B", &[(Action::Write { vol: 0, sector: 0, count: 16, fua: false }, Then::Go)]),
     ("write B's middle", &[(Action::Write { vol: 0, sector: 10, count: 3, fua: false }, Then::Go)]),
@@ -17,9 +21,15 @@ pub const ALPHABET: [(&str, &[(Action, Then)]); 11] = [
     ("revert", &[(Action::Revert { vol: 0, at: 1, force: true, release: true }, Then::Go)]),
     ("undo the revert", &[(Action::UndoRevert { vol: 0 }, Then::Go)]),
     ("disable, enable", &[(Action::Disable { vol: 0 }, Then::Go), (Action::Enable { vol: 0 }, Then::Go)]),
-    // Closes the active log and drops or thins it: rotation and eviction in one.
+    // Closes the active log and drops or thins it.
     ("clean the newest log", &[(Action::CleanLog { vol: 0, pick: NEWEST }, Then::Go)]),
+    // An eighth of the reserved duration goes by, and a round of the engine: the active log is closed.
+    ("rotate", &[(Action::Freeze { ns: 10_801 * SECOND }, Then::Go), (Action::Sleep { ns: SECOND * 6 / 10 }, Then::Go)]),
+    // All of it goes by: what is closed, and older than the active log, is evicted.
+    ("evict", &[(Action::Freeze { ns: 86_401 * SECOND }, Then::Go), (Action::Sleep { ns: SECOND }, Then::Go)]),
 ];
+
+const SECOND: u64 = 1_000_000_000;
 
 /// The last of up to 20 logs: one less than a multiple of all numbers up to 20.
 const NEWEST: u64 = 232_792_560 - 1;
@@ -36,6 +46,8 @@ pub struct Case {
     pub crash: (u64, bool),
     /// Seed of the scheduler and of what survives.
     pub seed: u64,
+    /// Instead of what the seed says: which of the unsynced writes survive, one bit for each (see [`crate::world::World::survivors`]).
+    pub survivors: Option<u64>,
 }
 
 impl Case {
@@ -54,14 +66,53 @@ impl Case {
     }
 
     /// Runs it.
-    pub fn run(&self) -> Report {
-        run(self.history(), false)
+    pub fn run(&self, trace: bool) -> Report {
+        match self.survivors {
+            Some(survivors) => run_with_survivors(self.history(), survivors, trace),
+            None => run(self.history(), trace),
+        }
     }
 
     /// In words.
     pub fn name(&self) -> String {
         let letters: Vec<&str> = self.letters.iter().map(|letter| ALPHABET[*letter].0).collect();
-        format!("[{}] crash {:?} seed {}", letters.join(", "), self.crash, self.seed)
+        format!("[{}] {self}", letters.join(", "))
+    }
+}
+
+/// As `cdp-sim --case` takes it: the letters' numbers, the step and the kind of the crash, the seed and, if they were chosen, the survivors.
+impl fmt::Display for Case {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let letters: Vec<String> = self.letters.iter().map(usize::to_string).collect();
+        let (step, power) = self.crash;
+        write!(f, "{}:{step}:{}:{}", letters.join("+"), if power { "cut" } else { "kill" }, self.seed)?;
+        self.survivors.map_or(Ok(()), |survivors| write!(f, ":{survivors}"))
+    }
+}
+
+impl FromStr for Case {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let wrong = |what: &str| format!("{text:?}: {what}; a case is LETTERS:STEP:cut or kill:SEED[:SURVIVORS], as a violation prints it");
+        let number = |part: &str| part.parse::<u64>().map_err(|_| wrong(&format!("{part:?} is no number")));
+        let parts: Vec<&str> = text.split(':').collect();
+        let [letters, step, kind, seed, ref survivors @ ..] = parts[..] else { return Err(wrong("too few parts")) };
+        let letters = letters.split('+').map(|letter| match letter.parse() {
+            Ok(letter) if letter < ALPHABET.len() => Ok(letter),
+            _ => Err(wrong(&format!("{letter:?} is no letter, 0 to {}", ALPHABET.len() - 1))),
+        });
+        let power = match kind {
+            "cut" => true,
+            "kill" => false,
+            _ => return Err(wrong(&format!("{kind:?} is neither cut nor kill"))),
+        };
+        let survivors = match survivors {
+            [] => None,
+            [one] => Some(number(one)?),
+            _ => return Err(wrong("too many parts")),
+        };
+        Ok(Self { letters: letters.collect::<Result<_, _>>()?, crash: (number(step)?, power), seed: number(seed)?, survivors })
     }
 }
 
@@ -80,6 +131,7 @@ fn setup() -> Setup {
         primary_slow_ns: 0,
         stragglers: false,
         begin_eighths: 8,
+        overlap: false,
     }
 }
 
@@ -88,30 +140,49 @@ pub fn sequences(depth: u32) -> u64 {
     (ALPHABET.len() as u64).pow(depth)
 }
 
-/// All cases of the sequence number `place` of `depth` letters: no crash, and a crash at every `stride`-th step before or after a call: a power cut with
-/// each of `subsets` seeds for the order of events and what survives, a kill with the first. Answers how many cases ran and the first that failed.
-pub fn check(depth: u32, place: u64, stride: u64, subsets: u64) -> (u64, Option<(Case, Report)>) {
+/// How thoroughly a sequence is tried.
+#[derive(Clone, Copy, Debug)]
+pub struct Bounds {
+    /// A crash at every so many of the steps before or after a call.
+    pub stride: u64,
+    /// Seeds, each with an order of events of its own and with writes that survive in part, torn or out of order.
+    pub seeds: u64,
+    /// With the first seed, and no more than so many unsynced writes at a power cut: every subset of them, whole.
+    pub whole: usize,
+}
+
+/// All cases of the sequence number `place` of `depth` letters: no crash, and a crash at every place for one: a power cut with each seed and each subset,
+/// a kill with the first seed. Answers how many cases ran and the first that failed.
+pub fn check(depth: u32, place: u64, bounds: Bounds) -> (u64, Option<(Case, Report)>) {
     let n = ALPHABET.len() as u64;
     let letters: Vec<usize> = (0..depth).map(|i| (place / n.pow(i) % n) as usize).collect();
     let mut cases = 0;
-    for seed in 1..=subsets {
-        let plain = Case { letters: letters.clone(), crash: (NEVER, false), seed };
+    for seed in 1..=bounds.seeds {
+        let plain = Case { letters: letters.clone(), crash: (NEVER, false), seed, survivors: None };
         let (report, calls) = run_for_calls(plain.history());
         cases += 1;
         if report.failure.is_some() {
             return (cases, Some((plain, report)));
         }
         let kinds: &[bool] = if seed == 1 { &[false, true] } else { &[true] };
-        for at in calls.into_iter().step_by(stride.max(1) as usize) {
+        for at in calls.into_iter().step_by(bounds.stride.max(1) as usize) {
             for power in kinds {
                 let case = Case { crash: (at, *power), ..plain.clone() };
-                let mut report = case.run();
+                let first = one(&case);
                 cases += 1;
-                if report.counts.kills + report.counts.power_cuts != 1 {
-                    report.failure.get_or_insert_with(|| "the crash did not come, or not once".to_owned());
+                if first.failure.is_some() {
+                    return (cases, Some((case, first)));
                 }
-                if report.failure.is_some() {
-                    return (cases, Some((case, report)));
+                if seed > 1 || !power || first.unsynced > bounds.whole {
+                    continue;
+                }
+                for survivors in 0..1 << first.unsynced {
+                    let case = Case { survivors: Some(survivors), ..case.clone() };
+                    let report = one(&case);
+                    cases += 1;
+                    if report.failure.is_some() {
+                        return (cases, Some((case, report)));
+                    }
                 }
             }
         }
@@ -119,12 +190,21 @@ pub fn check(depth: u32, place: u64, stride: u64, subsets: u64) -> (u64, Option<
     (cases, None)
 }
 
+/// Runs a case that must crash once.
+fn one(case: &Case) -> Report {
+    let mut report = case.run(false);
+    if report.counts.kills + report.counts.power_cuts != 1 {
+        report.failure.get_or_insert_with(|| "the crash did not come, or not once".to_owned());
+    }
+    report
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     fn places(letters: &[usize]) -> Vec<u64> {
-        let case = Case { letters: letters.to_vec(), crash: (NEVER, false), seed: 1 };
+        let case = Case { letters: letters.to_vec(), crash: (NEVER, false), seed: 1, survivors: None };
         let (report, places) = run_for_calls(case.history());
         assert_eq!(report.failure, None);
         places
@@ -145,9 +225,40 @@ mod tests {
         let letters = vec![0, 2, 4, 6];
         let last = *places(&letters).last().expect("there are some");
         for step in (1..=last + 1).rev() {
-            let case = Case { letters: letters.clone(), crash: (step, false), seed: 1 };
-            let report = case.run();
+            let case = Case { letters: letters.clone(), crash: (step, false), seed: 1, survivors: None };
+            let report = case.run(false);
             assert_eq!((report.failure, report.counts.kills), (None, u64::from(step <= last)), "{}", case.name());
         }
+    }
+
+    /// Goal: what a violation prints is what `--case` takes.
+    #[test]
+    fn a_case_is_read_as_it_was_printed() {
+        for text in ["0:5:kill:1", "3+10+0:1099511627776:cut:7", "1+2:40:cut:1:6"] {
+            assert_eq!(text.parse::<Case>().expect("it was printed").to_string(), text);
+        }
+        for text in ["", "0:5:kill", "13:5:kill:1", "0:5:both:1", "0:x:cut:1", "0:5:cut:1:2:3"] {
+            assert!(text.parse::<Case>().is_err(), "{text:?}");
+        }
+    }
+
+    /// Goal: every subset of few unsynced writes is tried, and they differ.
+    /// Method: at the places of two writes and a flush where the power finds two unsynced writes, the four subsets leave four different disks.
+    #[test]
+    fn each_subset_of_the_unsynced_writes_leaves_a_disk_of_its_own() {
+        let letters = vec![0, 2, 4];
+        let mut seen = 0;
+        for at in places(&letters) {
+            let case = Case { letters: letters.clone(), crash: (at, true), seed: 1, survivors: None };
+            if case.run(false).unsynced != 2 {
+                continue;
+            }
+            let after = |survivors| Case { survivors: Some(survivors), ..case.clone() }.run(false);
+            let reports: Vec<Report> = (0..4).map(after).collect();
+            assert!(reports.iter().all(|report| report.failure.is_none() && report.unsynced == 2), "{}", case.name());
+            let hashes: std::collections::BTreeSet<u64> = reports.iter().map(|report| report.hash).collect();
+            seen = seen.max(hashes.len());
+        }
+        assert_eq!(seen, 4);
     }
 }

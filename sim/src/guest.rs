@@ -98,7 +98,8 @@ fn forgiven(world: &World, vol: &Vol, forced: u64, error: &Error) -> bool {
         || matches!(error, Error::Device { message, .. } if message.contains("lost with the CDP disk"));
     // Damage on the CDP disk shows where a pending revert or the overlay needs it: an error, never wrong bytes.
     let damage = world.damaged.get() && matches!(error, Error::Damaged { .. } | Error::Device { .. });
-    world.primary_faulty.get() || damage || (held && refused) || (world.cdp_faulty.get() && bad_health)
+    let primary = world.primary_errors.get() && matches!(error, Error::Device { .. });
+    primary || damage || (held && refused) || (world.cdp_faulty.get() && bad_health)
 }
 
 async fn request(world: &Rc<World>, vol: &Rc<Vol>, action: &Action) {
@@ -235,7 +236,10 @@ pub async fn read_view(world: &Rc<World>, view: &Rc<OpenView>, sector: u64, coun
         Err(error) => {
             let lost = handle.info().lost.is_some();
             world.say(|| format!("view {} of volume {}: {error}", view.time, view.vol));
-            if !lost && !world.any_fault() {
+            let closed = world.closed.borrow().contains(&view.id);
+            // What a view shows of blocks that no log has touched is on the primary.
+            let primary = world.primary_errors.get() && matches!(error, Error::Device { .. });
+            if !lost && !closed && !primary && !world.journal_fault() {
                 world.fail(format!("view {} of volume {}: read {sector}+{count}: {error}", view.time, view.vol));
             }
             return false;
@@ -283,13 +287,15 @@ pub async fn write_view(world: &Rc<World>, view: &Rc<OpenView>, sector: u64, cou
     match result {
         Ok(()) if !view.writable => world.fail("a read-only view took a write"),
         Ok(()) => {
+            world.count(|counts| counts.scratch_writes += 1);
             let mut scratch = view.scratch.borrow_mut();
             scratch.extend((sector..sector + count).map(|at| (at, stamp_number)));
         }
         Err(error) => {
             let lost = handle.info().lost.is_some();
             let full = matches!(error, Error::NoSpace { .. });
-            if view.writable && !lost && !full && !world.any_fault() {
+            let closed = world.closed.borrow().contains(&view.id);
+            if view.writable && !lost && !full && !closed && !world.any_fault() {
                 world.fail(format!("writable view {}: write {sector}+{count}: {error}", view.time));
             }
         }

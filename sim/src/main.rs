@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Instant;
 
 use anyhow::{Context, ensure};
-use cdp_sim::exhaust::{check, sequences};
+use cdp_sim::exhaust::{Bounds, Case, check, sequences};
 use cdp_sim::run::{Report, run};
 use cdp_sim::shrink::{pick, shrink};
 use cdp_sim::workload::{generate, profiles};
@@ -49,6 +49,15 @@ struct Args {
     /// With --exhaust: orders of events, each with a subset of the unsynced writes at every power cut.
     #[arg(long, default_value_t = 4)]
     subsets: u64,
+    /// With --exhaust: where a power cut finds at most so many unsynced writes, every subset of them.
+    #[arg(long, default_value_t = 3)]
+    whole: usize,
+    /// One case of the exhaustion, as a violation prints it.
+    #[arg(long)]
+    case: Option<Case>,
+    /// Fail if fewer histories than this had a crash.
+    #[arg(long, default_value_t = 0)]
+    least_crashed: u64,
     /// Print everything that happens.
     #[arg(long)]
     trace: bool,
@@ -74,6 +83,11 @@ fn main() -> anyhow::Result<ExitCode> {
             }
         }));
     }
+    if let Some(case) = &args.case {
+        let report = case.run(args.trace);
+        println!("{} hash {:016x}: {}", case.name(), report.hash, report.failure.as_deref().unwrap_or("no violation"));
+        return Ok(if report.failure.is_some() { ExitCode::from(1) } else { ExitCode::SUCCESS });
+    }
     if let Some(keep) = &args.keep {
         return one(&args, keep);
     }
@@ -85,6 +99,8 @@ fn main() -> anyhow::Result<ExitCode> {
 
 fn exhaust(args: &Args, depth: u32) -> anyhow::Result<ExitCode> {
     ensure!(depth <= 6, "--exhaust {depth}: at most 6");
+    ensure!(args.whole <= 16, "--whole {}: at most 16", args.whole);
+    let bounds = Bounds { stride: args.stride, seeds: args.subsets, whole: args.whole };
     let began = Instant::now();
     let next = AtomicU64::new(0);
     let totals = Mutex::new((0u64, 0u64, 0u64));
@@ -98,13 +114,14 @@ fn exhaust(args: &Args, depth: u32) -> anyhow::Result<ExitCode> {
                         return;
                     }
                     let place = (args.seed.wrapping_sub(1) % sequences(depth) + place) % sequences(depth);
-                    let (cases, failure) = check(depth, place, args.stride, args.subsets);
+                    let (cases, failure) = check(depth, place, bounds);
                     let mut totals = totals.lock().expect("no holder panics");
                     totals.0 += cases;
                     totals.2 += 1;
                     if let Some((case, report)) = failure {
                         totals.1 += 1;
                         println!("VIOLATION, commit {}: {}: {}", commit(), case.name(), in_words(&report));
+                        println!("  replay: cdp-sim --case {case} --trace");
                     }
                 }
             });
@@ -170,7 +187,7 @@ fn many(args: &Args) -> anyhow::Result<ExitCode> {
     let seconds = began.elapsed().as_secs_f64();
     println!(
         "{histories} histories, {failed} violations, {seconds:.1} s: {} with crashes, {} operations, {} kills, {} power cuts, {} clean stops, \
-         {} reverts, {} evictions, {} reads and {} view reads checked, {} views refused, {} faults, {} steps, {:.1} h of virtual time",
+         {} reverts, {} evictions, {} switches, {} edits, {} cleans, {} resizes, {} marks, {} scratch writes, {} reads and {} view reads checked, {} views refused, {} faults, {} steps, {:.1} h of virtual time",
         counts.crashed,
         counts.ops,
         counts.kills,
@@ -178,6 +195,12 @@ fn many(args: &Args) -> anyhow::Result<ExitCode> {
         counts.restarts,
         counts.reverts,
         counts.evicted,
+        counts.switches,
+        counts.edits,
+        counts.cleans,
+        counts.resizes,
+        counts.marks,
+        counts.scratch_writes,
         counts.reads_checked,
         counts.views_checked,
         counts.views_refused,
@@ -185,7 +208,10 @@ fn many(args: &Args) -> anyhow::Result<ExitCode> {
         counts.steps,
         counts.virtual_ns as f64 / 3.6e12,
     );
-    Ok(if failed > 0 { ExitCode::from(1) } else { ExitCode::SUCCESS })
+    if counts.crashed < args.least_crashed {
+        println!("too few histories with crashes: {} of at least {}", counts.crashed, args.least_crashed);
+    }
+    Ok(if failed > 0 || counts.crashed < args.least_crashed { ExitCode::from(1) } else { ExitCode::SUCCESS })
 }
 
 fn in_words(report: &Report) -> String {

@@ -57,8 +57,6 @@ pub enum CrashKind {
     Kill,
     /// Power cut: every flushed write survives.
     Power,
-    /// A crash with damage below it: the survivors are a prefix, of any length.
-    Damaged,
 }
 
 #[derive(Clone, Debug)]
@@ -278,15 +276,12 @@ impl Model {
         for revert in &self.reverts {
             after = after.max(if revert.lo == revert.hi { Time(revert.lo.0, 0) } else { revert.lo });
         }
-        if kind == CrashKind::Damaged {
-            after = Time::default();
-        }
         for versions in &mut self.blocks {
             for version in versions.iter_mut() {
                 let op = &self.ops[version.op as usize];
                 version.hi = version.hi.min(now);
                 let safe = op.durable.is_some() || (kind == CrashKind::Kill && op.acked.is_some());
-                if !safe || kind == CrashKind::Damaged {
+                if !safe {
                     version.seen = 0;
                 }
             }
@@ -479,7 +474,7 @@ impl Model {
 
     fn survives(&self, version: &Version, op: &Op, crash: &Crash) -> bool {
         (crash.kind == CrashKind::Kill && op.acked.is_some_and(|acked| acked < crash.event))
-            || (crash.kind != CrashKind::Damaged && op.durable.is_some_and(|durable| durable < crash.event))
+            || op.durable.is_some_and(|durable| durable < crash.event)
             || (!op.weak && op.acked.is_some() && version.hi <= crash.after)
     }
 

@@ -25,6 +25,8 @@ pub struct Report {
     pub hash: u64,
     /// Numbers for the summary.
     pub counts: Counts,
+    /// Writes that no sync had covered when the power went, the last time.
+    pub unsynced: usize,
 }
 
 /// Most incarnations of a history (each crash is one): more means that the agent cannot start.
@@ -33,6 +35,13 @@ const INCARNATIONS_MAX: usize = 400;
 /// Runs a history. A panic of the engine is a violation.
 pub fn run(history: History, trace: bool) -> Report {
     run_in(World::new(history, trace))
+}
+
+/// Runs a history in which exactly these unsynced writes survive a power cut (see [`World::survivors`]).
+pub fn run_with_survivors(history: History, survivors: u64, trace: bool) -> Report {
+    let world = World::new(history, trace);
+    world.survivors.set(Some(survivors));
+    run_in(world)
 }
 
 /// Runs a history, and answers also at which of its steps a crash is worth trying (see [`crate::executor::Shared::last_steps_before_calls`]).
@@ -71,6 +80,7 @@ fn report(world: &World, panic: Option<String>) -> Report {
         at: world.next.get(),
         hash: world.shared.hash(),
         counts,
+        unsynced: world.unsynced.get(),
     }
 }
 
@@ -146,7 +156,7 @@ fn bury(world: &World, executor: &Rc<Executor>) -> bool {
 
 /// The offline check reads what the agent left with code of its own: whatever the stop was, nothing that counts may be damaged.
 fn audit(world: &World) {
-    if world.any_fault() || !world.initialised.get() {
+    if world.journal_fault() || !world.initialised.get() {
         return;
     }
     for disk in &world.cdp {
@@ -165,15 +175,25 @@ fn audit(world: &World) {
 fn crash(world: &World, crash: Crash) {
     world.say(|| format!("==== {} ====", if crash.power { "power cut" } else { "kill" }));
     let rng = &world.shared.rng;
-    for disk in &world.cdp {
-        if crash.power {
-            disk.power_cut(rng);
-        } else {
-            disk.kill(rng);
+    let primaries = world.volumes.iter().map(|vol| &vol.primary);
+    let unsynced: Vec<usize> = world.cdp.iter().chain(primaries).map(|disk| disk.unsynced()).collect();
+    if crash.power {
+        world.unsynced.set(unsynced.iter().sum());
+    }
+    let chosen = world.survivors.get().filter(|_| crash.power);
+    let first_of = |disk: usize| unsynced[..disk].iter().sum::<usize>();
+    let keeps = |mask: u64, disk: usize, place: usize| mask >> (first_of(disk) + place).min(63) & 1 == 1;
+    for (number, disk) in world.cdp.iter().enumerate() {
+        match chosen {
+            Some(mask) => disk.power_cut_keeping(|place| keeps(mask, number, place)),
+            None if crash.power => drop(disk.power_cut(rng)),
+            None => disk.kill(rng),
         }
     }
-    for vol in &world.volumes {
-        if crash.power {
+    for (number, vol) in world.volumes.iter().enumerate() {
+        if let Some(mask) = chosen {
+            vol.primary.power_cut_keeping(|place| keeps(mask, world.cdp.len() + number, place));
+        } else if crash.power {
             let garbage = vol.primary.power_cut(rng);
             // Where the old content could not be read, a part of a physical sector had to be written.
             if world.primary_faulty.get() {

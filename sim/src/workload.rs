@@ -244,6 +244,8 @@ pub struct Setup {
     pub stragglers: bool,
     /// Volumes begin with so many eighths of their sectors.
     pub begin_eighths: u64,
+    /// Views are opened, read and written, and marks set, while other operations of admins are under way.
+    pub overlap: bool,
 }
 
 /// A seed's history.
@@ -284,6 +286,7 @@ struct Profile {
     /// is newer than a revert is destaged while that is still being finished.
     rewrite: bool,
     resize: u64,
+    overlap: bool,
 }
 
 const BASE: Profile = Profile {
@@ -308,9 +311,10 @@ const BASE: Profile = Profile {
     group: false,
     rewrite: false,
     resize: 0,
+    overlap: false,
 };
 
-const PROFILES: [Profile; 16] = [
+const PROFILES: [Profile; 18] = [
     BASE,
     Profile {
         name: "writes",
@@ -338,6 +342,8 @@ const PROFILES: [Profile; 16] = [
     Profile { name: "group", revert: 10, crash: 8, group: true, many: true, switch: 0, clean: 0, ..BASE },
     Profile { name: "resize", resize: 6, crash: 5, revert: 5, switch: 4, ..BASE },
     Profile { name: "rewrite", rewrite: true, revert: 12, crash: 8, flush: 16, view: 4, switch: 0, clean: 0, ..BASE },
+    Profile { name: "overlap", overlap: true, view: 40, revert: 8, clean: 4, crash: 2, ..BASE },
+    Profile { name: "both-fault", fault: 4, primary_fault: 4, revert: 5, crash: 5, many: true, ..BASE },
 ];
 
 /// Names of all profiles; `all` takes each in turn by the seed (the long ones of `capacity` less often).
@@ -410,6 +416,7 @@ fn setup(profile: &Profile, rng: &Rng, extra: &Rng) -> Setup {
         enabled: !rng.one_in(10),
         primary_slow_ns,
         begin_eighths: if profile.resize > 0 { extra.range(1, 7) } else { 8 },
+        overlap: profile.overlap,
     }
 }
 

@@ -2,7 +2,7 @@
 //! views, and what was promised so far.
 
 use std::cell::{Cell, RefCell};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -36,6 +36,12 @@ pub struct Counts {
     pub views_checked: u64,
     pub views_refused: u64,
     pub reverts: u64,
+    pub marks: u64,
+    pub cleans: u64,
+    pub edits: u64,
+    pub switches: u64,
+    pub resizes: u64,
+    pub scratch_writes: u64,
     pub evicted: u64,
     pub steps: u64,
     pub faults: u64,
@@ -54,6 +60,12 @@ impl Counts {
         self.views_checked += other.views_checked;
         self.views_refused += other.views_refused;
         self.reverts += other.reverts;
+        self.marks += other.marks;
+        self.cleans += other.cleans;
+        self.edits += other.edits;
+        self.switches += other.switches;
+        self.resizes += other.resizes;
+        self.scratch_writes += other.scratch_writes;
         self.evicted += other.evicted;
         self.steps += other.steps;
         self.faults += other.faults;
@@ -117,6 +129,8 @@ pub struct Vol {
     pub guard: RefCell<Option<ClientGuard>>,
     /// The engine asked the client to go.
     pub disconnected: Cell<bool>,
+    /// Markers that were set: name, instant.
+    pub marks: RefCell<Vec<(String, u64)>>,
     /// Held by a forced revert until the release; `None`: a call was cut off by a crash.
     pub held: Cell<Option<bool>>,
     /// Forced reverts begun: calls that overlap one may be refused.
@@ -243,18 +257,26 @@ pub struct World {
     pub instants: RefCell<Vec<u64>>,
     /// Open views.
     pub views: RefCell<Vec<Rc<OpenView>>>,
+    /// Views that were closed: whoever reads one at that moment may be told so.
+    pub closed: RefCell<BTreeSet<Uuid>>,
     /// Stamps given out for scratch.
     pub scratch_stamps: Cell<u32>,
     /// The next operation.
     pub next: Cell<usize>,
     /// The crash that is armed.
     pub armed: Cell<Option<crate::workload::Crash>>,
+    /// Which unsynced writes survive a power cut, by their place: all CDP disks' first, then the primaries'. `None`: as the seed says.
+    pub survivors: Cell<Option<u64>>,
+    /// How many there were at the newest power cut.
+    pub unsynced: Cell<usize>,
     /// The first violation.
     pub failure: RefCell<Option<String>>,
     /// A CDP disk has failed at some time: views may be gone.
     pub cdp_faulty: Cell<bool>,
-    /// A primary has failed at some time: the guest may get its errors.
+    /// A primary has failed at some time.
     pub primary_faulty: Cell<bool>,
+    /// A primary fails, or has failed in this life of the agent: the guest may get its errors.
+    pub primary_errors: Cell<bool>,
     /// The state directory has failed at some time: admins may get errors, guests may have to wait.
     pub store_faulty: Cell<bool>,
     /// Bits were flipped: errors are right, wrong bytes are not.
@@ -348,6 +370,7 @@ impl World {
                 handle: RefCell::default(),
                 guard: RefCell::default(),
                 disconnected: Cell::new(false),
+                marks: RefCell::default(),
                 held: Cell::new(Some(false)),
                 forced: Cell::new(0),
             })
@@ -365,9 +388,13 @@ impl World {
             scratch_stamps: Cell::new(1),
             next: Cell::new(0),
             armed: Cell::new(None),
+            survivors: Cell::new(None),
+            unsynced: Cell::new(0),
             failure: RefCell::default(),
             cdp_faulty: Cell::new(false),
             primary_faulty: Cell::new(false),
+            primary_errors: Cell::new(false),
+            closed: RefCell::default(),
             damaged: Cell::new(false),
             store_faulty: Cell::new(false),
             initialised: Cell::new(false),
@@ -453,6 +480,16 @@ impl World {
             3 => info.coverage.get(place % info.coverage.len().max(1)).and_then(|i| i.end).map_or(base, |end| end.0),
             _ => base,
         }
+    }
+
+    /// What lies on CDP disks may be gone, or not to be read.
+    pub fn journal_fault(&self) -> bool {
+        self.cdp_faulty.get() || self.damaged.get()
+    }
+
+    /// What an admin was told may not be on record.
+    pub fn record_fault(&self) -> bool {
+        self.journal_fault() || self.store_faulty.get()
     }
 
     /// Some disk does not do what a disk should, or has not done so.

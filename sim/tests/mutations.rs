@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
 use cdp_journal::mutation::{Mutation, set};
-use cdp_sim::exhaust::{check, sequences};
+use cdp_sim::exhaust::{Bounds, check, sequences};
 use cdp_sim::run::run;
 use cdp_sim::shrink::{pick, shrink};
 use cdp_sim::workload::{Action, History, Op, Setup, Then, generate};
@@ -91,12 +91,12 @@ fn the_exhaustion_catches_faults_that_need_no_long_history() {
         Mutation::RevertNotDurable,
     ] {
         set(mutation);
-        let failed = (0..sequences(2)).find_map(|place| check(2, place, 1, 1).1);
+        let failed = (0..sequences(2)).find_map(|place| check(2, place, Bounds { stride: 1, seeds: 1, whole: 2 }).1);
         set(Mutation::None);
         let Some((case, report)) = failed else { panic!("{mutation:?}: no sequence of two operations fails") };
         let words: String = report.failure.unwrap_or_default().chars().take(200).collect();
         println!("{mutation:?}: {}: {words}", case.name());
-        assert_eq!(case.run().failure, None, "{mutation:?}: {} fails without it, too", case.name());
+        assert_eq!(case.run(false).failure, None, "{mutation:?}: {} fails without it, too", case.name());
     }
 }
 

@@ -57,6 +57,12 @@ fn a_first_lot_of_histories_holds() {
         ("views refused", all.views_refused, 20),
         ("reverts", all.reverts, 100),
         ("evictions", all.evicted, 5),
+        ("switches", all.switches, 200),
+        ("edits", all.edits, 10),
+        ("cleans", all.cleans, 20),
+        ("resizes", all.resizes, 10),
+        ("marks", all.marks, 200),
+        ("writes into scratch", all.scratch_writes, 20),
         ("faults", all.faults, 50),
     ] {
         assert!(count >= least, "{what}: only {count}");
