@@ -33,6 +33,23 @@ fn assert_gap(rig: &Rig, at: u64) {
     assert!(!coverage.iter().any(|interval| interval.contains(at)), "info says {at} can be viewed: {coverage:?}");
 }
 
+/// Of these instants, in their order, and of the whole span from the first to the last nothing is presented that was not so: what info says can be
+/// viewed shows what was there, and the rest is refused.
+fn assert_no_gap_is_shown(rig: &Rig, instants: &[u64]) {
+    let (first, last) = (instants[0], instants[instants.len() - 1]);
+    let coverage = rig.agent.coverage("demo");
+    // An interval that claims too much does so at its ends.
+    let touching = coverage.iter().filter(|i| i.start <= last && i.end.is_none_or(|end| end >= first));
+    let ends = touching.flat_map(|i| [i.start.max(first), i.end.map_or(last, |end| end.min(last))]);
+    for at in instants.iter().copied().chain(ends) {
+        if coverage.iter().any(|interval| interval.contains(at)) {
+            rig.check_view(at);
+        } else {
+            assert_gap(rig, at);
+        }
+    }
+}
+
 /// Protection is off, and says so everywhere where somebody may look.
 fn assert_loudly_off(rig: &Rig) {
     let info = rig.info();
@@ -514,30 +531,51 @@ fn a_cdp_disk_that_is_gone_after_a_kill_is_waited_for() {
 }
 
 /// Goal: a CDP disk that comes back as it was some time ago (a restored snapshot, a mirror's stale half) is not taken for the
-/// newest state: either the volume is not served, or what is served misses nothing.
+/// newest state: either the volume is not served, or what is served misses nothing. What it lacks is never shown as history, neither
+/// then nor after the decision to go on without it.
 #[test]
 fn a_cdp_disk_that_comes_back_with_an_old_watermark_is_not_believed() {
     for drained in [false, true] {
         let Some(mut rig) = rig(80, "") else { return };
         rig.write_some(80, 300);
         rig.eventually("an empty backlog", || rig.info()["backlog_bytes"] == 0);
+        let mut instants = vec![now_ns()];
         rig.agent.kill();
         let stale = rig.disks.content(CDP);
+        // From here on the copy knows nothing.
+        instants.push(now_ns());
         rig.agent.start();
-        rig.write_some(81, 400);
+        instants.push(now_ns());
+        let load = rig.load(Plan { writes_max: 400, ..rig.plan(81) });
+        for _ in 0..3 {
+            load.wait_for(100);
+            instants.push(now_ns());
+        }
+        load.finish();
+        instants.push(now_ns());
         rig.check_live("before");
         if drained {
             rig.eventually("an empty backlog", || rig.info()["backlog_bytes"] == 0);
         }
+        instants.push(now_ns());
         rig.agent.kill();
         rig.disks.change(CDP, |content| content.clone_from(&stale));
         let primary = rig.disks.content(PRIMARY);
         rig.agent.start_unserved();
-        if rig.health() == "ok" {
+        let health = rig.health();
+        if health == "ok" {
             rig.check_live("with a stale CDP disk");
         } else {
             assert!(Client::connect(&rig.agent.socket(), "demo").is_err(), "it is served");
             assert!(rig.disks.content(PRIMARY) == primary, "stale writes were redone over newer ones");
+        }
+        assert_no_gap_is_shown(&rig, &instants);
+        if health != "ok" {
+            rig.agent.ctl(&["volume", "override", "demo", "--accept", &health]);
+            assert_no_gap_is_shown(&rig, &instants);
+            rig.agent.ctl(&["enable", "demo"]);
+            rig.assert_protected();
+            assert_no_gap_is_shown(&rig, &instants);
         }
     }
 }
