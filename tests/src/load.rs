@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::nbd::{
     self, CMD_FLUSH, CMD_READ, CMD_WRITE, CMD_WRITE_ZEROES, Client, FLAG_FUA, NbdError, Receiver, Request, Sender,
@@ -81,6 +81,7 @@ struct Shared {
     acked_bytes: AtomicU64,
     begun: AtomicU64,
     connects: AtomicU64,
+    longest_wait_ns: AtomicU64,
     failure: Mutex<Option<String>>,
 }
 
@@ -93,7 +94,8 @@ enum Pending {
 
 #[derive(Debug, Default)]
 struct InFlight {
-    pending: HashMap<u64, Pending>,
+    /// By cookie, with when it was sent.
+    pending: HashMap<u64, (Instant, Pending)>,
     broken: bool,
 }
 
@@ -111,6 +113,7 @@ impl Load {
             acked_bytes: AtomicU64::new(0),
             begun: AtomicU64::new(0),
             connects: AtomicU64::new(0),
+            longest_wait_ns: AtomicU64::new(0),
             failure: Mutex::new(None),
         });
         let threads = (0..connections)
@@ -130,7 +133,7 @@ impl Load {
     /// Waits until `more` further writes are acked, or the load has failed or ended.
     pub fn wait_for(&self, more: u64) {
         let goal = self.acked() + more;
-        let begun = std::time::Instant::now();
+        let begun = Instant::now();
         while self.acked() < goal && !self.threads.iter().all(JoinHandle::is_finished) {
             assert!(
                 begun.elapsed() < 2 * nbd::HANG,
@@ -166,6 +169,18 @@ impl Load {
     pub fn stop(self) -> (u64, u64) {
         self.shared.stop.store(true, Ordering::Relaxed);
         self.finish()
+    }
+
+    /// The same, as a guest that must not notice anything but a pause: no request waited longer than `bound` for its answer, and no connection
+    /// was lost. Prints the longest wait.
+    pub fn stop_within(self, bound: Duration) {
+        let shared = Arc::clone(&self.shared);
+        self.stop();
+        let longest = Duration::from_nanos(shared.longest_wait_ns.load(Ordering::Relaxed));
+        let connects = shared.connects.load(Ordering::Relaxed);
+        println!("the longest wait of a request: {longest:?}, at most {bound:?} is right");
+        assert!(longest <= bound, "a request waited {longest:?}, longer than {bound:?}");
+        assert!(connects <= shared.plan.connections as u64, "{connects} connections were made: some were lost");
     }
 
     /// How often a connection was made, the first ones too.
@@ -217,7 +232,7 @@ impl Shared {
                 break;
             }
             let (request, data, pending) = self.next(rng);
-            state.pending.insert(sender.next_cookie(), pending);
+            state.pending.insert(sender.next_cookie(), (Instant::now(), pending));
             drop(state);
             if sender.send(request, &data).is_err() {
                 break;
@@ -289,10 +304,11 @@ impl Shared {
                 // Killed, or told to go: the connection's other half decides what is next.
                 Err(_) => break,
             };
-            let Some(pending) = lock(state).pending.remove(&reply.cookie) else {
+            let Some((sent, pending)) = lock(state).pending.remove(&reply.cookie) else {
                 self.fail(format!("a reply to the unknown request {}", reply.cookie));
                 break;
             };
+            self.waited(sent);
             match (pending, reply.error) {
                 (Pending::Write { op, len, fua }, 0) => {
                     let mut oracle = lock(&self.oracle);
@@ -323,8 +339,17 @@ impl Shared {
             }
             changed.notify_one();
         }
-        lock(state).broken = true;
+        let mut state = lock(state);
+        state.broken = true;
+        // What never got an answer has waited, too.
+        state.pending.values().for_each(|(sent, _)| self.waited(*sent));
+        drop(state);
         changed.notify_one();
+    }
+
+    fn waited(&self, sent: Instant) {
+        let ns = u64::try_from(sent.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        self.longest_wait_ns.fetch_max(ns, Ordering::Relaxed);
     }
 }
 
