@@ -70,6 +70,18 @@ fn assert_loudly_off_at_start(rig: &Rig) {
     assert!(rig.metric(&["cdp_volume_health{", "\"demo\"", "\"offline\""]) == 1.0, "the metric");
 }
 
+/// The volume is not served before somebody decides, and says so everywhere where somebody may look.
+fn assert_loudly_unserved(rig: &Rig, health: &str) {
+    let info = rig.info();
+    assert_eq!(info["health"], health, "{info}");
+    assert!(info["health_reason"].as_str().is_some_and(|why| !why.is_empty()), "{info}");
+    // A journal that is there and cannot be believed is told as damage.
+    assert!(rig.events(health) + rig.events("damage") > 0, "no event of {health}");
+    assert!(rig.metric(&["cdp_volume_health{", "\"demo\"", &format!("{health:?}")]) == 1.0, "the metric of {health}");
+    assert!(rig.metric(&["cdp_volume_health{", "\"demo\"", "\"ok\""]) == 0.0, "the metric of ok");
+    assert!(Client::connect(&rig.agent.socket(), "demo").is_err(), "it is served");
+}
+
 /// Goal: whatever the CDP disk does, the guest sees no error, loses nothing and waits at most `stall_max`; protection goes off loudly, with all views; with
 /// another CDP disk and `enable` it is on again, and what lies between is a gap, also after a kill.
 fn cdp_disk_fails(seed: u64, op: Op, effect: Effect, after: u64) {
@@ -464,7 +476,7 @@ fn another_writer_on_the_primary_while_the_agent_was_down_is_noticed() {
         rig.agent.start_unserved();
         assert_eq!(rig.health(), "primary_changed", "clean: {clean}");
         assert!(rig.events("primary_changed") > 0);
-        assert!(Client::connect(&rig.agent.socket(), "demo").is_err(), "it is served");
+        assert_loudly_unserved(&rig, "primary_changed");
         assert_gap(&rig, old);
         assert!(rig.disks.content(PRIMARY) == intruder, "something was redone over it");
         rig.agent.ctl_refused(&["volume", "override", "demo", "--accept", "needs_journal"], &["primary_changed"]);
@@ -489,6 +501,7 @@ fn a_cdp_disk_that_is_gone_after_a_clean_stop_stops_nobody() {
     rig.agent.start();
     assert_eq!(rig.health(), "offline");
     assert!(rig.events("offline") > 0);
+    assert_loudly_off_at_start(&rig);
     rig.check_live("without its CDP disk");
     rig.write_some(61, 300);
     rig.check_live("unprotected");
@@ -521,9 +534,8 @@ fn a_cdp_disk_that_is_gone_after_a_kill_is_waited_for() {
     rig.agent.kill();
     let inode = rig.disks.take_away(CDP);
     rig.agent.start_unserved();
-    assert_eq!(rig.health(), "needs_journal");
     assert!(rig.events("needs_journal") > 0);
-    assert!(Client::connect(&rig.agent.socket(), "demo").is_err(), "it is served");
+    assert_loudly_unserved(&rig, "needs_journal");
     rig.agent.kill();
     rig.disks.put_back(CDP, inode);
     rig.agent.start();
@@ -534,6 +546,7 @@ fn a_cdp_disk_that_is_gone_after_a_kill_is_waited_for() {
     rig.agent.kill();
     rig.disks.take_away(CDP);
     rig.agent.start_unserved();
+    assert_loudly_unserved(&rig, "needs_journal");
     rig.agent.ctl_refused(&["volume", "override", "demo", "--accept", "primary_changed"], &["needs_journal"]);
     rig.agent.ctl(&["volume", "override", "demo", "--accept", "needs_journal"]);
     let mut client = rig.agent.connect("demo");
@@ -582,7 +595,7 @@ fn a_cdp_disk_that_comes_back_with_an_old_watermark_is_not_believed() {
         if health == "ok" {
             rig.check_live("with a stale CDP disk");
         } else {
-            assert!(Client::connect(&rig.agent.socket(), "demo").is_err(), "it is served");
+            assert_loudly_unserved(&rig, &health);
             assert!(rig.disks.content(PRIMARY) == primary, "stale writes were redone over newer ones");
         }
         assert_no_gap_is_shown(&rig, &instants);
@@ -687,6 +700,7 @@ fn a_cdp_disk_lost_with_a_revert_pending_gives_errors_only_where_nothing_was_cop
     rig.disks.heal();
     rig.agent.start_unserved();
     assert_eq!(rig.health(), "revert_incomplete");
+    assert!(rig.metric(&["cdp_volume_health{", "\"demo\"", "\"revert_incomplete\""]) == 1.0);
     assert_eq!(look(&rig, false), lost, "a restart gives nothing back");
     // An overwrite heals its block.
     let mut client = rig.agent.connect("demo");
