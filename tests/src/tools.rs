@@ -32,17 +32,21 @@ pub fn output<S: AsRef<OsStr>>(program: &str, args: impl IntoIterator<Item = S>)
 
 /// Checks an ext4 image: replays its log on a copy, as a mount would, and then finds no fault.
 pub fn assert_ext4_sound(image: &Path, what: &str) {
+    check_ext4(image).unwrap_or_else(|fault| panic!("{what}: {fault}"));
+}
+
+/// The same, and tells what is wrong.
+pub fn check_ext4(image: &Path) -> Result<(), String> {
     // -E journal_only replays and does nothing else; 0 and 1 are its good ends.
     let replay = output("e2fsck", [OsStr::new("-fy"), "-E".as_ref(), "journal_only".as_ref(), image.as_os_str()]);
-    assert!(matches!(replay.status.code(), Some(0 | 1)), "{what}: {}", describe("e2fsck journal_only", &replay));
+    if !matches!(replay.status.code(), Some(0 | 1)) {
+        return Err(describe("e2fsck journal_only", &replay));
+    }
     let check = output("e2fsck", [OsStr::new("-fn"), image.as_os_str()]);
-    assert_eq!(
-        check.status.code(),
-        Some(0),
-        "{what}: {}\n{}",
-        describe("e2fsck -fn", &check),
-        String::from_utf8_lossy(&check.stdout)
-    );
+    if check.status.code() != Some(0) {
+        return Err(format!("{}\n{}", describe("e2fsck -fn", &check), String::from_utf8_lossy(&check.stdout)));
+    }
+    Ok(())
 }
 
 /// Checks an XFS image that was unmounted cleanly.
