@@ -5,10 +5,12 @@
 //! share the inputs in `fuzz/corpus/TARGET`; what once crashed a target lies there too.
 
 mod heap;
+mod watchdog;
 
 use std::path::{Path, PathBuf};
 
 pub use heap::largest_since;
+pub use watchdog::Watchdog;
 
 /// A target's name and its function, which answers whether the bytes were taken for what they claim to be.
 pub type Target = (&'static str, fn(&[u8]) -> bool);

@@ -1,11 +1,11 @@
 //! `cdp-fuzz SECONDS [TARGET...]`: mutates the inputs of the corpus for so long, the targets in turns; a crash leaves its input in
-//! the corpus. Ends with one line of counts.
+//! the corpus, and so does a hang, which ends the run. Ends with one line of counts.
 
 use std::panic::catch_unwind;
 use std::process::ExitCode;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use cdp_fuzz::{TARGETS, corpus, inputs, largest_since, mutate};
+use cdp_fuzz::{TARGETS, Watchdog, corpus, inputs, largest_since, mutate};
 
 /// One input asks for no more memory at once than this.
 const ALLOCATION_MAX: usize = 64 << 20;
@@ -26,17 +26,20 @@ fn main() -> ExitCode {
         .filter(|(name, _)| wanted.is_empty() || wanted.iter().any(|wanted| wanted == name))
         .map(|(name, run)| (*name, *run, inputs(name)))
         .collect();
+    let watchdog = Watchdog::start();
     let (mut runs, mut crashes) = (0_u64, 0_u64);
     for turn in 0_u64.. {
         for (name, run, corpus_of) in &targets {
             for number in turn * TURN..(turn + 1) * TURN {
                 let data = mutate(corpus_of, seed, number);
                 largest_since();
-                let fine = catch_unwind(|| run(&data)).is_ok() && largest_since() <= ALLOCATION_MAX;
+                let what = format!("{seed}-{number}");
+                let ended = watchdog.watch(name, &what, &data, || catch_unwind(|| run(&data)));
+                let fine = ended.is_ok() && largest_since() <= ALLOCATION_MAX;
                 runs += 1;
                 if !fine {
                     crashes += 1;
-                    let path = corpus(name).join(format!("crash-{seed}-{number}"));
+                    let path = corpus(name).join(format!("crash-{what}"));
                     eprintln!("{name}: seed {seed}, input {number} crashed; it is kept: {}", path.display());
                     if let Err(error) = std::fs::write(&path, &data) {
                         eprintln!("{}: {error}", path.display());
