@@ -10,7 +10,7 @@ use futures::future::{BoxFuture, FutureExt as _};
 use uuid::Uuid;
 
 use crate::config::Config;
-use crate::frontend::nbd::fuzz::{fuzz_request, plain};
+use crate::frontend::nbd::fuzz::{self, fuzz_request, plain};
 use crate::frontend::nbd::{ExportDirectory, ExportEntry, ExportInfo, ExportKind, ExportSource};
 
 /// The configuration file.
@@ -51,6 +51,12 @@ pub fn requests(data: &[u8]) -> bool {
         taken |= fuzz_request(head, size, kind & 1 != 0, kind & 2 != 0, kind & 4 != 0);
     }
     taken
+}
+
+/// All that a client says once its handshake is over, to the real server on a real ring. The first byte chooses what the handshake
+/// agreed on, the second in what pieces the client sends.
+pub fn stream(data: &[u8]) -> bool {
+    fuzz::stream(data)
 }
 
 /// Lists an export and never finds one.

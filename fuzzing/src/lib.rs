@@ -30,6 +30,8 @@ pub const TARGETS: &[Target] = &[
     ("nbd_handshake", cdp_agent::fuzzing::handshake),
     #[cfg(feature = "agent")]
     ("nbd_requests", cdp_agent::fuzzing::requests),
+    #[cfg(feature = "agent")]
+    ("nbd_stream", cdp_agent::fuzzing::stream),
 ];
 
 /// The function of a target.

@@ -66,6 +66,16 @@ struct Inner {
     heartbeat: Arc<AtomicU64>,
 }
 
+/// Closes the executor when it goes, also when a task panics: whoever waits for an answer of another task must learn that none
+/// comes.
+struct Closing<'a>(&'a Ring);
+
+impl Drop for Closing<'_> {
+    fn drop(&mut self) {
+        self.0.close();
+    }
+}
+
 /// Deadline on CLOCK_BOOTTIME and a number that tells timers with the same deadline apart.
 type TimerKey = (u64, u64);
 
@@ -103,18 +113,28 @@ impl Ring {
 
     /// Runs `main`, and every task spawned beside it, until `main` ends. Tasks that are left are dropped.
     pub fn run<T: 'static>(&self, main: impl Future<Output = T> + 'static) -> T {
-        /// Also when a task panics: whoever waits for an answer of another task must learn that none comes.
-        struct Closing<'a>(&'a Ring);
-        impl Drop for Closing<'_> {
-            fn drop(&mut self) {
-                self.0.close();
-            }
-        }
         let _closing = Closing(self);
         let main = self.task(main);
         while !main.is_finished() {
             self.turn();
         }
+        main.now_or_never().expect("a finished task has its output")
+    }
+
+    /// Runs `main` until it ends, and leaves the other tasks and the executor for the next call: for the fuzzers, since making and
+    /// closing a ring takes longer than an input. After a panic the ring is closed.
+    #[cfg(feature = "fuzzing")]
+    pub(crate) fn run_and_keep<T: 'static>(&self, main: impl Future<Output = T> + 'static) -> T {
+        let closing = Closing(self);
+        let main = self.task(main);
+        loop {
+            self.run_ready();
+            if main.is_finished() {
+                break; // before the wait, which nothing might end
+            }
+            self.exchange();
+        }
+        std::mem::forget(closing);
         main.now_or_never().expect("a finished task has its output")
     }
 
@@ -144,10 +164,20 @@ impl Ring {
 
     /// One round of the loop.
     fn turn(&self) {
+        self.run_ready();
+        self.exchange();
+    }
+
+    /// Polls tasks that are ready, a bounded batch of them.
+    fn run_ready(&self) {
         for _ in 0..TASKS_PER_TURN {
             let Some(runnable) = remote::next_ready() else { break };
             runnable.run();
         }
+    }
+
+    /// The rest of a round: submits what the tasks asked for, waits if none is ready, wakes those whose operations are done.
+    fn exchange(&self) {
         self.fire_timers();
         self.enter(remote::has_ready());
         self.reap();

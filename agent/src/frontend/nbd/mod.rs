@@ -7,6 +7,8 @@
 //! Bounds: connections in total ([`NbdConfig::connections_max`]), time of a handshake, bytes of an option, requests and bytes
 //! in flight per connection, bytes of a request.
 
+#[cfg(feature = "fuzzing")]
+pub(crate) mod fuzz;
 mod handshake;
 pub mod tls;
 pub(crate) mod transmission;
@@ -31,13 +33,6 @@ use uuid::Uuid;
 use crate::shard::ShardHandle;
 
 pub use transmission::{ClientStats, ExportSource, NbdSession};
-
-#[cfg(feature = "fuzzing")]
-pub(crate) mod fuzz {
-    //! What the fuzzers reach.
-    pub(crate) use super::handshake::plain;
-    pub(crate) use super::transmission::fuzz_request;
-}
 
 /// Longest read or write, announced as the maximum block size.
 pub const PAYLOAD_MAX: u32 = 32 << 20;

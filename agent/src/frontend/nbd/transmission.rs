@@ -298,6 +298,13 @@ impl Clients {
         cut.unwrap_or(0)
     }
 
+    /// Nobody is served or about to be, and all room is free: for the fuzzers, after the last client.
+    #[cfg(feature = "fuzzing")]
+    pub(crate) fn is_idle(&self) -> bool {
+        let nobody = self.claims.borrow().is_empty() && self.served.borrow().is_empty();
+        nobody && self.budget.bytes.get() == 0 && self.budget.waiting.borrow().is_empty()
+    }
+
     fn each(&self, act: impl Fn(&Connection)) -> usize {
         let served: Vec<_> = self.served.borrow().iter().map(|(_, connection)| Rc::clone(connection)).collect();
         served.iter().for_each(|connection| act(connection));
