@@ -15,7 +15,7 @@ def run(*command, **kwargs):
 
 
 ORDER = [
-    "randwrite", "randwrite_limit", "cbw", "hot", "randwrite_qd4", "randwrite_qd8", "flush", "flush_limit", "p50", "p50_limit", "p99", "p99_limit", "seqwrite", "seqwrite_limit",
+    "randwrite", "randwrite_limit", "cbw", "cbw_copying", "hot", "randwrite_qd4", "randwrite_qd8", "flush", "flush_limit", "p50", "p50_limit", "p99", "p99_limit", "seqwrite", "seqwrite_limit",
     "randread", "randread_files", "seqread", "seqread_limit", "engine", "cpu", "journal_bytes", "journal_bytes_engine", "amplification", "view_open", "view_open_flat",
     "view_read_young", "view_read_middle", "view_read_old", "guest_beside_view", "revert_call", "revert_copy", "revert_limit", "restart", "memory_loaded", "memory_idle",
     "memory_records", "scaling", "stability", "stability_disk", "stability_peer", "stability_peer_disk",
