@@ -3,7 +3,7 @@
 
 Benches measure; they judge nothing and never fail for a figure. Called by `make bench`.
 
-usage: benches/bench.py [--quick | --full] [--dir FOLDER] [--size MiB] [--only ROW,...] [--no-docs]
+usage: benches/bench.py [--quick | --full] [--dir FOLDER] [--size MiB] [--only ROW,...] [--no-docs] [--remark TEXT]...
 
           under 20 minutes without --quick and --full
 --quick   under 3 minutes: short turns, few of them, small files
@@ -11,6 +11,7 @@ usage: benches/bench.py [--quick | --full] [--dir FOLDER] [--size MiB] [--only R
 --size    MiB of the volume (default 8192, with --quick 512, less when the disk has little room)
 --only    steps by their names (writes, peers, latency, sequential, device, curves, views, revert, memory, restart, engine, records, scaling, idle, stability); the other
           rows stay as the last run of the same mode and size left them, and the report says so
+--remark  what the report is to say of the run, such as what else went on beside it
 """
 import argparse
 import concurrent.futures
@@ -509,17 +510,21 @@ def views(b):
         began = time.monotonic()
         view = b.ctl("view", "open", "demo", "--at", at)
         opened[age] = (view, (time.monotonic() - began) * 1000)
-    ratios = {age: [] for age in opened}
+    ratios, files = {age: [] for age in opened}, []
     for _ in range(b.pairs):
         volume = b.fio(b.ours.uri, rw="randread", depth=32)
         for age, (view, _ms) in opened.items():
             ratios[age].append(b.fio(view["nbd_uri"], rw="randread", depth=32)["iops"] / volume["iops"])
+        journal, primary = (b.fio(b.path(f"cdp/{file}.img"), rw="randread", seconds=min(b.seconds, 2), ramp=0)["iops"] for file in ("cdp", "primary"))
+        files.append(journal / primary)
     b.facts["views"] = {"open_ms_with_cdpctl": {age: ms for age, (_, ms) in opened.items()}, "read_ratios": ratios, "history_s": (now - oldest) / 1e9}
     for age in opened:
         back = (now - instants[age]) / 1e9
         b.row(f"view_read_{age}", f"view 4K random read QD32 / volume 4K random read, {age} instant", (">=", 0.8), ratios[age],
               note=f"{back:.0f} s back of {(now - oldest) / 1e9:.0f} s of history; opened in {opened[age][1]:.1f} ms, the start of cdpctl counted in")
         b.ctl("view", "close", opened[age][0]["id"])
+    b.row("view_read_files", "fio straight on the CDP disk / on the protected volume's file, 4K random read QD32", (None, None), files,
+          note="an old view reads what has changed since from the first, and once a page of an index")
     ratios, readers, errors = [], [], 0
     for _ in range(b.pairs):
         alone = b.fio(b.ours.uri, rw="randwrite", depth=32)
@@ -784,6 +789,7 @@ def main():
     parser.add_argument("--size", type=int, default=0)
     parser.add_argument("--only", type=lambda text: text.split(","), default=[])
     parser.add_argument("--no-docs", action="store_true")
+    parser.add_argument("--remark", action="append", default=[])
     args = parser.parse_args()
     load_before = os.getloadavg()[0]
     b = Bench(args)

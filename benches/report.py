@@ -1,9 +1,10 @@
-"""What `bench.py` found, as JSON, plots and docs/benchmarks.md."""
+"""What `bench.py` found, as JSON, plots and docs/benchmarks.md. Run with such a JSON file it writes the docs anew."""
 import datetime
 import json
 import os
 import statistics
 import subprocess
+import sys
 import time
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -17,7 +18,7 @@ def run(*command, **kwargs):
 ORDER = [
     "randwrite", "randwrite_limit", "cbw", "cbw_copying", "hot", "randwrite_qd4", "randwrite_qd8", "flush", "flush_limit", "p50", "p50_limit", "p99", "p99_limit", "seqwrite", "seqwrite_limit",
     "randread", "randread_files", "seqread", "seqread_limit", "engine", "cpu", "journal_bytes", "journal_bytes_engine", "amplification", "view_open", "view_open_flat",
-    "view_read_young", "view_read_middle", "view_read_old", "guest_beside_view", "revert_call", "revert_copy", "revert_limit", "restart", "memory_loaded", "memory_idle",
+    "view_read_young", "view_read_middle", "view_read_old", "view_read_files", "guest_beside_view", "revert_call", "revert_copy", "revert_limit", "restart", "memory_loaded", "memory_idle",
     "memory_records", "scaling", "stability", "stability_disk", "stability_peer", "stability_peer_disk",
 ]
 UNMEASURED = {
@@ -83,49 +84,54 @@ def priority():
     return f"; the session of the bench, all servers and clients in it, ran at autogroup nice {nice}" if nice else ""
 
 
-def predictions(b):
+def predictions(figures):
     """The model beside what was measured."""
-    compared = {name: curve["series"] for name, curve in b.curves.items() if "predicted" in curve["series"]}
+    compared = {name: curve for name, curve in figures["curves"].items() if "predicted" in curve["series"]}
     if not compared:
         return []
-    lines = ["", "The dashed lines are the model of `docs/performance.md` (`benches/model.py`), from these figures of the disk, the socket and one core, taken in the same run: "
-             + ", ".join(f"{name} {value:.3g}" for name, value in b.facts["device"].items()) + ".", "", "| curve | point | measured | predicted | predicted / measured |", "|---|---|---|---|---|"]
-    for name, series in compared.items():
-        for (x, measured), (_, predicted) in zip(series["cdp-agent"], series["predicted"]):
-            lines.append(f"| {b.curves[name]['y']} over {b.curves[name]['x']} | {x:,} | {measured:,.0f} | {predicted:,.0f} | {predicted / max(1e-9, measured):.2f} |")
+    taken = ", ".join(f"{name} {value:.3g}" for name, value in figures["facts"]["device"].items())
+    lines = ["", "The dashed lines are the model of `docs/performance.md` (`benches/model.py`), from these figures of the disk, the socket and one core, "
+             f"taken in the same run: {taken}.", "", "| curve | point | measured | predicted | predicted / measured |", "|---|---|---|---|---|"]
+    for curve in compared.values():
+        for (x, measured), (_, predicted) in zip(curve["series"]["cdp-agent"], curve["series"]["predicted"]):
+            lines.append(f"| {curve['y']} over {curve['x']} | {x:,} | {measured:,.0f} | {predicted:,.0f} | {predicted / max(1e-9, measured):.2f} |")
     return lines
 
 
-def write(b, load_before):
-    """The raw figures, docs/benchmarks.md and its plots."""
-    about = machine(b)
-    os.makedirs(f"{HERE}/results", exist_ok=True)
-    results = f"{HERE}/results/{about['mode']}.json"
-    kept = []
-    if b.args.only and os.path.exists(results):
-        with open(results) as file:
+def collect(b, load_before):
+    """All figures of a run, with those rows of the last run of its kind that it left out."""
+    about = machine(b) | {"load_before": load_before, "priority": priority(), "cdp_mib": b.cdp_size, "seconds": b.seconds, "pairs": b.pairs, "remarks": b.args.remark}
+    path = f"{HERE}/results/{about['mode']}.json"
+    kept, rows, curves, facts, commands = [], b.rows, b.curves, b.facts, b.commands
+    if b.args.only and os.path.exists(path):
+        with open(path) as file:
             last = json.load(file)
         if last["volume_mib"] == b.size:
             earlier = last.get("kept", [])
-            fresh = set(last["rows"]).difference(b.rows, *(run_["rows"] for run_ in earlier))
-            kept = [{**run_, "rows": sorted(set(run_["rows"]) - set(b.rows))} for run_ in [*earlier, {**last["about"], "rows": fresh}]]
+            fresh = set(last["rows"]).difference(rows, *(run_["rows"] for run_ in earlier))
+            kept = [{**run_, "rows": sorted(set(run_["rows"]) - set(rows))} for run_ in [*earlier, {**last["about"], "rows": fresh}]]
             kept = [run_ for run_ in kept if run_["rows"]]
-            b.commands = {**dict.fromkeys(last.get("commands", [])), **b.commands}
-            b.rows, b.curves, b.facts = {**last["rows"], **b.rows}, {**last["curves"], **b.curves}, {**last["facts"], **b.facts}
-    figures = {"about": about, "kept": kept, "volume_mib": b.size, "rows": b.rows, "curves": b.curves, "facts": b.facts, "commands": list(b.commands)}
-    with open(results, "w") as out:
-        json.dump(figures, out, indent=1)
-        out.write("\n")
-    lines = ["# Benchmarks", "", f"Written by `{'QUICK=1 ' if b.args.quick else 'FULL=1 ' if b.args.full else ''}make bench` on {about['date']}, in {about['minutes']:.0f} minutes; the raw figures are in "
+            commands = {**dict.fromkeys(last.get("commands", [])), **commands}
+            rows, curves, facts = {**last["rows"], **rows}, {**last["curves"], **curves}, {**last["facts"], **facts}
+    return {"about": about, "kept": kept, "volume_mib": b.size, "rows": rows, "curves": curves, "facts": facts, "commands": list(commands)}
+
+
+def render(figures):
+    """docs/benchmarks.md, and the plots by their names."""
+    about, rows, facts = figures["about"], figures["rows"], figures["facts"]
+    kind = {"quick": "QUICK=1 ", "full": "FULL=1 ", "default": ""}[about["mode"]]
+    lines = ["# Benchmarks", "", f"Written by `{kind}make bench` on {about['date']}, in {about['minutes']:.0f} minutes; the raw figures are in "
              f"`benches/results/{about['mode']}.json`. Ratios are of turns side by side in one run on one disk; the", "median counts, the spread is from the lowest to the highest. "
-             "What stands behind the figures is in `docs/performance.md`.", "", f"- Machine: {about['machine']}; load average {load_before:.1f} before the run{priority()}.",
+             "What stands behind the figures is in `docs/performance.md`.", "",
+             f"- Machine: {about['machine']}; load average {about['load_before']:.1f} before the run{about['priority']}.",
              f"- Versions: {about['versions']}; commit {about['commit']}.",
-             f"- Volume: {b.size} MiB, written before, uniform random unless a row says otherwise; CDP disk {b.cdp_size} MiB, written before, so that the ring wraps"
-             f" on blocks that are there. {b.seconds} s a turn, {b.pairs} pairs.",
+             f"- Volume: {figures['volume_mib']} MiB, written before, uniform random unless a row says otherwise; CDP disk {about['cdp_mib']} MiB, written before, so that the ring wraps"
+             f" on blocks that are there. {about['seconds']} s a turn, {about['pairs']} pairs.",
+             *(f"- {remark}" for remark in about["remarks"]),
              *(f"- From an earlier run, on {run_['date']}, commit {run_['commit']}, in {run_['minutes']:.0f} minutes, load average {run_['load']:.1f} at its end: {', '.join(run_['rows'])}."
-               for run_ in kept), "", "| what | target | median | spread | met |", "|---|---|---|---|---|"]
+               for run_ in figures["kept"]), "", "| what | target | median | spread | met |", "|---|---|---|---|---|"]
     for name in ORDER:
-        row = b.rows.get(name)
+        row = rows.get(name)
         if not row:
             if name in UNMEASURED:
                 what, target = UNMEASURED[name]
@@ -136,23 +142,42 @@ def write(b, load_before):
         target = f"{row['target'][0]} {row['target'][1]}" if row["target"][0] else "reported"
         note = f" ({row['note']})" if row["note"] else ""
         lines.append(f"| {row['what']}{note} | {target} | {value} | {spread} | {'' if row['met'] is None else 'yes' if row['met'] else '**no**'} |")
-    if "randwrite_qd32" in b.facts:
+    if "randwrite_qd32" in facts:
         lines += ["", "## 4K random writes, 32 in flight", "", "| server | IOPS, each turn | mean us | p99 us | CPU us a write |", "|---|---|---|---|---|"]
-        for name, turns in {**b.facts["randwrite_qd32"], **b.facts.get("randwrite_others", {})}.items():
+        for name, turns in {**facts["randwrite_qd32"], **facts.get("randwrite_others", {})}.items():
             med = lambda key: statistics.median(t.get(key, 0) for t in turns)
             cpu = f"{med('cpu_us'):.1f}" if "cpu_us" in turns[0] else ""
             each = ", ".join(f"{turn['iops']:,.0f}" for turn in turns)
             lines.append(f"| {name}{' (page cache)' if name in CACHED else ''} | {each} | {med('mean_us'):.0f} | {med('p99_us'):.0f} | {cpu} |")
-    lines += ["", "## Curves", ""]
-    for name, curve in b.curves.items():
-        if not b.args.no_docs:
-            os.makedirs(f"{ROOT}/docs/bench", exist_ok=True)
-            with open(f"{ROOT}/docs/bench/{name}.svg", "w") as out:
-                out.write(svg(curve))
-        lines.append(f"![{curve['y']} over {curve['x']}](bench/{name}.svg)")
-    lines += predictions(b)
-    lines += ["", "## Commands", "", "Every command of a server, of fio and of cdp-bench, once:", "", "```", *b.commands, "```", ""]
+    lines += ["", "## Curves", "", *(f"![{curve['y']} over {curve['x']}](bench/{name}.svg)" for name, curve in figures["curves"].items()), *predictions(figures)]
+    lines += ["", "## Commands", "", "Every command of a server, of fio and of cdp-bench, once:", "", "```", *figures["commands"], "```", ""]
+    return "\n".join(lines), {name: svg(curve) for name, curve in figures["curves"].items()}
+
+
+def write_docs(figures):
+    """docs/benchmarks.md and its plots."""
+    text, plots = render(figures)
+    os.makedirs(f"{ROOT}/docs/bench", exist_ok=True)
+    for name, plot in plots.items():
+        with open(f"{ROOT}/docs/bench/{name}.svg", "w") as out:
+            out.write(plot)
+    with open(f"{ROOT}/docs/benchmarks.md", "w") as out:
+        out.write(text)
+
+
+def write(b, load_before):
+    """The raw figures and, unless they are not wanted, the docs."""
+    figures = collect(b, load_before)
+    os.makedirs(f"{HERE}/results", exist_ok=True)
+    with open(f"{HERE}/results/{figures['about']['mode']}.json", "w") as out:
+        json.dump(figures, out, indent=1)
+        out.write("\n")
     if not b.args.no_docs:
-        with open(f"{ROOT}/docs/benchmarks.md", "w") as out:
-            out.write("\n".join(lines))
-    print("\n".join(lines))
+        write_docs(figures)
+    print(render(figures)[0])
+
+
+if __name__ == "__main__":
+    # From what an earlier run left: benches/report.py benches/results/full.json
+    with open(sys.argv[1]) as file:
+        write_docs(json.load(file))

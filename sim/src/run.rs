@@ -182,7 +182,7 @@ fn crash(world: &World, crash: Crash) {
     }
     let chosen = world.survivors.get().filter(|_| crash.power);
     let first_of = |disk: usize| unsynced[..disk].iter().sum::<usize>();
-    let keeps = |mask: u64, disk: usize, place: usize| mask >> (first_of(disk) + place).min(63) & 1 == 1;
+    let keeps = |mask: u64, disk: usize, place: usize| (mask >> (first_of(disk) + place).min(63)) & 1 == 1;
     for (number, disk) in world.cdp.iter().enumerate() {
         match chosen {
             Some(mask) => disk.power_cut_keeping(|place| keeps(mask, number, place)),
