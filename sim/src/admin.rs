@@ -380,7 +380,10 @@ async fn close(world: &Rc<World>, view: &Rc<OpenView>) {
 async fn try_view(world: &Rc<World>, vol: &Rc<Vol>, time: u64, writable: bool) -> Option<Rc<OpenView>> {
     let handle = vol.handle();
     let before = Vol::covers(&handle.info(), time);
+    let cleaning = vol.cleaning.get();
     let result = handle.open_view(Instant(time), "", writable).await;
+    // All of history is about to end, and says so.
+    let ending = (cleaning || vol.cleaning.get()) && matches!(result, Err(Error::State(_)));
     let info = handle.info();
     let after = Vol::covers(&info, time);
     match result {
@@ -413,7 +416,7 @@ async fn try_view(world: &Rc<World>, vol: &Rc<Vol>, time: u64, writable: bool) -
         Err(error) => {
             world.count(|counts| counts.views_refused += 1);
             world.say(|| format!("view at {time} of volume {}: {error}", vol.index));
-            if before && after && !world.journal_fault() {
+            if before && after && !ending && !world.journal_fault() {
                 let text = format!("view at {time} was refused inside the coverage {:?}: {error}", info.coverage);
                 world.fail(format!("volume {}: {text}", vol.index));
             }
@@ -682,8 +685,11 @@ async fn clean_all(world: &Rc<World>, vol: &Rc<Vol>) {
     let has_views = world.views.borrow().iter().any(|view| view.vol == vol.index);
     let was_protected = vol.protected.get();
     vol.unprotect();
+    vol.cleaning.set(true);
     let was = vol.expect_on.replace(None);
-    match vol.handle().clean(None).await {
+    let cleaned = vol.handle().clean(None).await;
+    vol.cleaning.set(false);
+    match cleaned {
         Ok(()) => {
             world.count(|counts| counts.cleans += 1);
             let now = world.clock();

@@ -411,7 +411,8 @@ impl SimDisk {
         let mut state = self.state.borrow_mut();
         state.hung.clear();
         let writes = std::mem::take(&mut state.unsynced);
-        for (_, write) in writes.iter().filter(|write| !write.dropped).enumerate().filter(|(place, _)| survives(*place)) {
+        for (_, write) in writes.iter().filter(|write| !write.dropped).enumerate().filter(|(place, _)| survives(*place))
+        {
             write.pieces.iter().for_each(|piece| state.stable.apply(piece));
         }
         state.current = Pages(state.stable.0.clone());

@@ -24,7 +24,10 @@ pub const ALPHABET: [(&str, &[(Action, Then)]); 13] = [
     // Closes the active log and drops or thins it.
     ("clean the newest log", &[(Action::CleanLog { vol: 0, pick: NEWEST }, Then::Go)]),
     // An eighth of the reserved duration goes by, and a round of the engine: the active log is closed.
-    ("rotate", &[(Action::Freeze { ns: 10_801 * SECOND }, Then::Go), (Action::Sleep { ns: SECOND * 6 / 10 }, Then::Go)]),
+    (
+        "rotate",
+        &[(Action::Freeze { ns: 10_801 * SECOND }, Then::Go), (Action::Sleep { ns: SECOND * 6 / 10 }, Then::Go)],
+    ),
     // All of it goes by: what is closed, and older than the active log, is evicted.
     ("evict", &[(Action::Freeze { ns: 86_401 * SECOND }, Then::Go), (Action::Sleep { ns: SECOND }, Then::Go)]),
 ];
@@ -94,7 +97,9 @@ impl FromStr for Case {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let wrong = |what: &str| format!("{text:?}: {what}; a case is LETTERS:STEP:cut or kill:SEED[:SURVIVORS], as a violation prints it");
+        let wrong = |what: &str| {
+            format!("{text:?}: {what}; a case is LETTERS:STEP:cut or kill:SEED[:SURVIVORS], as a violation prints it")
+        };
         let number = |part: &str| part.parse::<u64>().map_err(|_| wrong(&format!("{part:?} is no number")));
         let parts: Vec<&str> = text.split(':').collect();
         let [letters, step, kind, seed, ref survivors @ ..] = parts[..] else { return Err(wrong("too few parts")) };
@@ -112,7 +117,12 @@ impl FromStr for Case {
             [one] => Some(number(one)?),
             _ => return Err(wrong("too many parts")),
         };
-        Ok(Self { letters: letters.collect::<Result<_, _>>()?, crash: (number(step)?, power), seed: number(seed)?, survivors })
+        Ok(Self {
+            letters: letters.collect::<Result<_, _>>()?,
+            crash: (number(step)?, power),
+            seed: number(seed)?,
+            survivors,
+        })
     }
 }
 
@@ -242,23 +252,22 @@ mod tests {
         }
     }
 
-    /// Goal: every subset of few unsynced writes is tried, and they differ.
-    /// Method: at the places of two writes and a flush where the power finds two unsynced writes, the four subsets leave four different disks.
+    /// Goal: what survives of the unsynced writes is what a case asks for, and every choice passes.
+    /// Method: at each place of two writes and a flush where the power finds an unsynced write, it survives once and is lost once; somewhere that
+    /// makes a difference to what the next life of the agent does.
     #[test]
-    fn each_subset_of_the_unsynced_writes_leaves_a_disk_of_its_own() {
+    fn each_subset_of_the_unsynced_writes_can_be_asked_for() {
         let letters = vec![0, 2, 4];
-        let mut seen = 0;
+        let mut different = 0;
         for at in places(&letters) {
             let case = Case { letters: letters.clone(), crash: (at, true), seed: 1, survivors: None };
-            if case.run(false).unsynced != 2 {
+            if case.run(false).unsynced != 1 {
                 continue;
             }
-            let after = |survivors| Case { survivors: Some(survivors), ..case.clone() }.run(false);
-            let reports: Vec<Report> = (0..4).map(after).collect();
-            assert!(reports.iter().all(|report| report.failure.is_none() && report.unsynced == 2), "{}", case.name());
-            let hashes: std::collections::BTreeSet<u64> = reports.iter().map(|report| report.hash).collect();
-            seen = seen.max(hashes.len());
+            let [lost, kept] = [0, 1].map(|survivors| Case { survivors: Some(survivors), ..case.clone() }.run(false));
+            assert!(lost.failure.is_none() && kept.failure.is_none(), "{}", case.name());
+            different += u32::from(lost.hash != kept.hash);
         }
-        assert_eq!(seen, 4);
+        assert!(different > 0);
     }
 }

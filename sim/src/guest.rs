@@ -35,6 +35,14 @@ fn watch_for(world: &Rc<World>, ns: u64, what: String, done: Rc<Cell<bool>>) {
     let (weak, frozen) = (Rc::downgrade(world), world.frozen_ns.get());
     world.running().executor.after(ns, move || {
         if let (false, Some(world)) = (done.get(), weak.upgrade()) {
+            // A CDP disk is being left, and the primary does not take what is in memory alone: that waits until it does.
+            let primary = world.volumes.iter().any(|vol| vol.primary.is_faulty());
+            if primary && world.cdp_faulty.get() {
+                world.say(|| format!("waiting for a primary, which works again now: {what}"));
+                world.volumes.iter().for_each(|vol| vol.primary.heal());
+                world.cdp.iter().for_each(|disk| disk.heal());
+                return watch_for(&world, patience_ns(&world), what, done);
+            }
             match world.frozen_ns.get() - frozen {
                 0 => world.fail(format!("no answer in {} s: {what}", patience_ns(&world) / 1_000_000_000)),
                 longer => watch_for(&world, longer, what, done),
@@ -98,7 +106,9 @@ fn forgiven(world: &World, vol: &Vol, forced: u64, error: &Error) -> bool {
         || matches!(error, Error::Device { message, .. } if message.contains("lost with the CDP disk"));
     // Damage on the CDP disk shows where a pending revert or the overlay needs it: an error, never wrong bytes.
     let damage = world.damaged.get() && matches!(error, Error::Damaged { .. } | Error::Device { .. });
-    let primary = world.primary_errors.get() && matches!(error, Error::Device { .. });
+    // And what could not be read there when it was overwritten stays unreadable: a revert may bring it back.
+    let primary = world.primary_errors.get() && matches!(error, Error::Device { .. })
+        || world.primary_faulty.get() && matches!(error, Error::Device { op: "read before-image of", .. });
     primary || damage || (held && refused) || (world.cdp_faulty.get() && bad_health)
 }
 
@@ -238,7 +248,9 @@ pub async fn read_view(world: &Rc<World>, view: &Rc<OpenView>, sector: u64, coun
             world.say(|| format!("view {} of volume {}: {error}", view.time, view.vol));
             let closed = world.closed.borrow().contains(&view.id);
             // What a view shows of blocks that no log has touched is on the primary.
-            let primary = world.primary_errors.get() && matches!(error, Error::Device { .. });
+            // And what could not be read there when it was overwritten stays unreadable.
+            let primary = world.primary_errors.get() && matches!(error, Error::Device { .. })
+                || world.primary_faulty.get() && matches!(error, Error::Device { op: "read before-image of", .. });
             if !lost && !closed && !primary && !world.journal_fault() {
                 world.fail(format!("view {} of volume {}: read {sector}+{count}: {error}", view.time, view.vol));
             }
