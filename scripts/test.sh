@@ -72,7 +72,7 @@ step build cargo build --locked --release --workspace --exclude cdp-fuzz || fini
 # Fixed seeds, so that a change fails by its own fault; `make soak` takes others. At least 20,000 histories have crashes.
 histories=${CDP_SIM_HISTORIES:-32000}
 step simulator target/release/cdp-sim --seed 200000 --histories "$histories" --least-crashed "$((histories * 5 / 8))" --threads 2
-step exhaustion target/release/cdp-sim --exhaust 3 --subsets 2 --threads 2
+step exhaustion target/release/cdp-sim --exhaust 3 --subsets 1 --threads 2
 step "deliberate faults" cargo test --locked -p cdp-sim --features mutations --test mutations
 # A workspace of its own, with a flag of its own.
 step loom env RUSTFLAGS="--cfg loom" cargo test --locked --release --manifest-path loom/Cargo.toml --target-dir target/loom

@@ -271,12 +271,11 @@ pub async fn stop(world: &Rc<World>) {
                 let began = world.now(vol);
                 let now = world.now(vol);
                 vol.oracle.borrow_mut().flushed(began, now);
-                if whole && !world.journal_fault() && !vol.primary.is_faulty() {
+                if whole && !world.any_fault() {
                     boot::check_primary(world, vol);
                 }
             }
-            let sound = |vol: &Rc<Vol>| !vol.primary.is_faulty() && !vol.primary.has_dropped();
-            if world.shared.rng.one_in(2) && !world.journal_fault() && world.volumes.iter().all(sound) {
+            if world.shared.rng.one_in(2) && !world.any_fault() {
                 world.say(|| "power cut after a clean stop".to_owned());
                 for disk in world.cdp.iter().chain(world.volumes.iter().map(|vol| &vol.primary)) {
                     disk.power_cut(&world.shared.rng);
