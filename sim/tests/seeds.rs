@@ -61,8 +61,8 @@ fn a_first_lot_of_histories_holds() {
         ("edits", all.edits, 10),
         ("cleans", all.cleans, 20),
         ("resizes", all.resizes, 10),
-        ("marks", all.marks, 200),
-        ("writes into scratch", all.scratch_writes, 20),
+        ("marks", all.marks, 100),
+        ("writes into scratch", all.scratch_writes, 5),
         ("faults", all.faults, 50),
     ] {
         assert!(count >= least, "{what}: only {count}");
