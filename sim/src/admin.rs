@@ -18,6 +18,8 @@ use crate::world::{OpenView, SEGMENT, Vol, World};
 
 /// Most views that the workload keeps open.
 const VIEWS_OPEN_MAX: usize = 8;
+/// With more operations in flight the next one waits for its own end.
+const IN_FLIGHT_MAX: u32 = 24;
 
 /// Runs one operation, as far as the next one waits for it.
 pub async fn execute(world: &Rc<World>, op: &Op) {
@@ -31,7 +33,7 @@ pub async fn execute(world: &Rc<World>, op: &Op) {
     | Action::Read { vol, .. } = op.action
     {
         let done = submit(world, &world.volumes[vol], op.action.clone());
-        if op.then == Then::Wait || world.in_flight.get() > 24 {
+        if op.then == Then::Wait || world.in_flight.get() > IN_FLIGHT_MAX {
             done.await;
         }
         watched.set(true);
@@ -66,7 +68,7 @@ fn overlaps(world: &World, op: &Op) -> bool {
             | Action::CheckView { .. }
             | Action::Mark { .. }
     );
-    world.history.setup.overlap && op.then == Then::Go && beside && world.in_flight.get() <= 24
+    world.history.setup.overlap && op.then == Then::Go && beside && world.in_flight.get() <= IN_FLIGHT_MAX
 }
 
 async fn other(world: &Rc<World>, action: &Action) {
@@ -223,7 +225,7 @@ fn fault_begins(world: &World, disk: usize) {
 }
 
 async fn heal(world: &Rc<World>) {
-    for disk in world.cdp.iter().chain(world.volumes.iter().map(|vol| &vol.primary)) {
+    for disk in world.disks() {
         disk.heal();
     }
     // Volumes that lost their protection get it back by the admin's hand.
@@ -277,7 +279,7 @@ pub async fn stop(world: &Rc<World>) {
             }
             if world.shared.rng.one_in(2) && !world.any_fault() {
                 world.say(|| "power cut after a clean stop".to_owned());
-                for disk in world.cdp.iter().chain(world.volumes.iter().map(|vol| &vol.primary)) {
+                for disk in world.disks() {
                     disk.power_cut(&world.shared.rng);
                 }
             }

@@ -39,8 +39,7 @@ fn watch_for(world: &Rc<World>, ns: u64, what: String, done: Rc<Cell<bool>>) {
             let primary = world.volumes.iter().any(|vol| vol.primary.is_faulty());
             if primary && world.cdp_faulty.get() {
                 world.say(|| format!("waiting for a primary, which works again now: {what}"));
-                world.volumes.iter().for_each(|vol| vol.primary.heal());
-                world.cdp.iter().for_each(|disk| disk.heal());
+                world.disks().for_each(|disk| disk.heal());
                 return watch_for(&world, patience_ns(&world), what, done);
             }
             match world.frozen_ns.get() - frozen {
@@ -94,6 +93,13 @@ pub fn submit(world: &Rc<World>, vol: &Rc<Vol>, action: Action) -> Completion<()
     done
 }
 
+/// Whether it may be the error of a primary: it fails, or it failed once, and what could not be read there when it was overwritten stays unreadable (a
+/// revert may bring that back).
+fn is_of_primary(world: &World, error: &Error) -> bool {
+    world.primary_errors.get() && matches!(error, Error::Device { .. })
+        || world.primary_faulty.get() && matches!(error, Error::Device { op: "read before-image of", .. })
+}
+
 /// Whether the guest may get this error.
 fn forgiven(world: &World, vol: &Vol, forced: u64, error: &Error) -> bool {
     let held = vol.forced.get() != forced || vol.disconnected.get();
@@ -106,10 +112,7 @@ fn forgiven(world: &World, vol: &Vol, forced: u64, error: &Error) -> bool {
         || matches!(error, Error::Device { message, .. } if message.contains("lost with the CDP disk"));
     // Damage on the CDP disk shows where a pending revert or the overlay needs it: an error, never wrong bytes.
     let damage = world.damaged.get() && matches!(error, Error::Damaged { .. } | Error::Device { .. });
-    // And what could not be read there when it was overwritten stays unreadable: a revert may bring it back.
-    let primary = world.primary_errors.get() && matches!(error, Error::Device { .. })
-        || world.primary_faulty.get() && matches!(error, Error::Device { op: "read before-image of", .. });
-    primary || damage || (held && refused) || (world.cdp_faulty.get() && bad_health)
+    is_of_primary(world, error) || damage || (held && refused) || (world.cdp_faulty.get() && bad_health)
 }
 
 async fn request(world: &Rc<World>, vol: &Rc<Vol>, action: &Action) {
@@ -248,10 +251,7 @@ pub async fn read_view(world: &Rc<World>, view: &Rc<OpenView>, sector: u64, coun
             world.say(|| format!("view {} of volume {}: {error}", view.time, view.vol));
             let closed = world.closed.borrow().contains(&view.id);
             // What a view shows of blocks that no log has touched is on the primary.
-            // And what could not be read there when it was overwritten stays unreadable.
-            let primary = world.primary_errors.get() && matches!(error, Error::Device { .. })
-                || world.primary_faulty.get() && matches!(error, Error::Device { op: "read before-image of", .. });
-            if !lost && !closed && !primary && !world.journal_fault() {
+            if !lost && !closed && !is_of_primary(world, &error) && !world.journal_fault() {
                 world.fail(format!("view {} of volume {}: read {sector}+{count}: {error}", view.time, view.vol));
             }
             return false;

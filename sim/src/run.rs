@@ -130,7 +130,7 @@ fn incarnations(world: &Rc<World>) {
 /// The process is gone: everything that it held is dropped. Answers whether it had stopped of its own will.
 fn bury(world: &World, executor: &Rc<Executor>) -> bool {
     let clean = world.running.borrow().as_ref().is_none();
-    for disk in world.cdp.iter().chain(world.volumes.iter().map(|vol| &vol.primary)) {
+    for disk in world.disks() {
         if let Some(misuse) = disk.misuse() {
             world.fail(misuse);
         }
@@ -147,7 +147,7 @@ fn bury(world: &World, executor: &Rc<Executor>) -> bool {
     world.in_flight.set(0);
     if clean {
         // What was still on its way, a segment fetched ahead of need, say, has happened or not when the process is gone.
-        for disk in world.cdp.iter().chain(world.volumes.iter().map(|vol| &vol.primary)) {
+        for disk in world.disks() {
             disk.kill(&world.shared.rng);
         }
     }
@@ -175,8 +175,7 @@ fn audit(world: &World) {
 fn crash(world: &World, crash: Crash) {
     world.say(|| format!("==== {} ====", if crash.power { "power cut" } else { "kill" }));
     let rng = &world.shared.rng;
-    let primaries = world.volumes.iter().map(|vol| &vol.primary);
-    let unsynced: Vec<usize> = world.cdp.iter().chain(primaries).map(|disk| disk.unsynced()).collect();
+    let unsynced: Vec<usize> = world.disks().map(|disk| disk.unsynced()).collect();
     if crash.power {
         world.unsynced.set(unsynced.iter().sum());
     }

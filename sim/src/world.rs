@@ -494,7 +494,7 @@ impl World {
 
     /// Some disk does not do what a disk should, or has not done so.
     pub fn any_fault(&self) -> bool {
-        self.cdp_faulty.get() || self.primary_faulty.get() || self.damaged.get() || self.store_faulty.get()
+        self.record_fault() || self.primary_faulty.get()
     }
 
     /// Records a violation (the first counts) and stops the run.
@@ -522,6 +522,11 @@ impl World {
     /// Changes the numbers of the summary.
     pub fn count(&self, change: impl FnOnce(&mut Counts)) {
         change(&mut self.counts.borrow_mut());
+    }
+
+    /// All disks: CDP disks first, then primaries.
+    pub fn disks(&self) -> impl Iterator<Item = &Rc<SimDisk>> {
+        self.cdp.iter().chain(self.volumes.iter().map(|vol| &vol.primary))
     }
 
     /// Disk number `disk`: CDP disks first, then primaries.
