@@ -581,7 +581,7 @@ impl Control {
                 health_word(health)
             )));
         }
-        self.open_anew(volume, false).await
+        self.open_anew(volume, Some(health), false).await
     }
 
     /// The admin's decision to take over the history that a CDP disk has of this volume, though this host knows nothing of it.
@@ -595,10 +595,10 @@ impl Control {
                 "volume {name:?} has no history to attach: that is for one in state needs_journal whose CDP disk came from elsewhere"
             )));
         }
-        self.open_anew(volume, true).await
+        self.open_anew(volume, None, true).await
     }
 
-    async fn open_anew(&self, volume: Uuid, attach: bool) -> Result<VolumeStatus> {
+    async fn open_anew(&self, volume: Uuid, accept: Option<Health>, attach: bool) -> Result<VolumeStatus> {
         let (record, shard) = {
             let registry = self.registry.read();
             let slot = registry.volumes.get(&volume);
@@ -618,7 +618,7 @@ impl Control {
                 size: record.size,
                 primary,
                 fence,
-                override_journal: !attach,
+                accept,
                 attach_journal: attach,
                 undecided_reverts,
             };
@@ -689,7 +689,7 @@ impl Control {
                 size: record.size,
                 primary: Rc::clone(&primary),
                 fence,
-                override_journal: false,
+                accept: None,
                 attach_journal: false,
                 undecided_reverts,
             };

@@ -172,7 +172,7 @@ async fn world(ring: &Ring, dir: &Path, size_mib: u64, reserve_mib: u64, filled:
             size: 0,
             primary: open(&files.primary)?,
             fence: None,
-            override_journal: false,
+            accept: None,
             attach_journal: false,
             undecided_reverts: Vec::new(),
         })

@@ -589,6 +589,7 @@ impl Checker<'_> {
                 log_row.tails[slot] = outcome.tail;
             }
             if let Some(known) = known {
+                self.last_frames(known, log, &outcomes);
                 self.roots(known, log, &outcomes);
             }
             row.logs.push(log_row);
@@ -677,6 +678,18 @@ impl Checker<'_> {
     fn advance(&mut self, segments: u64) {
         self.done += segments * self.layout.geometry.segment_size;
         (self.progress)(self.done, self.total);
+    }
+
+    /// The newest control records are in a log that was begun when all frames of the one before were durable: that one goes as far as they say.
+    fn last_frames(&mut self, row: &ControlLog, log: &[Owned], outcomes: &[Option<Outcome>; 2]) {
+        let flags = row.flags.get();
+        let complete = flags & log_flags::CLOSED != 0 && flags & log_flags::SEALED == 0;
+        let found = outcomes[StreamKind::Writes as usize - 1].as_ref().map_or(0, |o| o.io_last);
+        if complete && row.disk_id == self.layout.disk_id && found < row.io_last.get() {
+            let what =
+                format!("the last write is of {found}, its row says that one of {} was durable", row.io_last.get());
+            self.findings.damage(format!("volume {} log {}", Uuid::from_bytes(log[0].volume), row.seq.get()), what);
+        }
     }
 
     /// Checks the merged indexes of a sealed log, and every payload block that they name.

@@ -20,7 +20,7 @@ use crate::mutation::{Mutation, active};
 use crate::signal::Signal;
 use crate::types::Instant;
 use crate::view::View;
-use crate::volume::{self, Mode, Volume};
+use crate::volume::{self, DRAIN_PATIENCE_NS, Mode, Volume};
 
 /// Bounds and defaults of an engine (one per shard).
 #[derive(Clone, Debug)]
@@ -105,9 +105,10 @@ pub struct VolumeSpec {
     pub primary: Rc<dyn Device>,
     /// What the state directory says.
     pub fence: Option<Fence>,
-    /// The admin's named override of `needs_journal`, `primary_changed` or `revert_incomplete`: go on with the primary as it is; the journal
-    /// of the fence's generation is never redone.
-    pub override_journal: bool,
+    /// The admin's named override of `needs_journal`, `primary_changed` or `revert_incomplete`: where that is what the volume's state is, it goes on with
+    /// the primary as it is, and the journal of the fence's generation is never redone, or the lost blocks of a revert show what they held before. Where
+    /// it is another state, or the journal is there after all, it changes nothing.
+    pub accept: Option<Health>,
     /// The admin's named decision to take over the journal that a CDP disk has of this volume, though this host has no fence for it: the disk was moved
     /// here, or the state directory was lost. Without such a journal it changes nothing.
     pub attach_journal: bool,
@@ -439,9 +440,14 @@ impl Volume {
             (mode, state.attach.as_ref().map(|a| Rc::clone(&a.disk)))
         };
         let mut result = Ok(());
-        if let (Mode::Journal, Some(disk)) = (mode, disk) {
-            result = self.close_journal(&disk).await;
-        } else if mode == Mode::Direct {
+        if let (Mode::Journal, Some(disk)) = (mode, &disk) {
+            result = self.close_journal(disk).await;
+        }
+        if let Some(disk) = disk.filter(|disk| disk.failure().is_some()) {
+            // What is acked is in memory alone: the way out of the failed disk brings it to the primary first.
+            result = self.left_for_stop(&disk).await;
+        }
+        if self.state.borrow().mode == Mode::Direct {
             self.changed.until(|| (self.state.borrow().direct_inflight == 0).then_some(())).await;
             result = self.primary.sync().await.map_err(|e| Error::device("sync", self.path(), &e));
         }
@@ -469,6 +475,21 @@ impl Volume {
             ticket.finish(Err(Error::Gone("the volume is closed".into())));
         }
         result
+    }
+
+    /// Ends when a failed CDP disk has been left, or its primary fails for too long, or the state directory does.
+    async fn left_for_stop(&self, disk: &Rc<Disk>) -> Result<()> {
+        let since = self.host.boot_ns();
+        let left = || {
+            let state = self.state.borrow();
+            if !state.attach.as_ref().is_some_and(|a| Rc::ptr_eq(&a.disk, disk)) {
+                return Some(Ok(()));
+            }
+            let waited = self.host.boot_ns().saturating_sub(since) > DRAIN_PATIENCE_NS;
+            let reason = || Error::Gone(format!("CDP disk {}: {}", disk.path, disk.failure().unwrap_or_default()));
+            waited.then(|| Err(self.primary_error(&state, 0).unwrap_or_else(reason)))
+        };
+        self.until_in_time(left).await
     }
 
     async fn close_journal(self: &Rc<Self>, disk: &Rc<Disk>) -> Result<()> {

@@ -19,6 +19,8 @@ pub enum Mutation {
     WatermarkEarly,
     /// I2: a view leaves out the write at exactly its instant.
     ViewExclusive,
+    /// I2: a log is cleaned under a view that was opened while the log was being sealed.
+    CleanedUnderView,
     /// I2: redo takes a second before-image of a block that has one.
     BeforeImageTwice,
     /// I2: a start no longer counts as history what was journaled before it.
@@ -45,6 +47,10 @@ pub enum Mutation {
     PayloadUnchecked,
     /// I7: a hole below the durable point is cut like a torn tail.
     HoleAccepted,
+    /// I7: nobody misses the last frames of a log when the next one has begun.
+    LastFramesUnmissed,
+    /// I5: a write before a revert ends the loss of a block that the revert could not bring back.
+    LossEndedEarly,
     /// I8: an error of the CDP disk reaches the guest.
     ErrorToGuest,
     /// I8: what was recovered is dropped when the CDP disk fails before the start is complete.

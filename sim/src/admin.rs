@@ -166,6 +166,7 @@ async fn other(world: &Rc<World>, action: &Action) {
         }
         Action::Fault { disk, on, kind, times, after } => {
             fault_begins(world, disk);
+            world.slow.set(world.slow.get() || matches!(kind, FaultKind::Slow(_)));
             world.disk(disk).fault(Fault { on, kind, times, after, within: None });
         }
         Action::Gone { disk } => {
@@ -273,7 +274,7 @@ pub async fn stop(world: &Rc<World>) {
                 let began = world.now(vol);
                 let now = world.now(vol);
                 vol.oracle.borrow_mut().flushed(began, now);
-                if whole && !world.any_fault() {
+                if whole && !world.journal_fault() && !vol.primary.is_faulty() {
                     boot::check_primary(world, vol);
                 }
             }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use cdp_journal::clock::HostClock;
 use cdp_journal::info::{CdpState, Health, Priority, Settings};
-use cdp_journal::{Engine, EngineConfig, Host, InitOptions, VolumeSpec};
+use cdp_journal::{Engine, EngineConfig, Error, Host, InitOptions, VolumeSpec};
 use uuid::Uuid;
 
 use crate::admin;
@@ -120,7 +120,7 @@ async fn start(world: &Rc<World>, executor: &Rc<Executor>) -> bool {
     if !group::settle(world).await {
         return false;
     }
-    world.override_journal.set(false);
+    world.accepted.set(None);
     let first = !world.initialised.replace(true);
     if first && world.history.setup.enabled {
         for vol in &world.volumes {
@@ -152,6 +152,7 @@ pub fn disk_id(i: usize) -> Uuid {
 /// Opens a volume, checks what survived and reopens its views. Answers whether it is served.
 pub async fn open(world: &Rc<World>, vol: &Rc<Vol>) -> bool {
     let running = world.running();
+    let accepted = world.accepted.get().filter(|(index, _)| *index == vol.index).map(|(_, health)| health);
     let spec = VolumeSpec {
         id: vol.id,
         name: format!("vol{}", vol.index),
@@ -159,7 +160,7 @@ pub async fn open(world: &Rc<World>, vol: &Rc<Vol>) -> bool {
         size: vol.shown.get() * 512,
         primary: vol.primary.attach(&running.executor),
         fence: world.folder.fence(vol.id),
-        override_journal: world.override_journal.get(),
+        accept: accepted,
         attach_journal: false,
         undecided_reverts: world.folder.undecided(),
     };
@@ -186,7 +187,7 @@ pub async fn open(world: &Rc<World>, vol: &Rc<Vol>) -> bool {
         return false;
     }
     vol.settle_size(world.clock(), sectors);
-    if vol.tampered.get() && !world.override_journal.get() {
+    if vol.tampered.get() && accepted.is_none() {
         return tampered(world, vol, info.health).await;
     }
     if vol.tampered.replace(false) {
@@ -222,7 +223,7 @@ pub async fn open(world: &Rc<World>, vol: &Rc<Vol>) -> bool {
     }
     let healthy = info.health == Health::Ok && world.cdp.iter().all(|disk| !disk.is_faulty());
     vol.cleaning.set(false);
-    if world.override_journal.get() || world.journal_fault() {
+    if accepted.is_some() || world.journal_fault() {
         vol.forget_history();
     }
     if let Some(instant) = vol.forgotten(&info, world.clock()) {
@@ -256,7 +257,7 @@ pub async fn open(world: &Rc<World>, vol: &Rc<Vol>) -> bool {
         release(world, vol).await;
     }
     connect(world, vol);
-    if world.override_journal.get() && world.give_up.get() {
+    if accepted.is_some() && world.give_up.get() {
         // The bytes from before the revert are served, where the revert's are lost: each was once there, and that is all.
         rebase(world, vol).await;
         world.completed.set(true);
@@ -264,7 +265,7 @@ pub async fn open(world: &Rc<World>, vol: &Rc<Vol>) -> bool {
         return false;
     }
     // Where the journal was there after all, the override changed nothing.
-    if world.override_journal.get() && info.coverage.is_empty() && !rebase(world, vol).await {
+    if accepted.is_some() && info.coverage.is_empty() && !rebase(world, vol).await {
         world.completed.set(true);
         admin::leave(world);
         return false;
@@ -286,7 +287,7 @@ async fn tampered(world: &World, vol: &Vol, health: Health) -> bool {
         world.fail(format!("volume {}: served although the primary was changed", vol.index));
         return false;
     }
-    world.override_journal.set(true);
+    world.accepted.set(Some((vol.index, health)));
     world.unclean.set(true);
     admin::leave(world);
     false
@@ -303,16 +304,14 @@ async fn unserved(world: &World, vol: &Vol) -> bool {
         world.say(|| "all primaries work again".to_owned());
         world.volumes.iter().for_each(|vol| vol.primary.heal());
     }
-    let all_there = !world.disk_missing.get() && world.cdp.iter().all(|disk| !disk.is_faulty());
+    let all_there = !world.disk_missing.get() && world.disks().all(|disk| !disk.is_faulty());
     // A failed sync dropped what reads still showed, and a power cut came: the journal has a hole, as it says.
     let dropped = all_there && health.is_some() && world.cdp.iter().any(|disk| disk.has_dropped());
-    if dropped
-        || health == Some(Health::RevertIncomplete)
-        || (health.is_some() && !all_there && world.shared.rng.one_in(5))
-    {
-        world.say(|| "not served: the admin goes on without the journal".to_owned());
-        world.override_journal.set(true);
-        world.give_up.set(dropped || health == Some(Health::RevertIncomplete));
+    let given_up = dropped || health == Some(Health::RevertIncomplete);
+    if let Some(health) = health.filter(|_| given_up || !all_there && world.shared.rng.one_in(5)) {
+        world.say(|| format!("not served: the admin accepts {health:?}"));
+        world.accepted.set(Some((vol.index, health)));
+        world.give_up.set(given_up);
     } else if all_there && world.damaged.get() {
         // The journal is damaged below its durable point: a person decides. Nothing was served.
         world.say(|| "the journal is damaged; the history ends here".to_owned());
@@ -326,7 +325,7 @@ async fn unserved(world: &World, vol: &Vol) -> bool {
         return false;
     } else {
         world.say(|| "not served: all disks are put back, the agent starts again".to_owned());
-        world.cdp.iter().for_each(|disk| disk.heal());
+        world.disks().for_each(|disk| disk.heal());
     }
     world.unclean.set(true);
     admin::leave(world);
@@ -338,6 +337,13 @@ pub async fn release(world: &World, vol: &Vol) {
     vol.held.set(None);
     match vol.handle().release().await {
         Ok(()) => vol.held.set(Some(false)),
+        // A CDP disk is being left, and the primary does not take what is in memory alone.
+        Err(Error::State(why)) if world.cdp_faulty.get() && vol.primary.is_faulty() => {
+            world.say(|| format!("volume {}: release: {why}; all disks work again", vol.index));
+            world.disks().for_each(|disk| disk.heal());
+            sleep(world, 20_000_000_000).await;
+            Box::pin(release(world, vol)).await;
+        }
         Err(error) => world.fail(format!("release of volume {}: {error}", vol.index)),
     }
 }
@@ -501,12 +507,18 @@ async fn check_everything(world: &Rc<World>, instants: u64) {
     watched.set(true);
 }
 
-/// What the primary holds by itself, after a clean stop.
+/// What the primary holds by itself, after a clean stop: everything but the blocks that a revert could not bring back, which the fence names.
 pub fn check_primary(world: &World, vol: &Vol) {
-    let bytes = vol.primary.peek(0, vol.sectors * 512);
+    let lost = world.folder.fence(vol.id).map(|fence| fence.lost_blocks).unwrap_or_default();
     let now = world.now(vol);
-    let verdict = vol.oracle.borrow_mut().check(0, &bytes, When::Between(now, now));
-    if let Err(text) = verdict {
-        world.fail(format!("the primary after a clean stop: {text}"));
+    let mut from = 0;
+    for (first, count) in lost.into_iter().chain([(vol.sectors.div_ceil(8), 0)]) {
+        let end = (first * 8).min(vol.sectors);
+        let bytes = vol.primary.peek(from * 512, (end - from) * 512);
+        let verdict = vol.oracle.borrow_mut().check(from, &bytes, When::Between(now, now));
+        if let Err(text) = verdict {
+            return world.fail(format!("the primary after a clean stop: {text}"));
+        }
+        from = ((first + count) * 8).min(vol.sectors);
     }
 }

@@ -15,7 +15,8 @@ use crate::world::{OpenView, SCRATCH_VOLUME, Vol, World};
 /// Longest time that any call may take where no disk is slow, virtual nanoseconds.
 const PATIENCE_NS: u64 = 300_000_000_000;
 
-/// Longest time that a guest may wait for anything while its own disk works: `stall_max` and what detaching takes.
+/// Longest time that a guest may wait for anything while no disk is slow: `stall_max`, and what leaving a CDP disk or a round of attempts to write
+/// to a failing primary takes.
 const GUEST_WAIT_NS: u64 = 20_000_000_000;
 
 /// Fails the run if the returned flag is not set in time. Time in which the agent was frozen does not count: it cannot answer then.
@@ -35,13 +36,6 @@ fn watch_for(world: &Rc<World>, ns: u64, what: String, done: Rc<Cell<bool>>) {
     let (weak, frozen) = (Rc::downgrade(world), world.frozen_ns.get());
     world.running().executor.after(ns, move || {
         if let (false, Some(world)) = (done.get(), weak.upgrade()) {
-            // A CDP disk is being left, and the primary does not take what is in memory alone: that waits until it does.
-            let primary = world.volumes.iter().any(|vol| vol.primary.is_faulty());
-            if primary && world.cdp_faulty.get() {
-                world.say(|| format!("waiting for a primary, which works again now: {what}"));
-                world.disks().for_each(|disk| disk.heal());
-                return watch_for(&world, patience_ns(&world), what, done);
-            }
             match world.frozen_ns.get() - frozen {
                 0 => world.fail(format!("no answer in {} s: {what}", patience_ns(&world) / 1_000_000_000)),
                 longer => watch_for(&world, longer, what, done),
@@ -100,19 +94,26 @@ fn is_of_primary(world: &World, error: &Error) -> bool {
         || world.primary_faulty.get() && matches!(error, Error::Device { op: "read before-image of", .. })
 }
 
+/// Whether it may be the error of a block that a revert could not bring back: the lost CDP disk held it alone, or a primary could not read it when it was to
+/// be kept.
+fn is_of_revert(world: &World, vol: &Vol, error: &Error) -> bool {
+    let faulty = world.cdp_faulty.get() || world.primary_faulty.get() && vol.forced.get() > 0;
+    faulty
+        && matches!(error, Error::Device { message, .. } if message.contains("what a revert was to put there is lost"))
+}
+
 /// Whether the guest may get this error.
 fn forgiven(world: &World, vol: &Vol, forced: u64, error: &Error) -> bool {
     let held = vol.forced.get() != forced || vol.disconnected.get();
     let refused = matches!(error, Error::State(_) | Error::Gone(_));
-    // Blocks of a pending revert that were on the lost disk only.
     let bad_health = vol.handle().info().health == Health::RevertIncomplete
         || matches!(error, Error::Device { op: "read CDP disk", .. } if vol.forced.get() > 0)
         // The same blocks, kept as unreadable by a later log, and shown by a revert to before it while that is copied.
-        || matches!(error, Error::Device { op: "read before-image of", .. } if vol.forced.get() > 0)
-        || matches!(error, Error::Device { message, .. } if message.contains("lost with the CDP disk"));
+        || matches!(error, Error::Device { op: "read before-image of", .. } if vol.forced.get() > 0);
     // Damage on the CDP disk shows where a pending revert or the overlay needs it: an error, never wrong bytes.
     let damage = world.damaged.get() && matches!(error, Error::Damaged { .. } | Error::Device { .. });
-    is_of_primary(world, error) || damage || (held && refused) || (world.cdp_faulty.get() && bad_health)
+    let of_disks = is_of_primary(world, error) || is_of_revert(world, vol, error) || damage;
+    of_disks || (held && refused) || (world.cdp_faulty.get() && bad_health)
 }
 
 async fn request(world: &Rc<World>, vol: &Rc<Vol>, action: &Action) {
@@ -167,7 +168,7 @@ async fn request(world: &Rc<World>, vol: &Rc<Vol>, action: &Action) {
         _ => return,
     };
     let waited = world.shared.boot_ns() - started - (world.frozen_ns.get() - frozen);
-    let slow = world.primary_faulty.get() || world.history.setup.primary_slow_ns > 0;
+    let slow = world.slow.get() || world.history.setup.primary_slow_ns > 0;
     if waited > GUEST_WAIT_NS && !slow {
         return world.fail(format!("a guest waited {} s: {action:?}", waited / 1_000_000_000));
     }
@@ -251,7 +252,8 @@ pub async fn read_view(world: &Rc<World>, view: &Rc<OpenView>, sector: u64, coun
             world.say(|| format!("view {} of volume {}: {error}", view.time, view.vol));
             let closed = world.closed.borrow().contains(&view.id);
             // What a view shows of blocks that no log has touched is on the primary.
-            if !lost && !closed && !is_of_primary(world, &error) && !world.journal_fault() {
+            let of_primary = is_of_primary(world, &error) || is_of_revert(world, vol, &error);
+            if !lost && !closed && !of_primary && !world.journal_fault() {
                 world.fail(format!("view {} of volume {}: read {sector}+{count}: {error}", view.time, view.vol));
             }
             return false;

@@ -81,6 +81,10 @@ fn main() -> anyhow::Result<ExitCode> {
             if let Some(place) = info.location() {
                 LAST_PANIC.with(|last| *last.borrow_mut() = place.to_string());
             }
+            if cfg!(panic = "abort") {
+                // Nobody will catch it: this is the last that is heard.
+                println!("VIOLATION in {}, commit {}: {info}", RUNNING.with(|run| run.borrow().clone()), commit());
+            }
         }));
     }
     if let Some(case) = &args.case {
@@ -114,6 +118,7 @@ fn exhaust(args: &Args, depth: u32) -> anyhow::Result<ExitCode> {
                         return;
                     }
                     let place = (args.seed.wrapping_sub(1) % sequences(depth) + place) % sequences(depth);
+                    running(format!("--exhaust {depth} --seed {}, its first sequence", place + 1));
                     let (cases, failure) = check(depth, place, bounds);
                     let mut totals = totals.lock().expect("no holder panics");
                     totals.0 += cases;
@@ -136,6 +141,12 @@ fn exhaust(args: &Args, depth: u32) -> anyhow::Result<ExitCode> {
 
 thread_local! {
     static LAST_PANIC: std::cell::RefCell<String> = const { std::cell::RefCell::new(String::new()) };
+    /// The arguments that replay what this thread runs.
+    static RUNNING: std::cell::RefCell<String> = const { std::cell::RefCell::new(String::new()) };
+}
+
+fn running(replay: String) {
+    RUNNING.with(|run| *run.borrow_mut() = replay);
 }
 
 fn one(args: &Args, keep: &[usize]) -> anyhow::Result<ExitCode> {
@@ -164,6 +175,7 @@ fn many(args: &Args) -> anyhow::Result<ExitCode> {
                     }
                     let seed = args.seed + place;
                     let Some(history) = generate(seed, &args.profile, args.ops) else { return };
+                    running(format!("--seed {seed} --ops {} --profile {}", args.ops, history.profile));
                     let report = run(history.clone(), args.trace);
                     let failed = report.failure.is_some();
                     {

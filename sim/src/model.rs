@@ -214,9 +214,11 @@ impl Model {
         self.ruined.insert(block);
     }
 
-    /// What was not flushed went to the disk out of the journal's order: it is lost sector by sector from now on.
-    pub fn unordered(&mut self) {
-        self.ops.iter_mut().filter(|op| op.durable.is_none()).for_each(|op| op.weak = true);
+    /// What was not flushed went to the disk out of the journal's order: it is lost sector by sector from now on. Where the power stayed, what was not
+    /// acknowledged is: what was is in the journal, and redone, if over a part of a block that such a write had reached.
+    pub fn unordered(&mut self, power: bool) {
+        let unordered = self.ops.iter_mut().filter(|op| if power { op.durable.is_none() } else { op.acked.is_none() });
+        unordered.for_each(|op| op.weak = true);
     }
 
     /// A revert is asked for.
@@ -710,8 +712,8 @@ impl Oracle {
         self.all(|world| world.ruin(block));
     }
     /// See [`Model::unordered`].
-    pub fn unordered(&mut self) {
-        self.all(Model::unordered);
+    pub fn unordered(&mut self, power: bool) {
+        self.all(|world| world.unordered(power));
     }
     /// See [`Model::revert_begin`].
     pub fn revert_begin(&mut self, target: u64, now: Time) {

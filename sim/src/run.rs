@@ -210,8 +210,8 @@ fn crash(world: &World, crash: Crash) {
         let physical = u64::from(vol.primary.physical);
         // A failed CDP disk was being left: the backlog was on its way from memory to the primary, and the journal may have lost it.
         let leaving = world.folder.fence(vol.id).is_some_and(|fence| fence.state == FenceState::Detaching);
-        if crash.power && leaving {
-            vol.oracle.borrow_mut().unordered();
+        if leaving {
+            vol.oracle.borrow_mut().unordered(crash.power);
         }
         vol.oracle.borrow_mut().crash(kind, physical, now);
         if crash.power {

@@ -7,7 +7,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use cdp_journal::clock::HostClock;
-use cdp_journal::info::VolumeInfo;
+use cdp_journal::info::{Health, VolumeInfo};
 use cdp_journal::{ClientGuard, Engine, View, Volume};
 use uuid::Uuid;
 
@@ -277,6 +277,8 @@ pub struct World {
     pub primary_faulty: Cell<bool>,
     /// A primary fails, or has failed in this life of the agent: the guest may get its errors.
     pub primary_errors: Cell<bool>,
+    /// A disk is slow, or was.
+    pub slow: Cell<bool>,
     /// The state directory has failed at some time: admins may get errors, guests may have to wait.
     pub store_faulty: Cell<bool>,
     /// Bits were flipped: errors are right, wrong bytes are not.
@@ -291,14 +293,14 @@ pub struct World {
     pub disk_missing: Cell<bool>,
     /// At the next clean stop somebody writes to this sector of this volume's primary.
     pub tamper: Cell<Option<(usize, u64)>>,
-    /// The override is about a revert that cannot be completed.
-    pub give_up: Cell<bool>,
     /// The agent was left without a clean stop: for the disks that is a kill.
     pub unclean: Cell<bool>,
     /// Starts in a row at which a CDP disk failed.
     pub retries: Cell<u32>,
-    /// The next start overrides a missing journal.
-    pub override_journal: Cell<bool>,
+    /// What the admin accepts is that the history cannot go on.
+    pub give_up: Cell<bool>,
+    /// The state of a volume that the admin accepts at the next start.
+    pub accepted: Cell<Option<(usize, Health)>>,
     /// The running agent.
     pub running: RefCell<Option<Rc<Running>>>,
     /// The newest instant seen on any clock.
@@ -394,6 +396,7 @@ impl World {
             cdp_faulty: Cell::new(false),
             primary_faulty: Cell::new(false),
             primary_errors: Cell::new(false),
+            slow: Cell::new(false),
             closed: RefCell::default(),
             damaged: Cell::new(false),
             store_faulty: Cell::new(false),
@@ -402,10 +405,10 @@ impl World {
             completed: Cell::new(false),
             disk_missing: Cell::new(false),
             tamper: Cell::new(None),
-            give_up: Cell::new(false),
             unclean: Cell::new(false),
             retries: Cell::new(0),
-            override_journal: Cell::new(false),
+            give_up: Cell::new(false),
+            accepted: Cell::new(None),
             running: RefCell::default(),
             previous: Cell::new(0),
             clock_found: Cell::new(0),

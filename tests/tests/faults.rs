@@ -7,7 +7,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use cdp_tests::faultfs::{Effect, Fault, FaultFs, Op};
-use cdp_tests::load::Plan;
+use cdp_tests::load::{Load, Plan};
 use cdp_tests::nbd::Client;
 use cdp_tests::now_ns;
 use cdp_tests::process::exit;
@@ -415,6 +415,56 @@ fn a_primary_that_fails_for_good_gives_its_own_error_once_the_backlog_is_full() 
     rig.oracle.lock().unwrap().cut();
     rig.check_live("after the primary is back");
     rig.assert_protected();
+}
+
+/// With a load on it, first the primary fails, then the CDP disk.
+fn both_disks_fail(seed: u64) -> Option<(Rig, Load)> {
+    let rig = rig(seed, STALL)?;
+    rig.write_some(seed, 100);
+    rig.check_live("before");
+    let load = rig.load(Plan { errors_fail: false, reads_percent: 0, depth: 4, ..rig.plan(seed + 1) });
+    load.wait_for(100);
+    rig.disks.inject(PRIMARY, Fault::sticky(Op::Write, Effect::Fail(ENOSPC)));
+    rig.wait_for_health("primary_failing");
+    load.wait_for(100);
+    rig.disks.inject(CDP, Fault::sticky(Op::Write, Effect::Fail(EIO)));
+    rig.wait_for_health("offline");
+    rig.eventually("an error for the guest", || rig.metric(&["cdp_volume_errors_total{", "\"demo\""]) > 0.0);
+    Some((rig, load))
+}
+
+/// Goal: with the CDP disk failed and what is acked in memory alone, a guest whose primary fails, too, gets the primary's own error as from a plain disk, and
+/// not silence; nothing that was acked is lost when the primary works again, and another CDP disk protects.
+#[test]
+fn with_both_disks_failing_the_guest_gets_the_primarys_own_error() {
+    let Some((mut rig, load)) = both_disks_fail(32) else { return };
+    rig.disks.heal_file(PRIMARY);
+    load.wait_for(100);
+    load.stop_within(STALL_MAX + MARGIN);
+    rig.oracle.lock().unwrap().cut();
+    rig.check_live("after the primary is back");
+    rig.add_spare();
+    rig.eventually("protection", || rig.health() == "ok");
+    rig.assert_protected();
+    rig.agent.kill();
+    rig.agent.start();
+    rig.check_live("after a kill");
+}
+
+/// Goal: a stop in that state ends, within a minute and with an error; when the disks work again, the next start serves everything that was acked.
+#[test]
+fn a_stop_with_both_disks_failing_ends_and_loses_nothing() {
+    let Some((mut rig, load)) = both_disks_fail(34) else { return };
+    let begun = std::time::Instant::now();
+    rig.agent.signal(Signal::SIGTERM);
+    let status = rig.agent.wait_for_end();
+    assert!(!status.success(), "the stop says that all is on the primary");
+    assert!(begun.elapsed() < Duration::from_secs(60), "the stop took {:?}", begun.elapsed());
+    load.stop();
+    rig.oracle.lock().unwrap().cut();
+    rig.disks.heal();
+    rig.agent.start();
+    rig.check_live("after the start");
 }
 
 /// Goal: old content that the primary cannot read is an I/O error in views of the time before, and nothing else: the guest's

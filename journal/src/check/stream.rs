@@ -44,6 +44,8 @@ pub(super) struct Outcome {
     pub tail: Option<u64>,
     /// Frames of the log's other stream below this were durable.
     pub claim_other: u64,
+    /// Instant of the newest write, write of zeroes or discard; 0: none.
+    pub io_last: u64,
     /// Number of the frame after the last one.
     end: u64,
     /// What no frame of the stream proved to be damage.
@@ -244,6 +246,7 @@ impl Walk<'_> {
         }
         state.outcome.whole = !state.damage && state.pending.is_empty();
         state.outcome.end = state.expected;
+        state.outcome.io_last = state.instant_last;
         state.outcome.pending = state.pending;
         state.outcome
     }

@@ -4,8 +4,11 @@
 
 use std::rc::Rc;
 
+use futures::future::{Either, select};
+
 use super::{Mode, Volume, destage, whole_mask};
 use crate::disk::Disk;
+use crate::error::{Error, Result};
 use crate::fence::FenceState;
 use crate::info::{EventKind, Health};
 use crate::overlay::{Content, Item, compose};
@@ -36,10 +39,14 @@ impl Volume {
             self.event(EventKind::ViewLost, format!("view {}: the CDP disk failed", view.id()));
         }
         self.changed.until(|| (!self.state.borrow().appender_running).then_some(())).await;
-        self.persist_fence(FenceState::Detaching, disk, &reason).await;
+        if self.persist_fence(FenceState::Detaching, disk, &reason).await.is_err() {
+            return;
+        }
         // The backlog, oldest log first: each block's versions in order, so the newest one ends up on the primary.
         self.give_up_reverts();
-        self.backlog_to_primary().await;
+        if self.backlog_to_primary().await.is_err() {
+            return;
+        }
         // What was overwritten is on the primary, and no before-image of it is taken any more.
         self.state.borrow_mut().stale_blocks.clear();
         let lost = self.state.borrow().lost_blocks.as_ref().map(|l| l.len());
@@ -49,7 +56,9 @@ impl Volume {
             }
             None => reason,
         };
-        self.persist_fence(FenceState::Detached, disk, &reason).await;
+        if self.persist_fence(FenceState::Detached, disk, &reason).await.is_err() {
+            return;
+        }
         let (logs, tickets) = {
             let mut state = self.state.borrow_mut();
             state.attach = None;
@@ -80,32 +89,52 @@ impl Volume {
         self.kick.notify();
     }
 
-    /// Tries until the state directory holds the fence: without it no unprotected write may be acked.
-    pub(crate) async fn persist_fence(self: &Rc<Self>, fence: FenceState, disk: &Rc<Disk>, reason: &str) {
+    /// Tries until the state directory holds the fence: without it no unprotected write may be acked. An error once the volume is closed.
+    pub(crate) async fn persist_fence(self: &Rc<Self>, fence: FenceState, disk: &Rc<Disk>, reason: &str) -> Result<()> {
         let mut pause = 10_000_000;
         while let Err(error) = self.put_fence(fence, disk.id, reason).await {
             tracing::error!(volume = %self.id, %error, "fence");
-            self.host.sleep(pause).await;
+            self.wait_unless_closed(error, pause).await?;
             pause = (pause * 2).min(5_000_000_000);
+        }
+        Ok(())
+    }
+
+    /// A pause before what failed is tried again; the error itself once a stop has waited long enough and the volume is closed.
+    async fn wait_unless_closed(&self, error: Error, pause_ns: u64) -> Result<()> {
+        let closed = || (self.state.borrow().mode == Mode::Closed).then_some(());
+        let closed = self.changed.until(closed);
+        futures::pin_mut!(closed);
+        match select(closed, self.host.sleep(pause_ns)).await {
+            Either::Left(_) => Err(error),
+            Either::Right(_) => Ok(()),
         }
     }
 
-    /// Writes everything that is not on the primary from memory, and syncs; again and again until it holds.
-    async fn backlog_to_primary(self: &Rc<Self>) {
+    /// Writes everything that is not on the primary from memory, and syncs; again and again until it holds, or the volume is closed.
+    async fn backlog_to_primary(self: &Rc<Self>) -> Result<()> {
         let logs: Vec<_> = self.state.borrow().logs.iter().cloned().collect();
         for log in logs {
             let items = log.state.borrow().overlay.everything();
             let mut pause = 100_000_000;
             while let Err(error) = self.write_items(&items).await {
                 self.note_primary_failing(&error);
-                self.host.sleep(pause).await;
+                // Guests whose writes are in memory alone have waited long enough: what a plain disk would answer. The writes stay, and are tried again.
+                let tickets = {
+                    let mut state = self.state.borrow_mut();
+                    let patience_over = self.primary_error_for_guest(&state).is_some();
+                    if patience_over { state.take_tickets() } else { Vec::new() }
+                };
+                tickets.iter().for_each(|ticket| ticket.finish(Err(error.clone())));
+                self.wait_unless_closed(error, pause).await?;
                 pause = (pause * 2).min(5_000_000_000);
             }
             log.state.borrow_mut().overlay.clear();
         }
+        Ok(())
     }
 
-    async fn write_items(self: &Rc<Self>, items: &[Item]) -> crate::error::Result<()> {
+    async fn write_items(self: &Rc<Self>, items: &[Item]) -> Result<()> {
         let mut writes = Vec::with_capacity(items.len());
         for item in items {
             match &item.content {

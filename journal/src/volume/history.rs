@@ -5,7 +5,7 @@ use std::rc::Rc;
 use futures::future::{Either, select};
 use zerocopy::IntoBytes;
 
-use super::{Attach, Held, Mode, State, Ticket, Volume, write::done_ticket};
+use super::{Attach, DRAIN_PATIENCE_NS, Held, Mode, State, Ticket, Volume, write::done_ticket};
 use crate::disk::Disk;
 use crate::error::{Error, Result};
 use crate::fence::{Fence, FenceState};
@@ -24,8 +24,6 @@ const MARKERS_MAX: usize = 16384;
 const MARKER_NAME_MAX: usize = 255;
 /// Time between two rounds of the caretaker, nanoseconds.
 const ROUND_NS: u64 = 250_000_000;
-/// How long a stop or a switch waits for a primary that fails, nanoseconds.
-const DRAIN_PATIENCE_NS: u64 = 30_000_000_000;
 /// A volume without writes for this long is idle, nanoseconds.
 const IDLE_NS: u64 = 1_000_000_000;
 
@@ -1081,7 +1079,7 @@ impl Volume {
                 (state.settings, state.on, state.created_ns) = kept;
             }
             // It may stand there all the same: nothing may be acked into a journal that a start would drop.
-            self.persist_fence(FenceState::Dirty, &disk, "").await;
+            let _ = self.persist_fence(FenceState::Dirty, &disk, "").await;
             self.resume_journal();
             return Err(error);
         }
@@ -1164,10 +1162,8 @@ impl Volume {
         if let Some(reason) = state.attach.as_ref().and_then(|a| a.disk.failure()) {
             return Some(Err(Error::Gone(reason)));
         }
-        if let Some((since, error)) = &state.primary_failing
-            && self.host.boot_ns().saturating_sub(*since) > DRAIN_PATIENCE_NS
-        {
-            return Some(Err(error.clone()));
+        if let Some(error) = self.primary_error(&state, DRAIN_PATIENCE_NS) {
+            return Some(Err(error));
         }
         let on_primary = |l: &Rc<Log>| {
             let log = l.state.borrow();
@@ -1217,34 +1213,22 @@ impl Volume {
             self.event(EventKind::Cleaned, "all history and settings");
             return Ok(());
         };
-        let find = |state: &State| state.logs.iter().position(|l| l.seq == seq);
-        let position = {
+        let (newest, log) = {
             let state = self.state.borrow();
-            let position = find(&state).ok_or(Error::NotFound { what: "log", name: seq.to_string() })?;
-            let log = &state.logs[position];
-            if let Some(view) = state.views.values().find(|v| Rc::ptr_eq(&v.log, log)) {
-                return Err(Error::State(format!("view {} needs log {seq}: close it first", view.id())));
-            }
-            if Self::pinned(&state, position) {
-                return Err(Error::State(format!("log {seq} is needed by a revert that is being copied")));
-            }
-            position
+            let position = Self::unneeded(&state, seq)?;
+            (position + 1 == state.logs.len(), Rc::clone(&state.logs[position]))
         };
-        if position + 1 == self.state.borrow().logs.len() {
+        if newest {
             self.rotate_now(CloseReason::Cleaned, |_| ()).await?;
         }
-        let log = {
-            let state = self.state.borrow();
-            let position = find(&state).ok_or(Error::NotFound { what: "log", name: seq.to_string() })?;
-            Rc::clone(&state.logs[position])
-        };
         self.until_sealed(&log).await?;
         let oldest = {
             let mut state = self.state.borrow_mut();
-            if Self::pinned(&state, find(&state).unwrap_or(0)) {
-                return Err(Error::State(format!("log {seq} is needed by a revert that is being copied")));
-            }
-            let oldest = find(&state) == Some(0);
+            // Asked again: a view of it may have been opened meanwhile, or a revert begun.
+            let oldest = match Self::unneeded(&state, seq) {
+                Err(Error::State(_)) if active(Mutation::CleanedUnderView) => false,
+                position => position? == 0,
+            };
             if oldest {
                 self.evict_oldest(&mut state, "cleaned");
             } else {
@@ -1269,6 +1253,20 @@ impl Volume {
         Ok(())
     }
 
+    /// The position of a log that nothing needs but the history itself.
+    fn unneeded(state: &State, seq: u64) -> Result<usize> {
+        let position = state.logs.iter().position(|l| l.seq == seq);
+        let position = position.ok_or(Error::NotFound { what: "log", name: seq.to_string() })?;
+        let log = &state.logs[position];
+        if let Some(view) = state.views.values().find(|v| Rc::ptr_eq(&v.log, log)) {
+            return Err(Error::State(format!("view {} needs log {seq}: close it first", view.id())));
+        }
+        if Self::pinned(state, position) {
+            return Err(Error::State(format!("log {seq} is needed by a revert that is being copied")));
+        }
+        Ok(position)
+    }
+
     fn forget_settings(&self) {
         let mut state = self.state.borrow_mut();
         state.settings = None;
@@ -1286,14 +1284,11 @@ impl Volume {
         let result = self
             .changed
             .until(|| {
-                let patience = self.engine.upgrade().map_or(0, |e| e.config().stall_max_ns);
-                match (log.disk.failure(), &self.state.borrow().primary_failing) {
-                    (Some(reason), _) => Some(Err(Error::Gone(reason))),
-                    (None, Some((since, error))) if self.host.boot_ns().saturating_sub(*since) > patience => {
-                        Some(Err(error.clone()))
-                    }
-                    _ => log.state.borrow().sealed.then_some(Ok(())),
+                if let Some(reason) = log.disk.failure() {
+                    return Some(Err(Error::Gone(reason)));
                 }
+                let failing = self.primary_error_for_guest(&self.state.borrow());
+                failing.map(Err).or_else(|| log.state.borrow().sealed.then_some(Ok(())))
             })
             .await;
         self.state.borrow_mut().drain_waiters -= 1;

@@ -67,6 +67,9 @@ pub(crate) enum Mode {
     Closed,
 }
 
+/// How long a stop or a switch waits for a primary that fails, nanoseconds.
+pub(crate) const DRAIN_PATIENCE_NS: u64 = 30_000_000_000;
+
 /// Where the journal lives.
 #[derive(Clone)]
 pub(crate) struct Attach {
@@ -165,7 +168,7 @@ pub(crate) struct State {
     pub client_next: u64,
     pub direct_inflight: u32,
     pub writes_inflight: u32,
-    /// Blocks whose content was lost with the CDP disk: they read as errors until overwritten.
+    /// Blocks whose content was lost with the CDP disk, or could not be read when a revert needed it: they read as errors until overwritten.
     pub lost_blocks: Option<Touched>,
     /// Overwritten whole since, with the seq of the log that did it: at that log's start, and before, their content was lost, whatever the
     /// primary holds. They leave when that log has its (unreadable) before-image.
@@ -356,6 +359,53 @@ impl Volume {
             (state.reverting.is_none() || state.mode != Mode::Journal).then_some(())
         };
         self.changed.until(over).await;
+    }
+
+    /// Waits for a condition that time alone may change, too: it is looked at every second.
+    pub(crate) async fn until_in_time<T>(&self, mut condition: impl FnMut() -> Option<T>) -> T {
+        loop {
+            let met = self.changed.until(&mut condition);
+            futures::pin_mut!(met);
+            if let Either::Left((value, _)) = select(met, self.host.sleep(1_000_000_000)).await {
+                return value;
+            }
+        }
+    }
+
+    /// The primary's own error, once it has failed for longer than a time.
+    pub(crate) fn primary_error(&self, state: &State, patience_ns: u64) -> Option<Error> {
+        let (since, error) = state.primary_failing.as_ref()?;
+        (self.host.boot_ns().saturating_sub(*since) > patience_ns).then(|| error.clone())
+    }
+
+    /// The primary's own error, once it has failed for longer than a guest waits for anything.
+    pub(crate) fn primary_error_for_guest(&self, state: &State) -> Option<Error> {
+        self.primary_error(state, self.engine.upgrade().map_or(0, |e| e.config().stall_max_ns))
+    }
+
+    /// Ends when requests may go on: the volume is not between two ways of serving. Where it is between them because its CDP disk failed, and its primary
+    /// does not take what is in memory alone, the primary's error is the answer, as it is of a plain disk.
+    pub(crate) async fn until_switched(&self) -> Result<()> {
+        let switched = || {
+            let state = self.state.borrow();
+            match state.mode {
+                Mode::Switching => self.primary_error_for_guest(&state).map(Err),
+                _ => Some(Ok(())),
+            }
+        };
+        self.until_in_time(switched).await
+    }
+
+    /// Ends when no failed CDP disk is there to be left any more. As of [`Volume::until_switched`] where the primary fails, too.
+    pub(crate) async fn until_left(&self) -> Result<()> {
+        let left = || {
+            let state = self.state.borrow();
+            match state.attach.as_ref().is_some_and(|a| a.disk.failure().is_some()) {
+                true => self.primary_error_for_guest(&state).map(Err),
+                false => Some(Ok(())),
+            }
+        };
+        self.until_in_time(left).await
     }
 
     /// Ends when the volume is not between two ways of serving: a failed disk that is being left, say. Nothing about the journal can be decided

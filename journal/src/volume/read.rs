@@ -120,7 +120,7 @@ impl Volume {
             if !failed() {
                 return Err(error);
             }
-            self.changed.until(|| (!failed()).then_some(())).await;
+            self.until_left().await?;
             self.serving()?;
         }
     }
@@ -502,7 +502,7 @@ pub(crate) fn lost_error(op: &'static str, block: u64, path: &str) -> Error {
     Error::Device {
         op,
         device: format!("block {block} of {path}"),
-        message: "its content was lost with the CDP disk while a revert was pending; overwrite the whole block".into(),
+        message: "what a revert was to put there is lost: its CDP disk, or an unreadable sector, held it alone; overwrite the whole block".into(),
         errno: 5,
     }
 }

@@ -118,14 +118,11 @@ pub(crate) async fn open(engine: &Rc<Engine>, spec: VolumeSpec) -> Result<Rc<Vol
         left_in_order: Cell::new(false),
     });
     if let Some(fence) = &fence
-        && !fence.lost_blocks.is_empty()
-        && !spec.override_journal
+        && let Some(lost) = lost_of(fence)
+        && spec.accept != Some(Health::RevertIncomplete)
     {
         let mut state = volume.state.borrow_mut();
-        let lost = state.lost_blocks.get_or_insert_with(Touched::default);
-        for (block, count) in &fence.lost_blocks {
-            lost.insert_range(*block, *count);
-        }
+        state.lost_blocks = Some(lost);
         state.health = Health::RevertIncomplete;
         state.health_reason = fence.reason.clone();
     }
@@ -134,17 +131,26 @@ pub(crate) async fn open(engine: &Rc<Engine>, spec: VolumeSpec) -> Result<Rc<Vol
     Ok(volume)
 }
 
+/// Blocks of a revert that the fence calls lost.
+fn lost_of(fence: &Fence) -> Option<Touched> {
+    let mut lost = Touched::default();
+    for (block, count) in &fence.lost_blocks {
+        lost.insert_range(*block, *count);
+    }
+    (!lost.is_empty()).then_some(lost)
+}
+
 impl Volume {
     /// What the fence, the disks and the primary say together.
     async fn decide(self: &Rc<Self>, engine: &Rc<Engine>, fence: Option<Fence>, spec: &VolumeSpec) -> Result<()> {
-        let (override_journal, undecided) = (spec.override_journal, &spec.undecided_reverts);
+        let accepted = |health: Health| spec.accept == Some(health);
         let Some(fence) = fence else {
             let found = engine.disk_list().into_iter().find(|d| !d.segments_of(self.id).is_empty());
             let Some(disk) = found else { return Ok(()) };
             if spec.attach_journal {
                 return self.attach_found(engine, &disk).await;
             }
-            if !override_journal {
+            if !accepted(Health::NeedsJournal) {
                 let reason = format!(
                     "CDP disk {} holds history of this volume, but this host has no fence for it: attach it, or give it up",
                     disk.path
@@ -156,7 +162,7 @@ impl Volume {
         match fence.state {
             FenceState::Detached => {
                 self.drop_leftovers(engine).await?;
-                if override_journal && !fence.lost_blocks.is_empty() {
+                if accepted(Health::RevertIncomplete) && !fence.lost_blocks.is_empty() {
                     self.put_fence(FenceState::Detached, fence.disk, "lost blocks were given up").await?;
                 }
                 let mut state = self.state.borrow_mut();
@@ -170,9 +176,9 @@ impl Volume {
                 let clean = fence.state == FenceState::Clean;
                 let disk = engine.disk_list().into_iter().find(|d| d.id == fence.disk && d.failure().is_none());
                 let Some(disk) = disk else {
-                    if clean || override_journal {
+                    if clean || accepted(Health::NeedsJournal) {
                         let why = format!("CDP disk {} is missing", fence.disk);
-                        return self.go_on_without(&why).await;
+                        return self.go_on_without(&why, lost_of(&fence)).await;
                     }
                     let reason = format!(
                         "CDP disk {} is missing and may hold acked writes: bring it back, or say explicitly to go on without",
@@ -181,8 +187,9 @@ impl Volume {
                     return self.refuse(Health::NeedsJournal, EventKind::NeedsJournal, reason);
                 };
                 if let Some(what) = self.primary_differs(&fence, clean)? {
-                    if override_journal {
-                        self.go_on_without(&what).await?;
+                    if accepted(Health::PrimaryChanged) {
+                        // What is on the primary is what the admin wants, in blocks that were lost, too.
+                        self.go_on_without(&what, None).await?;
                         return self.drop_leftovers(engine).await;
                     }
                     return self.refuse(Health::PrimaryChanged, EventKind::PrimaryChanged, what);
@@ -194,23 +201,25 @@ impl Volume {
                         disk.clock_high_water(),
                         Instant(fence.disk_clock_ns)
                     );
-                    if override_journal {
-                        self.go_on_without(&reason).await?;
+                    if accepted(Health::NeedsJournal) {
+                        self.go_on_without(&reason, lost_of(&fence)).await?;
                         return self.drop_leftovers(engine).await;
                     }
                     return self.refuse(Health::NeedsJournal, EventKind::NeedsJournal, reason);
                 }
-                match self.recover(engine, &disk, &fence, undecided).await {
-                    Ok(()) => Ok(()),
-                    Err(error) if override_journal => {
-                        self.go_on_without(&error.to_string()).await?;
-                        self.drop_leftovers(engine).await
-                    }
-                    Err(error @ Error::State(_)) => {
-                        self.refuse(Health::PrimaryChanged, EventKind::PrimaryChanged, error.to_string())
-                    }
-                    Err(error) => self.refuse(Health::NeedsJournal, EventKind::Damage, error.to_string()),
+                let Err(error) = self.recover(engine, &disk, &fence, &spec.undecided_reverts).await else {
+                    return Ok(());
+                };
+                let (health, event) = match error {
+                    Error::State(_) => (Health::PrimaryChanged, EventKind::PrimaryChanged),
+                    _ => (Health::NeedsJournal, EventKind::Damage),
+                };
+                if accepted(health) {
+                    let lost = lost_of(&fence).filter(|_| health != Health::PrimaryChanged);
+                    self.go_on_without(&error.to_string(), lost).await?;
+                    return self.drop_leftovers(engine).await;
                 }
+                self.refuse(health, event, error.to_string())
             }
         }
     }
@@ -247,15 +256,19 @@ impl Volume {
     }
 
     /// Serves the primary as it is; the journal of this generation is never redone.
-    async fn go_on_without(self: &Rc<Self>, why: &str) -> Result<()> {
+    async fn go_on_without(self: &Rc<Self>, why: &str, lost: Option<Touched>) -> Result<()> {
         let disk = {
             let mut state = self.state.borrow_mut();
+            state.lost_blocks = lost;
+            state.stale_blocks.clear();
             state.mode = Mode::Direct;
             state.attach = None;
             state.logs.clear();
             state.open.clear();
             state.markers.clear();
-            if state.on {
+            if state.lost_blocks.is_some() {
+                state.health = Health::RevertIncomplete;
+            } else if state.on {
                 state.health = Health::Offline;
                 state.health_reason = why.to_owned();
             }
@@ -334,7 +347,7 @@ impl Volume {
             }
             // A journal that never got its first frame: nothing was acked into it.
             disk.release(&dead).await?;
-            self.go_on_without("the journal was not begun").await?;
+            self.go_on_without("the journal was not begun", lost_of(fence)).await?;
             return match fence.settings {
                 // The call that switched protection on was cut off: it is brought to its end.
                 Some(settings) if fence.on => self.attach_to(Some(Rc::clone(disk)), settings).await,
@@ -397,6 +410,11 @@ impl Volume {
                 }
                 if before.frame_next < writes.claim_other || writes.frame_next < before.claim_other {
                     hole.get_or_insert_with(|| format!("{} log {seq}: the tail of one of its streams", disk.path));
+                }
+                // The log after it was begun when all of its frames were durable; or a sync said so that had dropped one.
+                let cut_short = has(log_flags::CLOSED) && writes.instant_last < Instant(row.io_last.get());
+                if cut_short && !active(Mutation::LastFramesUnmissed) {
+                    hole.get_or_insert_with(|| format!("{} log {seq}: its last frames", disk.path));
                 }
                 let mut touched = Touched::default();
                 let mut imaged = Touched::default();
@@ -473,7 +491,7 @@ impl Volume {
         engine.clock().past(instant_last.max(Instant(base_last_instant(&control))));
         self.assume(disk, &control, logs, instant_last, next_seq)?;
         self.restore_overlay(watermark).await?;
-        self.restore_lost_blocks().await?;
+        self.restore_lost_blocks(&control).await?;
         self.restore_reverts(&control, fence.state == FenceState::Detaching).await?;
         let detaching = fence.state == FenceState::Detaching;
         if !detaching {
@@ -635,17 +653,22 @@ impl Volume {
         next.map_or(state.instant_last, |n| n.start.before())
     }
 
-    /// Of the blocks that the fence calls lost, those that were written whole since are not lost any more. A block is lost when a revert is copied:
-    /// what the log of that revert wrote itself came before.
-    async fn restore_lost_blocks(self: &Rc<Self>) -> Result<()> {
+    /// Of the blocks that the fence calls lost, those that were written whole since are not lost any more. A block is lost when a revert is copied, and
+    /// that begins when everything up to the log of that revert is on the primary, and out of the fence where it had ended a loss: what those logs wrote
+    /// came before.
+    async fn restore_lost_blocks(self: &Rc<Self>, control: &Control) -> Result<()> {
         let (lost, logs): (Vec<u64>, Vec<_>) = {
             let state = self.state.borrow();
             let Some(lost) = &state.lost_blocks else { return Ok(()) };
-            let unsealed = state.logs.iter().filter(|l| !l.state.borrow().sealed);
-            let copied =
-                |(i, l): &(usize, &Rc<Log>)| *i == 0 && l.state.borrow().close_reason == CloseReason::Reverted as u32;
-            let logs = unsealed.enumerate().filter(|log| !copied(log)).map(|(_, l)| Rc::clone(l)).collect();
-            (lost.iter().collect(), logs)
+            let mut logs: Vec<_> = state.logs.iter().filter(|l| !l.state.borrow().sealed).cloned().collect();
+            // The record of a revert that was copied to its end may have gone with a newer log's.
+            let copied = |l: &Rc<Log>| {
+                l.state.borrow().close_reason == CloseReason::Reverted as u32
+                    && control.reverts.get(&l.seq).is_none_or(|row| row.next_block.get() > 0)
+            };
+            let copied = logs.iter().rposition(copied).filter(|_| !active(Mutation::LossEndedEarly));
+            let before = copied.map_or(0, |at| at + 1);
+            (lost.iter().collect(), logs.split_off(before))
         };
         for block in lost {
             for log in &logs {

@@ -250,9 +250,7 @@ impl Volume {
             self.serving()?;
             let mode = self.state.borrow().mode;
             match mode {
-                Mode::Switching => {
-                    self.changed.until(|| (self.state.borrow().mode != Mode::Switching).then_some(())).await;
-                }
+                Mode::Switching => self.until_switched().await?,
                 Mode::Journal => {
                     let (disk, upto) = {
                         let state = self.state.borrow();
@@ -267,7 +265,7 @@ impl Volume {
                             return Err(error);
                         }
                         // The disk failed: the answer is the primary's, once the backlog is there.
-                        self.changed.until(|| (self.state.borrow().mode != Mode::Journal).then_some(())).await;
+                        self.until_left().await?;
                         continue;
                     }
                     self.note_flush_point();
@@ -357,11 +355,8 @@ impl Volume {
             .changed
             .until(|| {
                 let state = self.state.borrow();
-                let patience = self.engine.upgrade().map_or(0, |e| e.config().stall_max_ns);
-                if let Some((since, error)) = &state.primary_failing
-                    && self.host.boot_ns().saturating_sub(*since) > patience
-                {
-                    return Some(Err(error.clone()));
+                if let Some(error) = self.primary_error_for_guest(&state) {
+                    return Some(Err(error));
                 }
                 match state.mode {
                     Mode::Closed => Some(Err(Error::Gone("the volume is closed".into()))),
@@ -454,21 +449,19 @@ impl Volume {
             };
             match next {
                 Next::Raise => engine.raise_clock().await,
-                Next::Wait => {
-                    self.changed.until(|| (self.state.borrow().mode != Mode::Switching).then_some(())).await;
-                }
+                Next::Wait => self.until_switched().await?,
                 Next::Revert => self.until_not_reverting().await,
                 Next::Throttle => {
                     throttled.get_or_insert_with(|| Throttled::enter(self));
                     self.work.notify();
-                    self.wait_for_room(&engine).await?;
+                    self.wait_for_room().await?;
                 }
             }
         }
     }
 
     /// Waits for a change that may make room; a primary that fails for longer than the stall bound answers with its own error.
-    async fn wait_for_room(self: &Rc<Self>, engine: &Rc<crate::engine::Engine>) -> Result<()> {
+    async fn wait_for_room(self: &Rc<Self>) -> Result<()> {
         let mut first = true;
         self.changed
             .until(|| {
@@ -478,13 +471,7 @@ impl Volume {
                 Some(())
             })
             .await;
-        let state = self.state.borrow();
-        if let Some((since, error)) = &state.primary_failing
-            && self.host.boot_ns().saturating_sub(*since) > engine.config().stall_max_ns
-        {
-            return Err(error.clone());
-        }
-        Ok(())
+        self.primary_error_for_guest(&self.state.borrow()).map_or(Ok(()), Err)
     }
 
     /// Whether a request may be admitted now. Starts what makes room.

@@ -49,7 +49,7 @@ impl Place {
             size: 0,
             primary: self.primary.attach(executor),
             fence,
-            override_journal: false,
+            accept: None,
             attach_journal: false,
             undecided_reverts: Vec::new(),
         };
