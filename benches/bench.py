@@ -48,6 +48,17 @@ def memory_mib(pid, field="VmRSS"):
         return next(int(line.split()[1]) / 1024 for line in status if line.startswith(field + ":"))
 
 
+def disk_requests(path):
+    """Reads and writes that the disk under a file has completed so far; None where the kernel does not count them."""
+    device = os.stat(path).st_dev
+    try:
+        with open(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}/stat") as stat:
+            fields = stat.read().split()
+    except OSError:
+        return None
+    return int(fields[0]) + int(fields[4])
+
+
 def fill(path, mib):
     """A file whose blocks are all there: the first write to a hole would measure the file system."""
     piece = random.Random(mib).randbytes(1 << 20)
@@ -600,7 +611,7 @@ def memory(b):
 def scaling(b):
     """Many volumes on one CDP disk, written at once."""
     counts = [1, 8] if b.args.quick else [1, 2, 8, 64]
-    sums = {count: [] for count in counts}
+    sums, requests = {count: [] for count in counts}, {count: [] for count in counts}
     folder = b.path("many")
     os.makedirs(folder)
     # All together are as large as the volume of the other rows: the backlogs must not hold them.
@@ -632,8 +643,12 @@ def scaling(b):
             command = ["fio", "--ioengine=nbd", "--rw=randwrite", "--bs=4k", f"--iodepth={max(1, 64 // count)}", f"--size={mib}m", "--randrepeat=0",
                        "--norandommap", "--time_based", f"--runtime={b.seconds}", "--ramp_time=1", "--thread", "--output-format=json"]
             b.shown([*command, *jobs[:2], *(["AND SO ON"] if count > 1 else [])])
+            before, began = disk_requests(folder), time.monotonic()
             out = run(*command, *jobs)
+            seconds, after = time.monotonic() - began, disk_requests(folder)
             sums[count].append(sum(job["write"]["iops"] for job in json.loads(out[out.index("{"):])["jobs"]))
+            if before is not None:
+                requests[count].append((after - before) / seconds)
             deadline = time.monotonic() + 30
             while any(volume["backlog_bytes"] for volume in json.loads(ctl("list"))["list"]) and time.monotonic() < deadline:
                 time.sleep(0.2)
@@ -641,9 +656,15 @@ def scaling(b):
         agent.terminate()
         agent.wait()
         shutil.rmtree(folder)
-    b.facts["scaling"] = sums
+    b.facts["scaling"], b.facts["scaling_disk_requests"] = sums, requests
+    # What a write costs the disk: alone in its volume, a write has an append of its own.
+    asked = ""
+    if requests[1]:
+        one, many = (statistics.median(requests[count]) for count in (1, counts[-1]))
+        asked = (f"; the disk does {one:,.0f} requests/s for one and {many:,.0f} for {counts[-1]}, that is {one / statistics.median(sums[1]):.1f} and "
+                 f"{many / statistics.median(sums[counts[-1]]):.1f} for a write")
     b.row("scaling", f"sum of IOPS of {counts[-1]} volumes written at once / one volume's", (">=", 0.9), [many / one for many, one in zip(sums[counts[-1]], sums[1])],
-          note=f"64 requests in flight in all, each volume {mib} MiB; the best of the counts: {max(statistics.median(of) for of in sums.values()):,.0f}/s" + ("; 64 volumes without QUICK=1" if b.args.quick else ""))
+          note=f"64 requests in flight in all, each volume {mib} MiB{asked}; the best of the counts: {max(statistics.median(of) for of in sums.values()):,.0f}/s" + ("; 64 volumes without QUICK=1" if b.args.quick else ""))
     b.curves["volumes"] = {"x": "volumes written at once", "y": "4K writes/s, sum", "series": {"cdp-agent": [(count, statistics.median(of)) for count, of in sums.items()]}}
 
 

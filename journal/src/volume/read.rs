@@ -160,7 +160,8 @@ impl Volume {
 
     async fn read_step(self: &Rc<Self>, point: &Point, offset: u64, len: u64) -> Result<Slice> {
         let (first, count) = blocks_of(offset, len);
-        let mut buf = IoBuf::zeroed((count * BLOCK) as usize);
+        let skip = (offset - first * BLOCK) as usize;
+        let mut buf = None;
         let mut todo: Vec<u64> = (first..first + count).collect();
         // Each round reads what was resolved; blocks whose before-image came in between go into the next round. A before-image is taken once in a
         // log, so the rounds end.
@@ -180,10 +181,22 @@ impl Volume {
                 };
                 resolved.push((*block, layers));
             }
-            self.fill(&row, first, &mut buf, &resolved).await?;
+            // What lies in one piece is answered as it was read.
+            let whole = if buf.is_none() { self.read_whole(&row, &resolved).await? } else { None };
+            if whole.is_none() {
+                let buf = buf.get_or_insert_with(|| IoBuf::zeroed((count * BLOCK) as usize));
+                self.fill(&row, first, buf, &resolved).await?;
+            }
             todo = if self.image_epoch.get() == epoch { Vec::new() } else { self.overtaken(&row, &resolved) };
+            if let Some(whole) = whole {
+                if todo.is_empty() {
+                    return Ok(whole.slice(skip, len as usize));
+                }
+                // Some of it was overtaken: all is read again.
+                todo = (first..first + count).collect();
+            }
         }
-        let skip = (offset - first * BLOCK) as usize;
+        let buf = buf.unwrap_or_else(|| IoBuf::zeroed((count * BLOCK) as usize));
         Ok(buf.share().slice(skip, len as usize))
     }
 
@@ -248,6 +261,10 @@ impl Volume {
             for (i, log) in row.logs.iter().enumerate().skip(h) {
                 if missing == 0 {
                     return Ok(layers);
+                }
+                // Most logs have none of most blocks: told without a future.
+                if log.imaged(block) == Some(false) {
+                    continue;
                 }
                 log.lookup_before(block, &mut missing, &mut entries).await?;
                 push_entries(&mut layers, i, &mut entries)?;
@@ -338,6 +355,36 @@ impl Volume {
         Ok(layers.iter().any(|l| matches!(l.source, Source::Primary { .. })))
     }
 
+    /// Reads what was resolved, where all of it is one run of whole blocks of the primary, or one block of the journal. Otherwise `None`, and nothing was read.
+    async fn read_whole(&self, row: &Row, resolved: &[(u64, Layers)]) -> Result<Option<Slice>> {
+        let [(first, layers), ..] = resolved else { return Ok(None) };
+        let whole = |layers: &Layers| matches!(&layers[..], [Layer { mask: 0xFF, .. }]);
+        match (&layers[..], resolved.len() as u64) {
+            ([Layer { mask: 0xFF, source: Source::Journal { log, segment, page, crc } }], 1) => {
+                let bytes = row.logs[*log].disk.read(*segment, *page, 1).await?.share();
+                self.verify(&row.logs[*log], *first, &bytes, *crc, (*segment, *page))?;
+                Ok(Some(bytes))
+            }
+            (_, count) => {
+                let primary =
+                    |(_, layers): &(u64, Layers)| whole(layers) && matches!(layers[0].source, Source::Primary { .. });
+                if !resolved.iter().all(primary) || (first + count) * BLOCK > self.primary.size() {
+                    return Ok(None);
+                }
+                Ok(Some(self.read_primary(first * BLOCK, count * BLOCK).await?))
+            }
+        }
+    }
+
+    /// Whether a block of the journal is what its index says.
+    fn verify(&self, log: &Log, block: u64, bytes: &[u8], sum: u32, (segment, page): (u32, u32)) -> Result<()> {
+        if crc(bytes) == sum || active(Mutation::PayloadUnchecked) {
+            return Ok(());
+        }
+        self.event(crate::info::EventKind::Damage, format!("payload of block {block} in log {}", log.seq));
+        Err(damaged("payload", &log.disk.path, segment, page))
+    }
+
     /// Reads what was resolved into `buf`, whose first block is `first`: runs of the primary and of the journal in one read each, all at once.
     async fn fill(&self, row: &Row, first: u64, buf: &mut IoBuf, resolved: &[(u64, Layers)]) -> Result<()> {
         // (kind of source, place, blocks, [(index of the block in buf, mask, crc)])
@@ -402,13 +449,7 @@ impl Volume {
             let bytes = bytes?;
             for (i, (block, mask, sum)) in list.iter().enumerate() {
                 let piece = &bytes[i * BLOCK as usize..(i + 1) * BLOCK as usize];
-                if crc(piece) != *sum && !active(Mutation::PayloadUnchecked) {
-                    self.event(
-                        crate::info::EventKind::Damage,
-                        format!("payload of block {block} in log {}", row.logs[*log].seq),
-                    );
-                    return Err(damaged("payload", &row.logs[*log].disk.path, *segment, *page + i as u32));
-                }
+                self.verify(&row.logs[*log], *block, piece, *sum, (*segment, *page + i as u32))?;
                 let at = ((block - first) * BLOCK) as usize;
                 copy_sectors(&mut buf[at..at + BLOCK as usize], piece, *mask);
             }
