@@ -605,12 +605,25 @@ impl Control {
             let slot = slot.ok_or_else(|| Error::NotFound { what: "volume", name: volume.to_string() })?;
             (slot.record.clone(), slot.shard)
         };
+        let closed = self.shards[shard].call(move |local, _| async move {
+            // What is acked is in memory alone: that is not to be given up.
+            if local.engine.volume(volume).is_some_and(|volume| volume.is_leaving()) {
+                return Ok(false);
+            }
+            local.engine.close_volume(volume).await.map(|()| true)
+        });
+        if !self.noted(volume, closed.await.unwrap_or_else(|_| Err(stopping())))? {
+            return Err(Error::State(format!(
+                "volume {:?} is still leaving its failed CDP disk: try again",
+                record.name
+            )));
+        }
+        // As the close has left it.
         let fence = self.fence(volume)?;
         let undecided_reverts = self.state.undecided_reverts();
         let reopened = self.shards[shard].call(move |local, _| async move {
             let primary = local.primaries.borrow().get(&volume).cloned();
             let primary = primary.ok_or_else(|| Error::Gone(format!("volume {volume} is being removed")))?;
-            local.engine.close_volume(volume).await?;
             let spec = VolumeSpec {
                 id: volume,
                 name: record.name,
@@ -624,18 +637,17 @@ impl Control {
             };
             local.engine.open_volume(spec).await.map(drop)
         });
-        match reopened.await.unwrap_or_else(|_| Err(stopping())) {
-            Ok(()) => {
-                self.settle_reverts().await;
-                self.volume(volume).await
-            }
-            Err(error) => {
-                if let Some(slot) = self.registry.write().volumes.get_mut(&volume) {
-                    slot.failed = Some(error.to_string());
-                }
-                Err(error)
-            }
+        self.noted(volume, reopened.await.unwrap_or_else(|_| Err(stopping())))?;
+        self.settle_reverts().await;
+        self.volume(volume).await
+    }
+
+    /// Notes of a volume that it is not served, where that is how closing or opening it ended.
+    fn noted<T>(&self, volume: Uuid, result: Result<T>) -> Result<T> {
+        if let (Err(error), Some(slot)) = (&result, self.registry.write().volumes.get_mut(&volume)) {
+            slot.failed = Some(error.to_string());
         }
+        result
     }
 
     /// The fence of a volume, as it is on disk now.

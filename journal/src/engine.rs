@@ -152,7 +152,8 @@ pub struct Engine {
     /// Wall and boot clock when the engine began: age runs on the boot clock from there.
     began: (u64, u64),
     step_told: Cell<bool>,
-    stopping: Cell<bool>,
+    /// When a stop was announced, on the boot clock.
+    stops_since: Cell<Option<u64>>,
 }
 
 impl Drop for Engine {
@@ -191,17 +192,23 @@ impl Engine {
             raise_took_ns: Cell::new(0),
             began,
             step_told: Cell::new(false),
-            stopping: Cell::new(false),
+            stops_since: Cell::new(None),
         })
     }
 
     /// The agent is about to stop: what waits for the state directory to work again is answered with its error instead, so that clients can be drained.
     pub fn will_stop(&self) {
-        self.stopping.set(true);
+        let since = self.stops_since.get().unwrap_or_else(|| self.host.boot_ns());
+        self.stops_since.set(Some(since));
     }
 
     pub(crate) fn stopping(&self) -> bool {
-        self.stopping.get()
+        self.stops_since.get().is_some()
+    }
+
+    /// Whether a stop was announced so long ago, nanoseconds.
+    pub(crate) fn stopping_for(&self, ns: u64) -> bool {
+        self.stops_since.get().is_some_and(|since| self.host.boot_ns().saturating_sub(since) > ns)
     }
 
     /// Writes an empty superblock, clock and segment table. Needs no engine.
@@ -281,6 +288,7 @@ impl Engine {
 
     /// Drains everything and records the clean state.
     pub async fn stop(self: &Rc<Self>) -> Result<()> {
+        self.will_stop();
         let ids: Vec<_> = self.volumes.borrow().keys().copied().collect();
         let mut result = Ok(());
         for ended in join_all(ids.into_iter().map(|id| self.close_volume(id))).await {
@@ -446,6 +454,8 @@ impl Volume {
         if let Some(disk) = disk.filter(|disk| disk.failure().is_some()) {
             // What is acked is in memory alone: the way out of the failed disk brings it to the primary first.
             result = self.left_for_stop(&disk).await;
+        } else if mode == Mode::Switching {
+            result = Err(Error::State(format!("volume {:?} could not record that it left its journal", self.name())));
         }
         if self.state.borrow().mode == Mode::Direct {
             self.changed.until(|| (self.state.borrow().direct_inflight == 0).then_some(())).await;
@@ -477,17 +487,20 @@ impl Volume {
         result
     }
 
-    /// Ends when a failed CDP disk has been left, or its primary fails for too long, or the state directory does.
+    /// Ends when a failed CDP disk has been left. Only a stop of the agent gives up: the primary fails for too long, or the way out did, since the state
+    /// directory took no fence. What is acked would be lost.
     async fn left_for_stop(&self, disk: &Rc<Disk>) -> Result<()> {
-        let since = self.host.boot_ns();
         let left = || {
             let state = self.state.borrow();
             if !state.attach.as_ref().is_some_and(|a| Rc::ptr_eq(&a.disk, disk)) {
                 return Some(Ok(()));
             }
-            let waited = self.host.boot_ns().saturating_sub(since) > DRAIN_PATIENCE_NS;
-            let reason = || Error::Gone(format!("CDP disk {}: {}", disk.path, disk.failure().unwrap_or_default()));
-            waited.then(|| Err(self.primary_error(&state, 0).unwrap_or_else(reason)))
+            if !state.destager_running {
+                let reason = disk.failure().unwrap_or_default();
+                return Some(Err(Error::Gone(format!("CDP disk {} was not left: {reason}", disk.path))));
+            }
+            let stops = self.engine.upgrade().is_none_or(|engine| engine.stopping());
+            self.primary_error(&state, DRAIN_PATIENCE_NS).filter(|_| stops).map(Err)
         };
         self.until_in_time(left).await
     }

@@ -758,6 +758,9 @@ async fn reopen(world: &Rc<World>, vol: &Rc<Vol>) {
     world.views.borrow_mut().retain(|view| view.vol != vol.index || !view.writable);
     vol.guard.take();
     let whole = vol.handle().info().revert.is_none();
+    // It is not for a call like this to give up what is acknowledged and in memory alone: it waits for the primary.
+    let v = Rc::clone(vol);
+    world.running().executor.after(100_000_000_000, move || v.primary.heal());
     match world.running().engine.close_volume(vol.id).await {
         Ok(()) => {
             let began = world.now(vol);

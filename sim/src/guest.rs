@@ -15,9 +15,11 @@ use crate::world::{OpenView, SCRATCH_VOLUME, Vol, World};
 /// Longest time that any call may take where no disk is slow, virtual nanoseconds.
 const PATIENCE_NS: u64 = 300_000_000_000;
 
-/// Longest time that a guest may wait for anything while no disk is slow: `stall_max`, and what leaving a CDP disk or a round of attempts to write
-/// to a failing primary takes.
+/// Longest time that a guest may wait for anything while no disk is slow and its own works: `stall_max`, and what leaving a CDP disk takes.
 const GUEST_WAIT_NS: u64 = 20_000_000_000;
+
+/// The same while a primary fails: an admin's switch waits for it for half a minute, and then takes itself back.
+const GUEST_WAIT_FAILING_NS: u64 = 45_000_000_000;
 
 /// Fails the run if the returned flag is not set in time. Time in which the agent was frozen does not count: it cannot answer then.
 pub fn watch(world: &Rc<World>, what: String) -> Rc<Cell<bool>> {
@@ -98,8 +100,7 @@ fn is_of_primary(world: &World, error: &Error) -> bool {
 /// be kept.
 fn is_of_revert(world: &World, vol: &Vol, error: &Error) -> bool {
     let faulty = world.cdp_faulty.get() || world.primary_faulty.get() && vol.forced.get() > 0;
-    faulty
-        && matches!(error, Error::Device { message, .. } if message.contains("what a revert was to put there is lost"))
+    faulty && matches!(error, Error::Device { op: "read lost" | "write a part of", .. })
 }
 
 /// Whether the guest may get this error.
@@ -169,7 +170,8 @@ async fn request(world: &Rc<World>, vol: &Rc<Vol>, action: &Action) {
     };
     let waited = world.shared.boot_ns() - started - (world.frozen_ns.get() - frozen);
     let slow = world.slow.get() || world.history.setup.primary_slow_ns > 0;
-    if waited > GUEST_WAIT_NS && !slow {
+    let most = if world.primary_faulty.get() { GUEST_WAIT_FAILING_NS } else { GUEST_WAIT_NS };
+    if waited > most && !slow {
         return world.fail(format!("a guest waited {} s: {action:?}", waited / 1_000_000_000));
     }
     match (op, result) {

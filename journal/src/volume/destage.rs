@@ -21,7 +21,7 @@ use futures::future::{join, join_all};
 use futures::stream;
 use zerocopy::IntoBytes;
 
-use super::{CloseReason, State, Volume, whole_mask};
+use super::{CloseReason, State, Volume, WRITE_FENCE, whole_mask};
 use crate::buf::{IoBuf, Slice};
 use crate::disk::Disk;
 use crate::error::{Error, Result};
@@ -151,7 +151,9 @@ impl Volume {
                     }
                     // Not the disk's write path (that latches): damage or a failing primary. Say so, wait, try again; nothing is dropped.
                     tracing::error!(volume = %self.id, %error, "destaging failed");
-                    self.note_primary_failing(&error);
+                    if !matches!(error, Error::Device { op: WRITE_FENCE, .. }) {
+                        self.note_primary_failing(&error);
+                    }
                     self.host.sleep(BACK_OFF_NS.1).await;
                 }
             }
@@ -898,7 +900,7 @@ impl Volume {
         self.changed.notify();
     }
 
-    fn note_primary_recovered(self: &Rc<Self>) {
+    pub(super) fn note_primary_recovered(self: &Rc<Self>) {
         let mut state = self.state.borrow_mut();
         if state.primary_failing.take().is_some() {
             if state.health == Health::PrimaryFailing {

@@ -6,7 +6,7 @@ use std::rc::Rc;
 
 use futures::future::{Either, select};
 
-use super::{Mode, Volume, destage, whole_mask};
+use super::{FENCE_PATIENCE_NS, Mode, Volume, destage, whole_mask};
 use crate::disk::Disk;
 use crate::error::{Error, Result};
 use crate::fence::FenceState;
@@ -29,6 +29,8 @@ impl Volume {
             state.mode = Mode::Switching;
             state.health = Health::Offline;
             state.health_reason = format!("CDP disk {}: {reason}", disk.path);
+            // Whether the primary takes what is in memory is for this way out to see.
+            state.primary_failing = None;
         }
         self.event(EventKind::Offline, format!("protection is off: {reason}"));
         self.kick.notify();
@@ -39,14 +41,19 @@ impl Volume {
             self.event(EventKind::ViewLost, format!("view {}: the CDP disk failed", view.id()));
         }
         self.changed.until(|| (!self.state.borrow().appender_running).then_some(())).await;
-        if self.persist_fence(FenceState::Detaching, disk, &reason).await.is_err() {
-            return;
+        if let Err(error) = self.leave_for_primary(disk, &reason).await {
+            // A stop has waited long enough. The fence says what was reached, and those who wait for their frames hold what the stop needs.
+            tracing::error!(volume = %self.id, %error, "the failed CDP disk was not left");
+            let tickets = self.state.borrow_mut().take_tickets();
+            tickets.iter().for_each(|ticket| ticket.finish(Err(error.clone())));
         }
+    }
+
+    async fn leave_for_primary(self: &Rc<Self>, disk: &Rc<Disk>, reason: &str) -> Result<()> {
+        self.persist_fence(FenceState::Detaching, disk, reason).await?;
         // The backlog, oldest log first: each block's versions in order, so the newest one ends up on the primary.
         self.give_up_reverts();
-        if self.backlog_to_primary().await.is_err() {
-            return;
-        }
+        self.backlog_to_primary().await?;
         // What was overwritten is on the primary, and no before-image of it is taken any more.
         self.state.borrow_mut().stale_blocks.clear();
         let lost = self.state.borrow().lost_blocks.as_ref().map(|l| l.len());
@@ -54,11 +61,9 @@ impl Volume {
             Some(blocks) => {
                 format!("{blocks} blocks of a revert were lost with the CDP disk ({reason})")
             }
-            None => reason,
+            None => reason.to_owned(),
         };
-        if self.persist_fence(FenceState::Detached, disk, &reason).await.is_err() {
-            return;
-        }
+        self.persist_fence(FenceState::Detached, disk, &reason).await?;
         let (logs, tickets) = {
             let mut state = self.state.borrow_mut();
             state.attach = None;
@@ -87,13 +92,18 @@ impl Volume {
         self.changed.notify();
         self.work.notify();
         self.kick.notify();
+        Ok(())
     }
 
-    /// Tries until the state directory holds the fence: without it no unprotected write may be acked. An error once the volume is closed.
+    /// Tries until the state directory holds the fence: without it no unprotected write may be acked. An error once the volume is closed, or a stop has waited
+    /// for [`FENCE_PATIENCE_NS`].
     pub(crate) async fn persist_fence(self: &Rc<Self>, fence: FenceState, disk: &Rc<Disk>, reason: &str) -> Result<()> {
         let mut pause = 10_000_000;
         while let Err(error) = self.put_fence(fence, disk.id, reason).await {
             tracing::error!(volume = %self.id, %error, "fence");
+            if self.engine()?.stopping_for(FENCE_PATIENCE_NS) {
+                return Err(error);
+            }
             self.wait_unless_closed(error, pause).await?;
             pause = (pause * 2).min(5_000_000_000);
         }
@@ -129,6 +139,7 @@ impl Volume {
                 self.wait_unless_closed(error, pause).await?;
                 pause = (pause * 2).min(5_000_000_000);
             }
+            self.note_primary_recovered();
             log.state.borrow_mut().overlay.clear();
         }
         Ok(())
@@ -143,6 +154,7 @@ impl Volume {
                 // Whole blocks, so that a power cut in the middle damages no neighbour; where the rest cannot be read, what there is.
                 Content::Data(data, mask) => match self.read_old(item.block, 1).await {
                     Ok(base) => destage::push_write(&mut writes, item.block, compose(&base, data, *mask)),
+                    Err(error) if self.state.borrow().mode == Mode::Closed => return Err(error),
                     Err(_) => destage::push_sectors(&mut writes, item.block, data, *mask),
                 },
             }

@@ -1079,7 +1079,8 @@ impl Volume {
                 (state.settings, state.on, state.created_ns) = kept;
             }
             // It may stand there all the same: nothing may be acked into a journal that a start would drop.
-            let _ = self.persist_fence(FenceState::Dirty, &disk, "").await;
+            // Where a stop has waited for that long enough, the volume stays between the two: everything is on the primary.
+            self.persist_fence(FenceState::Dirty, &disk, "").await?;
             self.resume_journal();
             return Err(error);
         }

@@ -69,6 +69,8 @@ pub(crate) enum Mode {
 
 /// How long a stop or a switch waits for a primary that fails, nanoseconds.
 pub(crate) const DRAIN_PATIENCE_NS: u64 = 30_000_000_000;
+/// How long a stop waits for a state directory that takes no fence, nanoseconds: less than the service manager waits for the stop.
+pub(crate) const FENCE_PATIENCE_NS: u64 = 240_000_000_000;
 
 /// Where the journal lives.
 #[derive(Clone)]
@@ -383,20 +385,28 @@ impl Volume {
         self.primary_error(state, self.engine.upgrade().map_or(0, |e| e.config().stall_max_ns))
     }
 
-    /// Ends when requests may go on: the volume is not between two ways of serving. Where it is between them because its CDP disk failed, and its primary
-    /// does not take what is in memory alone, the primary's error is the answer, as it is of a plain disk.
+    /// Ends when requests may go on: the volume is not between two ways of serving. As of [`Volume::until_left`] where that is because of a failed CDP disk.
     pub(crate) async fn until_switched(&self) -> Result<()> {
         let switched = || {
             let state = self.state.borrow();
-            match state.mode {
-                Mode::Switching => self.primary_error_for_guest(&state).map(Err),
-                _ => Some(Ok(())),
+            if state.mode != Mode::Switching {
+                return Some(Ok(()));
             }
+            // An admin's switch ends by itself when the primary fails for too long, and the journal takes writes again.
+            let failed = state.attach.as_ref().is_some_and(|a| a.disk.failure().is_some());
+            self.primary_error_for_guest(&state).filter(|_| failed).map(Err)
         };
         self.until_in_time(switched).await
     }
 
-    /// Ends when no failed CDP disk is there to be left any more. As of [`Volume::until_switched`] where the primary fails, too.
+    /// Whether a failed CDP disk is being left: what is acked is in memory alone until that is done.
+    pub fn is_leaving(&self) -> bool {
+        let state = self.state.borrow();
+        state.mode == Mode::Switching && state.attach.as_ref().is_some_and(|a| a.disk.failure().is_some())
+    }
+
+    /// Ends when no failed CDP disk is there to be left any more. Where its primary does not take what is in memory alone, the primary's error is the answer, as it is
+    /// of a plain disk.
     pub(crate) async fn until_left(&self) -> Result<()> {
         let left = || {
             let state = self.state.borrow();

@@ -357,23 +357,19 @@ impl Volume {
 
     /// Reads what was resolved, where all of it is one run of whole blocks of the primary, or one block of the journal. Otherwise `None`, and nothing was read.
     async fn read_whole(&self, row: &Row, resolved: &[(u64, Layers)]) -> Result<Option<Slice>> {
-        let [(first, layers), ..] = resolved else { return Ok(None) };
-        let whole = |layers: &Layers| matches!(&layers[..], [Layer { mask: 0xFF, .. }]);
-        match (&layers[..], resolved.len() as u64) {
-            ([Layer { mask: 0xFF, source: Source::Journal { log, segment, page, crc } }], 1) => {
-                let bytes = row.logs[*log].disk.read(*segment, *page, 1).await?.share();
-                self.verify(&row.logs[*log], *first, &bytes, *crc, (*segment, *page))?;
-                Ok(Some(bytes))
-            }
-            (_, count) => {
-                let primary =
-                    |(_, layers): &(u64, Layers)| whole(layers) && matches!(layers[0].source, Source::Primary { .. });
-                if !resolved.iter().all(primary) || (first + count) * BLOCK > self.primary.size() {
-                    return Ok(None);
-                }
-                Ok(Some(self.read_primary(first * BLOCK, count * BLOCK).await?))
-            }
+        let [(first, layers), rest @ ..] = resolved else { return Ok(None) };
+        if let ([Layer { mask: 0xFF, source: Source::Journal { log, segment, page, crc } }], []) = (&layers[..], rest) {
+            let bytes = row.logs[*log].disk.read(*segment, *page, 1).await?.share();
+            self.verify(&row.logs[*log], *first, &bytes, *crc, (*segment, *page))?;
+            return Ok(Some(bytes));
         }
+        let of_primary =
+            |(_, layers): &(u64, Layers)| matches!(&layers[..], [Layer { mask: 0xFF, source: Source::Primary { .. } }]);
+        let count = resolved.len() as u64;
+        if !resolved.iter().all(of_primary) || (first + count) * BLOCK > self.primary.size() {
+            return Ok(None);
+        }
+        self.read_primary(first * BLOCK, count * BLOCK).await.map(Some)
     }
 
     /// Whether a block of the journal is what its index says.

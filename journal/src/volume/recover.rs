@@ -144,6 +144,7 @@ impl Volume {
     /// What the fence, the disks and the primary say together.
     async fn decide(self: &Rc<Self>, engine: &Rc<Engine>, fence: Option<Fence>, spec: &VolumeSpec) -> Result<()> {
         let accepted = |health: Health| spec.accept == Some(health);
+        let lost = |fence: &Fence| lost_of(fence).filter(|_| !accepted(Health::RevertIncomplete));
         let Some(fence) = fence else {
             let found = engine.disk_list().into_iter().find(|d| !d.segments_of(self.id).is_empty());
             let Some(disk) = found else { return Ok(()) };
@@ -178,7 +179,7 @@ impl Volume {
                 let Some(disk) = disk else {
                     if clean || accepted(Health::NeedsJournal) {
                         let why = format!("CDP disk {} is missing", fence.disk);
-                        return self.go_on_without(&why, lost_of(&fence)).await;
+                        return self.go_on_without(&why, lost(&fence)).await;
                     }
                     let reason = format!(
                         "CDP disk {} is missing and may hold acked writes: bring it back, or say explicitly to go on without",
@@ -202,7 +203,7 @@ impl Volume {
                         Instant(fence.disk_clock_ns)
                     );
                     if accepted(Health::NeedsJournal) {
-                        self.go_on_without(&reason, lost_of(&fence)).await?;
+                        self.go_on_without(&reason, lost(&fence)).await?;
                         return self.drop_leftovers(engine).await;
                     }
                     return self.refuse(Health::NeedsJournal, EventKind::NeedsJournal, reason);
@@ -215,7 +216,7 @@ impl Volume {
                     _ => (Health::NeedsJournal, EventKind::Damage),
                 };
                 if accepted(health) {
-                    let lost = lost_of(&fence).filter(|_| health != Health::PrimaryChanged);
+                    let lost = lost(&fence).filter(|_| health != Health::PrimaryChanged);
                     self.go_on_without(&error.to_string(), lost).await?;
                     return self.drop_leftovers(engine).await;
                 }
@@ -261,15 +262,15 @@ impl Volume {
             let mut state = self.state.borrow_mut();
             state.lost_blocks = lost;
             state.stale_blocks.clear();
+            state.health = Health::Ok;
+            state.health_reason.clear();
             state.mode = Mode::Direct;
             state.attach = None;
             state.logs.clear();
             state.open.clear();
             state.markers.clear();
-            if state.lost_blocks.is_some() {
-                state.health = Health::RevertIncomplete;
-            } else if state.on {
-                state.health = Health::Offline;
+            if state.lost_blocks.is_some() || state.on {
+                state.health = if state.lost_blocks.is_some() { Health::RevertIncomplete } else { Health::Offline };
                 state.health_reason = why.to_owned();
             }
             state.fence.as_ref().map_or(Uuid::nil(), |f| f.disk)
@@ -368,6 +369,8 @@ impl Volume {
         let mut instant_last = base_scan.instant_last;
         let mut base_scan = Some(base_scan);
         let mut hole = None;
+        // Logs that ended with a revert of nothing.
+        let mut reverted_nothing = Vec::new();
         for row in control.logs.values() {
             let (seq, id) = (row.seq.get(), row.id.get());
             let flags = row.flags.get();
@@ -411,10 +414,13 @@ impl Volume {
                 if before.frame_next < writes.claim_other || writes.frame_next < before.claim_other {
                     hole.get_or_insert_with(|| format!("{} log {seq}: the tail of one of its streams", disk.path));
                 }
-                // The log after it was begun when all of its frames were durable; or a sync said so that had dropped one.
-                let cut_short = has(log_flags::CLOSED) && writes.instant_last < Instant(row.io_last.get());
-                if cut_short && !active(Mutation::LastFramesUnmissed) {
-                    hole.get_or_insert_with(|| format!("{} log {seq}: its last frames", disk.path));
+                if writes
+                    .side
+                    .iter()
+                    .rfind(|d| d.kind == DescriptorKind::Revert)
+                    .is_some_and(|d| d.header.count.get() == 0)
+                {
+                    reverted_nothing.push(seq);
                 }
                 let mut touched = Touched::default();
                 let mut imaged = Touched::default();
@@ -431,6 +437,13 @@ impl Volume {
                     inside &= touch(&mut imaged, entry, end);
                 })
                 .await?;
+                // The log after it was begun when all of its frames were durable; or a sync said so that had dropped one.
+                let discards = writes.side.iter().filter(|d| d.kind == DescriptorKind::Discard);
+                let io_last = discards.map(Descriptor::instant).fold(io.1, Instant::max);
+                let cut_short = has(log_flags::CLOSED) && io_last < Instant(row.io_last.get());
+                if cut_short && !active(Mutation::LastFramesUnmissed) {
+                    hole.get_or_insert_with(|| format!("{} log {seq}: its last frames", disk.path));
+                }
                 if !inside {
                     let place = format!("{} log {seq}", disk.path);
                     return Err(Error::Damaged { what: "journal: a record lies past the volume's end", place });
@@ -491,7 +504,7 @@ impl Volume {
         engine.clock().past(instant_last.max(Instant(base_last_instant(&control))));
         self.assume(disk, &control, logs, instant_last, next_seq)?;
         self.restore_overlay(watermark).await?;
-        self.restore_lost_blocks(&control).await?;
+        self.restore_lost_blocks(&control, &reverted_nothing).await?;
         self.restore_reverts(&control, fence.state == FenceState::Detaching).await?;
         let detaching = fence.state == FenceState::Detaching;
         if !detaching {
@@ -655,18 +668,20 @@ impl Volume {
 
     /// Of the blocks that the fence calls lost, those that were written whole since are not lost any more. A block is lost when a revert is copied, and
     /// that begins when everything up to the log of that revert is on the primary, and out of the fence where it had ended a loss: what those logs wrote
-    /// came before.
-    async fn restore_lost_blocks(self: &Rc<Self>, control: &Control) -> Result<()> {
+    /// came before. Of the logs `reverted_nothing` there was nothing to copy.
+    async fn restore_lost_blocks(self: &Rc<Self>, control: &Control, reverted_nothing: &[u64]) -> Result<()> {
         let (lost, logs): (Vec<u64>, Vec<_>) = {
             let state = self.state.borrow();
             let Some(lost) = &state.lost_blocks else { return Ok(()) };
             let mut logs: Vec<_> = state.logs.iter().filter(|l| !l.state.borrow().sealed).cloned().collect();
-            // The record of a revert that was copied to its end may have gone with a newer log's.
-            let copied = |l: &Rc<Log>| {
-                l.state.borrow().close_reason == CloseReason::Reverted as u32
-                    && control.reverts.get(&l.seq).is_none_or(|row| row.next_block.get() > 0)
+            let copied = |i: &usize| {
+                let log = &logs[*i];
+                let reverted = log.state.borrow().close_reason == CloseReason::Reverted as u32;
+                // A newer log's records do not carry a revert that was copied to its end; all older logs were sealed before, which they do carry.
+                let begun = control.reverts.get(&log.seq).map_or(*i == 0, |row| row.next_block.get() > 0);
+                reverted && begun && !reverted_nothing.contains(&log.seq)
             };
-            let copied = logs.iter().rposition(copied).filter(|_| !active(Mutation::LossEndedEarly));
+            let copied = (0..logs.len()).rfind(copied).filter(|_| !active(Mutation::LossEndedEarly));
             let before = copied.map_or(0, |at| at + 1);
             (lost.iter().collect(), logs.split_off(before))
         };
