@@ -179,7 +179,8 @@ class Bench:
         """The volume, the peers' files, and a CDP disk whose ring has wrapped."""
         self.say(f"files: a volume of {self.size} MiB")
         os.makedirs(self.path("cdp"))
-        # The third is for other servers, for fio as the limit and as the target of a copy: the peer's file sees the same writes as the protected one.
+        # The third is for other servers and as the target of a copy. What fio reads and writes at random as a limit it does in the peer's file: of a file that
+        # nobody used for minutes a disk may give a fraction of what it gives of one in use.
         for name in ["cdp/primary.img", "peer.img", "third.img"]:
             fill(self.path(name), self.size)
         fill(self.path("appends.img"), 512)
@@ -303,7 +304,7 @@ def writes(b):
         share = lambda kind: (new[kind] - old[kind]) / (new["write"] - old["write"])
         moved = {"journal_bytes_per_guest_byte": share("journal"), "before_image_bytes_per_guest_byte": share("before_image"),
                  "primary_bytes_per_guest_byte": share("destaged")}
-        limits.append({"moved": moved, "iops": mix(b, moved, 30000, b.path("third.img"))})
+        limits.append({"moved": moved, "iops": mix(b, moved, 30000, b.path("peer.img"))})
 
     results = b.interleaved([ours, qemu], after=limit, rw="randwrite", depth=32, seconds=seconds)
     b.facts["randwrite_qd32"], b.facts["randwrite_fio_same_mix"] = results, limits
@@ -375,7 +376,7 @@ def appends_beside(b, rate, extra=()):
     """What the disk gives a journal with one write in flight: appends of a header and a block, while as many blocks a second are read and written at random."""
     command = ["fio", "--ioengine=io_uring", "--direct=1", "--time_based", f"--runtime={b.seconds}", "--randrepeat=0", "--norandommap", "--output-format=json",
                "--percentile_list=50:99:99.9", "--name=appends", f"--filename={b.path('appends.img')}", "--rw=write", "--bs=8k", "--iodepth=1", *extra,
-               "--name=behind", f"--filename={b.path('third.img')}", f"--size={b.size}m", "--rw=randrw", "--bs=4k", "--iodepth=2", f"--rate_iops={int(rate)},{int(rate)}"]
+               "--name=behind", f"--filename={b.path('peer.img')}", f"--size={b.size}m", "--rw=randrw", "--bs=4k", "--iodepth=2", f"--rate_iops={int(rate)},{int(rate)}"]
     out = run(*command)
     b.shown(re.sub(r"^--rate_iops=.*", "--rate_iops=AS_MEASURED", part) for part in command)
     side = json.loads(out[out.index("{"):])["jobs"][0]["write"]
@@ -449,7 +450,7 @@ def engine(b):
     runs, limits = [], []
     for _ in range(2 if b.args.quick else 5):
         runs.append(engine_bench(b, *options, "--depth", 32))
-        limits.append(mix(b, runs[-1], runs[-1]["iops"], b.path("third.img")))
+        limits.append(mix(b, runs[-1], runs[-1]["iops"], b.path("peer.img")))
     b.facts["engine"] = {"runs": runs, "fio_same_mix_iops": limits}
     b.row("engine", "engine alone, 4K random write QD32 / fio with the same physical mix", (">=", 0.7),
           [run_["iops"] / limit for run_, limit in zip(runs, limits)],
@@ -701,12 +702,12 @@ def device(b):
     small, large = one("8k"), one("1m")
     append_bytes_s = ((1 << 20) - (8 << 10)) / max(1e-9, large - small)
     command = {"rw": "randrw", "depth": 64, "seconds": seconds, "ramp": 0}
-    raw = b.fio(b.path("third.img"), rw="randwrite", depth=1, seconds=seconds, ramp=0)["mean_us"] / 1e6
+    raw = b.fio(b.path("peer.img"), rw="randwrite", depth=1, seconds=seconds, ramp=0)["mean_us"] / 1e6
     served = statistics.median(b.turn(b.qemu, depth=1, seconds=seconds)["mean_us"] for _ in range(1 if b.args.quick else 3)) / 1e6
     busy = [b.turn(b.ours, depth=32, bs=bs, seconds=seconds) for bs in ("4k", "64k")]
     cpu_s, cpu_64k_s = (turn["cpu_us"] / 1e6 for turn in busy)
     b.facts["device"] = {
-        "append_s": max(0, small - (8 << 10) / append_bytes_s), "append_bytes_s": append_bytes_s, "random": b.fio(b.path("third.img"), **command)["both_iops"],
+        "append_s": max(0, small - (8 << 10) / append_bytes_s), "append_bytes_s": append_bytes_s, "random": b.fio(b.path("peer.img"), **command)["both_iops"],
         "both_bytes_s": both_ways(b, 25) * (1 << 20), "path_s": max(0, served - raw), "cpu_s": cpu_s, "cpu_byte_s": max(0, cpu_64k_s - cpu_s) / (60 << 10)}
 
 
