@@ -464,6 +464,10 @@ impl Control {
             )));
         }
         if let Ok(info) = &status.info {
+            if self.on_volume(volume, |volume| async move { Ok(volume.is_leaving()) }).await? {
+                // What is acked is in memory alone, and closing it waits until that is on the primary: so would every other change.
+                return Err(still_leaving(&info.name));
+            }
             let views = self.on_volume(volume, |volume| async move { Ok(volume.views()) }).await?;
             if !force && info.clients > 0 {
                 let text =
@@ -613,13 +617,10 @@ impl Control {
             local.engine.close_volume(volume).await.map(|()| true)
         });
         if !self.noted(volume, closed.await.unwrap_or_else(|_| Err(stopping())))? {
-            return Err(Error::State(format!(
-                "volume {:?} is still leaving its failed CDP disk: try again",
-                record.name
-            )));
+            return Err(still_leaving(&record.name));
         }
         // As the close has left it.
-        let fence = self.fence(volume)?;
+        let fence = self.noted(volume, self.fence(volume))?;
         let undecided_reverts = self.state.undecided_reverts();
         let reopened = self.shards[shard].call(move |local, _| async move {
             let primary = local.primaries.borrow().get(&volume).cloned();
@@ -1080,14 +1081,18 @@ impl Control {
         self.shards.iter().map(|shard| shard.heartbeat()).collect()
     }
 
+    /// Says that the agent is about to stop. Can be said again.
+    pub async fn will_stop(&self) {
+        let told = self.shards.iter().map(|shard| shard.call(|local, _| async move { local.engine.will_stop() }));
+        join_all(told).await;
+    }
+
     /// Ends everything in order: clients are drained, engines record their clean state, threads end.
     ///
     /// # Errors
     /// The first of what failed; the rest is stopped all the same.
     pub async fn stop(&self, grace: Duration) -> anyhow::Result<()> {
-        let told =
-            join_all(self.shards.iter().map(|shard| shard.call(|local, _| async move { local.engine.will_stop() })));
-        told.await;
+        self.will_stop().await;
         let drained = join_all(self.shards.iter().map(|shard| shard.drain(grace))).await;
         let cut: usize = drained.into_iter().flatten().sum();
         if cut > 0 {
@@ -1162,6 +1167,10 @@ impl ExportDirectory<Local> for Control {
 
 fn health_word(health: Health) -> String {
     crate::grpc::convert::health(health).word()
+}
+
+fn still_leaving(name: &str) -> Error {
+    Error::State(format!("volume {name:?} is still leaving its failed CDP disk: try again"))
 }
 
 pub(crate) fn stopping() -> Error {

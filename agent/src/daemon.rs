@@ -133,6 +133,8 @@ pub async fn run(config: Config, config_path: Option<&Path>, dev: Option<Dev>) -
     tracing::info!("stopping: no new clients; draining");
     watchdog.abort();
     expiry.abort();
+    // First of all: calls under way that wait for a disk, or the state directory, end with its error, and let go of what the rest of this needs.
+    control.will_stop().await;
     served.stop(&control).await;
     let result = control.stop(DRAIN_GRACE).await;
     tracing::info!("stopped");

@@ -154,6 +154,11 @@ pub struct Engine {
     step_told: Cell<bool>,
     /// When a stop was announced, on the boot clock.
     stops_since: Cell<Option<u64>>,
+    /// Volumes that are being closed; whoever asked for it, a stop waits for them.
+    closing: Cell<usize>,
+    /// How closing one of them failed since a stop was announced.
+    not_closed: RefCell<Option<Error>>,
+    closed: Signal,
 }
 
 impl Drop for Engine {
@@ -193,6 +198,9 @@ impl Engine {
             began,
             step_told: Cell::new(false),
             stops_since: Cell::new(None),
+            closing: Cell::new(0),
+            not_closed: RefCell::default(),
+            closed: Signal::default(),
         })
     }
 
@@ -268,7 +276,14 @@ impl Engine {
     pub async fn close_volume(self: &Rc<Self>, id: Uuid) -> Result<()> {
         let volume = self.volumes.borrow_mut().remove(&id);
         let volume = volume.ok_or_else(|| Error::NotFound { what: "volume", name: id.to_string() })?;
-        volume.close().await
+        self.closing.set(self.closing.get() + 1);
+        let result = volume.close().await;
+        self.closing.set(self.closing.get() - 1);
+        if let (Err(error), true) = (&result, self.stopping()) {
+            self.not_closed.borrow_mut().get_or_insert_with(|| error.clone());
+        }
+        self.closed.notify();
+        result
     }
 
     /// A volume by id.
@@ -290,11 +305,10 @@ impl Engine {
     pub async fn stop(self: &Rc<Self>) -> Result<()> {
         self.will_stop();
         let ids: Vec<_> = self.volumes.borrow().keys().copied().collect();
-        let mut result = Ok(());
-        for ended in join_all(ids.into_iter().map(|id| self.close_volume(id))).await {
-            result = result.and(ended);
-        }
-        result
+        join_all(ids.into_iter().map(|id| self.close_volume(id))).await;
+        // Also those that somebody else closes: what is acked may be in their memory alone.
+        self.closed.until(|| (self.closing.get() == 0).then_some(())).await;
+        self.not_closed.take().map_or(Ok(()), Err)
     }
 
     pub(crate) fn host(&self) -> &Rc<dyn Host> {
@@ -499,7 +513,7 @@ impl Volume {
                 let reason = disk.failure().unwrap_or_default();
                 return Some(Err(Error::Gone(format!("CDP disk {} was not left: {reason}", disk.path))));
             }
-            let stops = self.engine.upgrade().is_none_or(|engine| engine.stopping());
+            let stops = self.engine.upgrade().is_none_or(|engine| engine.stopping_for(DRAIN_PATIENCE_NS));
             self.primary_error(&state, DRAIN_PATIENCE_NS).filter(|_| stops).map(Err)
         };
         self.until_in_time(left).await

@@ -143,7 +143,7 @@ impl Volume {
                 break;
             }
             match step {
-                Ok(ControlFlow::Continue(())) => {}
+                Ok(ControlFlow::Continue(())) => self.state.borrow_mut().fence_failing = None,
                 Ok(ControlFlow::Break(())) => break,
                 Err(error) => {
                     if self.state.borrow().attach.is_none() {
@@ -151,7 +151,10 @@ impl Volume {
                     }
                     // Not the disk's write path (that latches): damage or a failing primary. Say so, wait, try again; nothing is dropped.
                     tracing::error!(volume = %self.id, %error, "destaging failed");
-                    if !matches!(error, Error::Device { op: WRITE_FENCE, .. }) {
+                    if matches!(error, Error::Device { op: WRITE_FENCE, .. }) {
+                        let now = self.host.boot_ns();
+                        self.state.borrow_mut().fence_failing.get_or_insert((now, error));
+                    } else {
                         self.note_primary_failing(&error);
                     }
                     self.host.sleep(BACK_OFF_NS.1).await;

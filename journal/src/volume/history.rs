@@ -1066,9 +1066,10 @@ impl Volume {
         // From here on this generation is never redone, and a disk that fails changes nothing: what is on its way out of it is on the primary.
         self.left_in_order.set(true);
         let in_order = Held(&self.left_in_order, &self.changed);
-        let kept = {
+        let (kept, before) = {
             let state = self.state.borrow();
-            (state.settings, state.on, state.created_ns)
+            let before = state.fence.as_ref().map_or(FenceState::Dirty, |fence| fence.state);
+            ((state.settings, state.on, state.created_ns), before)
         };
         if forget {
             self.forget_settings();
@@ -1078,9 +1079,9 @@ impl Volume {
                 let mut state = self.state.borrow_mut();
                 (state.settings, state.on, state.created_ns) = kept;
             }
-            // It may stand there all the same: nothing may be acked into a journal that a start would drop.
-            // Where a stop has waited for that long enough, the volume stays between the two: everything is on the primary.
-            self.persist_fence(FenceState::Dirty, &disk, "").await?;
+            // It may stand there all the same: nothing may be acked into a journal that a start would drop. What stood there before says whether this
+            // generation has a gap. Where a stop has waited for that long enough, the volume stays between the two: everything is on the primary.
+            self.persist_fence(before, &disk, "").await?;
             self.resume_journal();
             return Err(error);
         }
@@ -1165,6 +1166,11 @@ impl Volume {
         }
         if let Some(error) = self.primary_error(&state, DRAIN_PATIENCE_NS) {
             return Some(Err(error));
+        }
+        if let Some((since, error)) = &state.fence_failing
+            && self.host.boot_ns().saturating_sub(*since) > DRAIN_PATIENCE_NS
+        {
+            return Some(Err(error.clone()));
         }
         let on_primary = |l: &Rc<Log>| {
             let log = l.state.borrow();

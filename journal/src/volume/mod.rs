@@ -186,6 +186,8 @@ pub(crate) struct State {
     pub appender_running: bool,
     /// Since when primary writes fail, and with what.
     pub primary_failing: Option<(u64, Error)>,
+    /// Since when (boot clock) the destager gets no fence into the state directory, and its error.
+    pub fence_failing: Option<(u64, Error)>,
     pub last_write_ns: u64,
     pub window_short_told: bool,
     pub primary_size_seen: u64,
@@ -399,10 +401,10 @@ impl Volume {
         self.until_in_time(switched).await
     }
 
-    /// Whether a failed CDP disk is being left: what is acked is in memory alone until that is done.
+    /// Whether a failed CDP disk is being left, or is about to be: what is acked is in memory alone until that is done.
     pub fn is_leaving(&self) -> bool {
         let state = self.state.borrow();
-        state.mode == Mode::Switching && state.attach.as_ref().is_some_and(|a| a.disk.failure().is_some())
+        state.mode != Mode::Closed && state.attach.as_ref().is_some_and(|a| a.disk.failure().is_some())
     }
 
     /// Ends when no failed CDP disk is there to be left any more. Where its primary does not take what is in memory alone, the primary's error is the answer, as it is
@@ -529,7 +531,10 @@ impl Volume {
             }
         }
         let _order = self.fence_order().await;
-        if !std::mem::replace(&mut self.state.borrow_mut().lost_changed, false) {
+        // Of a volume that was closed meanwhile the fence is another's by now.
+        if self.state.borrow().mode == Mode::Closed
+            || !std::mem::replace(&mut self.state.borrow_mut().lost_changed, false)
+        {
             return Ok(());
         }
         {

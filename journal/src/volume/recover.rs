@@ -99,6 +99,7 @@ pub(crate) async fn open(engine: &Rc<Engine>, spec: VolumeSpec) -> Result<Rc<Vol
             destager_running: false,
             appender_running: false,
             primary_failing: None,
+            fence_failing: None,
             last_write_ns: 0,
             window_short_told: false,
             primary_size_seen: 0,
