@@ -31,7 +31,7 @@ path = "/dev/vda"
 /// FUSE is not loaded: no loop device can stand in.
 const START: &str = r#"
 mkdir -p /state /run/cdp /live
-ctl() { cdpctl --agent unix:/run/cdp/agent.sock "$@"; }
+ctl() { cdpctl --agent unix:/run/cdp/agent.sock "$@" 2>>/agent.log; }
 up() {
     cdp-agent --config /etc/agent.toml >>/agent.log 2>&1 & pid=$!
     for try in $(seq 600); do ctl list >/dev/null 2>&1 && return; sleep 0.1; done

@@ -186,7 +186,7 @@ fn look_for_the_drop(agent: &Agent, database: &Postgres, good: u64) -> serde_jso
         format!("setpriv --reuid={} --regid={} --clear-groups -- {}", database.user, group.trim(), text(&database.bin));
     let check = agent.file("check.sh");
     let script = format!(
-        "cd /\nmount --bind $CDP_VIEW_MOUNT {here} || exit 125\ntrap 'umount {here}' EXIT\n\
+        "cd /\nmount --bind $CDP_VIEW_MOUNT {here} || exit 125\ntrap 'for try in $(seq 50); do umount {here} && break; sleep 0.1; done' EXIT\n\
          data={here}/data\nrm -f $data/postmaster.pid\n\
          {as_user}/pg_ctl -D $data -l $data/log -o '-k {sockets}' -w -t 60 -s start || exit 125\n\
          found=$({as_user}/psql -X -A -t -h {sockets} -U postgres -c \"SELECT to_regclass('history') IS NOT NULL\" postgres)\n\
