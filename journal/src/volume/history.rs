@@ -1164,13 +1164,9 @@ impl Volume {
         if let Some(reason) = state.attach.as_ref().and_then(|a| a.disk.failure()) {
             return Some(Err(Error::Gone(reason)));
         }
-        if let Some(error) = self.primary_error(&state, DRAIN_PATIENCE_NS) {
+        let fence_error = || self.after_patience(&state.fence_failing, DRAIN_PATIENCE_NS);
+        if let Some(error) = self.primary_error(&state, DRAIN_PATIENCE_NS).or_else(fence_error) {
             return Some(Err(error));
-        }
-        if let Some((since, error)) = &state.fence_failing
-            && self.host.boot_ns().saturating_sub(*since) > DRAIN_PATIENCE_NS
-        {
-            return Some(Err(error.clone()));
         }
         let on_primary = |l: &Rc<Log>| {
             let log = l.state.borrow();

@@ -218,6 +218,11 @@ impl State {
         inflight.chain(open).collect()
     }
 
+    /// Whether the CDP disk that holds the journal has failed, and was not left yet.
+    pub fn disk_failed(&self) -> bool {
+        self.attach.as_ref().is_some_and(|a| a.disk.failure().is_some())
+    }
+
     /// Whether a block's content at the start of a log was lost: what the primary holds of it is not that.
     pub fn lost_before(&self, block: u64, seq: u64) -> bool {
         self.stale_blocks.get(&block).is_some_and(|from| *from >= seq)
@@ -378,7 +383,12 @@ impl Volume {
 
     /// The primary's own error, once it has failed for longer than a time.
     pub(crate) fn primary_error(&self, state: &State, patience_ns: u64) -> Option<Error> {
-        let (since, error) = state.primary_failing.as_ref()?;
+        self.after_patience(&state.primary_failing, patience_ns)
+    }
+
+    /// The error of something that has failed for longer than a time.
+    pub(crate) fn after_patience(&self, failing: &Option<(u64, Error)>, patience_ns: u64) -> Option<Error> {
+        let (since, error) = failing.as_ref()?;
         (self.host.boot_ns().saturating_sub(*since) > patience_ns).then(|| error.clone())
     }
 
@@ -395,8 +405,7 @@ impl Volume {
                 return Some(Ok(()));
             }
             // An admin's switch ends by itself when the primary fails for too long, and the journal takes writes again.
-            let failed = state.attach.as_ref().is_some_and(|a| a.disk.failure().is_some());
-            self.primary_error_for_guest(&state).filter(|_| failed).map(Err)
+            self.primary_error_for_guest(&state).filter(|_| state.disk_failed()).map(Err)
         };
         self.until_in_time(switched).await
     }
@@ -404,7 +413,7 @@ impl Volume {
     /// Whether a failed CDP disk is being left, or is about to be: what is acked is in memory alone until that is done.
     pub fn is_leaving(&self) -> bool {
         let state = self.state.borrow();
-        state.mode != Mode::Closed && state.attach.as_ref().is_some_and(|a| a.disk.failure().is_some())
+        state.mode != Mode::Closed && state.disk_failed()
     }
 
     /// Ends when no failed CDP disk is there to be left any more. Where its primary does not take what is in memory alone, the primary's error is the answer, as it is
@@ -412,7 +421,7 @@ impl Volume {
     pub(crate) async fn until_left(&self) -> Result<()> {
         let left = || {
             let state = self.state.borrow();
-            match state.attach.as_ref().is_some_and(|a| a.disk.failure().is_some()) {
+            match state.disk_failed() {
                 true => self.primary_error_for_guest(&state).map(Err),
                 false => Some(Ok(())),
             }

@@ -116,8 +116,7 @@ impl Volume {
                 result => return result,
             };
             // A CDP disk that failed is no business of the guest's: the answer is what is there once that disk has been left.
-            let failed = || self.state.borrow().attach.as_ref().is_some_and(|a| a.disk.failure().is_some());
-            if !failed() {
+            if !self.state.borrow().disk_failed() {
                 return Err(error);
             }
             self.until_left().await?;

@@ -261,19 +261,19 @@ impl Volume {
     async fn go_on_without(self: &Rc<Self>, why: &str, lost: Option<Touched>) -> Result<()> {
         let disk = {
             let mut state = self.state.borrow_mut();
+            state.health = match &lost {
+                Some(_) => Health::RevertIncomplete,
+                None if state.on => Health::Offline,
+                None => Health::Ok,
+            };
+            state.health_reason = if state.health == Health::Ok { String::new() } else { why.to_owned() };
             state.lost_blocks = lost;
             state.stale_blocks.clear();
-            state.health = Health::Ok;
-            state.health_reason.clear();
             state.mode = Mode::Direct;
             state.attach = None;
             state.logs.clear();
             state.open.clear();
             state.markers.clear();
-            if state.lost_blocks.is_some() || state.on {
-                state.health = if state.lost_blocks.is_some() { Health::RevertIncomplete } else { Health::Offline };
-                state.health_reason = why.to_owned();
-            }
             state.fence.as_ref().map_or(Uuid::nil(), |f| f.disk)
         };
         self.put_fence(FenceState::Detached, disk, why).await?;
