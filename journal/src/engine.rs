@@ -35,6 +35,8 @@ pub struct EngineConfig {
     pub frame_company_blocks: u32,
     /// Up to so many writes in flight a frame also goes beside another with half of them in it: their latency counts for more than the headers then.
     pub few_writes: usize,
+    /// How many flushes in a row, each after as many writes as the one before, until the next is expected and its sync begins ahead of it.
+    pub flush_habit: u32,
     /// Longest time that a guest request waits for any CDP-disk operation, nanoseconds.
     pub stall_max_ns: u64,
     /// Time between automatic markers, seconds.
@@ -65,6 +67,7 @@ impl Default for EngineConfig {
             // A block of header to 20 of payload: 5 % at the most.
             frame_company_blocks: 20,
             few_writes: 16,
+            flush_habit: 3,
             stall_max_ns: 5_000_000_000,
             marker_interval_s: 60,
             default_settings: Settings {

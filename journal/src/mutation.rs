@@ -15,6 +15,8 @@ pub enum Mutation {
     FlushWithoutSync,
     /// I1: a flush's sync is submitted while frames of the caller are still in flight.
     FlushSyncEarly,
+    /// I1: a sync counts for frames that were in flight when it was submitted.
+    SyncCoversAll,
     /// I1: the watermark passes writes before the primary was synced.
     WatermarkEarly,
     /// I2: a view leaves out the write at exactly its instant.

@@ -52,6 +52,8 @@ fn config(world: &World) -> EngineConfig {
         frames_in_flight_max: [2, 4, 1, 2][(world.history.seed % 4) as usize],
         frame_company_blocks: [0, 2, 20][(world.history.seed / 4 % 3) as usize],
         few_writes: [16, 0, 4][(world.history.seed / 12 % 3) as usize],
+        // Syncs ahead of flushes as often as can be, like an agent's, and none.
+        flush_habit: [0, 3, u32::MAX][(world.history.seed / 36 % 3) as usize],
         marker_interval_s: setup.marker_interval_s,
         default_settings: Settings {
             reserve_capacity: setup.reserve_segments * SEGMENT,

@@ -13,11 +13,12 @@ use cdp_sim::shrink::{pick, shrink};
 use cdp_sim::workload::{Action, History, Op, Setup, Then, generate};
 
 /// The fault, what it breaks, the profile that looks for it, and a seed that found it when this was written.
-const FAULTS: [(Mutation, &str, &str, u64); 27] = [
+const FAULTS: [(Mutation, &str, &str, u64); 28] = [
     (Mutation::AckBeforeAppend, "I1", "crash", 27),
     (Mutation::AckAheadOfEarlier, "I1", "crash", 399),
     (Mutation::FlushWithoutSync, "I1", "crash", 5),
     (Mutation::FlushSyncEarly, "I1", "crash", 176),
+    (Mutation::SyncCoversAll, "I1", "crash", 0),
     (Mutation::WatermarkEarly, "I1", "crash", 5),
     (Mutation::ViewExclusive, "I2", "views", 0),
     (Mutation::CleanedUnderView, "I2", "overlap", 211_666),

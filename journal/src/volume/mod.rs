@@ -163,6 +163,7 @@ pub(crate) struct State {
     pub wrote_since_marker: bool,
     /// Something was admitted since the last flush point with no write in flight.
     pub wrote_since_flush: bool,
+    pub flush_habit: write::FlushHabit,
     /// Guest-visible size from each instant on.
     pub sizes: Vec<(Instant, u64)>,
     pub views: BTreeMap<Uuid, Rc<View>>,
@@ -262,6 +263,8 @@ pub struct Volume {
     pub(crate) image_epoch: Cell<u64>,
     /// Requests that wait for room.
     pub(crate) throttled: Cell<u64>,
+    /// Syncs of the CDP disk that are under way: up to which instant everything had completed before each.
+    pub(crate) syncs: RefCell<Vec<Instant>>,
     /// Requests of the guest: begun, and ended.
     pub(crate) requests: Cell<(u64, u64)>,
     /// How many had ended when the destager last looked, and when it first saw that many and none under way.

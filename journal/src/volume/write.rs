@@ -85,6 +85,68 @@ impl Drop for Throttled<'_> {
     }
 }
 
+/// A sync of the CDP disk that is under way, and up to which instant everything had completed before it.
+struct Syncing<'a>(&'a Volume, Instant);
+
+impl<'a> Syncing<'a> {
+    fn begin(volume: &'a Volume, covers: Instant) -> Self {
+        volume.syncs.borrow_mut().push(covers);
+        Self(volume, covers)
+    }
+}
+
+impl Drop for Syncing<'_> {
+    fn drop(&mut self) {
+        let mut syncs = self.0.syncs.borrow_mut();
+        if let Some(at) = syncs.iter().position(|covers| *covers == self.1) {
+            syncs.swap_remove(at);
+        }
+        drop(syncs);
+        // Whoever waits for it looks whether it was enough.
+        self.0.changed.notify();
+    }
+}
+
+/// After how many writes a guest flushes. One that did so after as many several times in a row is expected to do it again: what its flush waits for is begun
+/// with the ack of the last of these writes, while the guest still gets that ack and sends the flush. A database that commits, or a journaling file system,
+/// writes that way. An expectation that fails costs one sync, and there is none until the guest has a habit again.
+#[derive(Debug, Default)]
+pub(crate) struct FlushHabit {
+    /// Since the last flush.
+    writes: u32,
+    /// Before the last flush.
+    usual: u32,
+    /// How many flushes before the last one came after as many writes.
+    times: u32,
+    /// The flush that was expected has not come yet.
+    expected: bool,
+}
+
+impl FlushHabit {
+    fn wrote(&mut self) {
+        self.writes = self.writes.saturating_add(1);
+        if std::mem::take(&mut self.expected) {
+            self.usual = 0;
+        }
+    }
+
+    fn flushed(&mut self) {
+        self.expected = false;
+        // A flush with nothing before it says nothing.
+        if self.writes > 0 {
+            self.times = if self.writes == self.usual { self.times.saturating_add(1) } else { 0 };
+            self.usual = std::mem::take(&mut self.writes);
+        }
+    }
+
+    /// Every write has been acked: whether a flush comes next, after `times` that were alike. Answered once.
+    fn expects(&mut self, times: u32) -> bool {
+        let expects = !self.expected && self.writes > 0 && self.writes == self.usual && self.times >= times;
+        self.expected |= expects;
+        expects
+    }
+}
+
 impl Volume {
     pub(crate) async fn write(self: &Rc<Self>, offset: u64, len: u32, data: IoBuf, fua: bool) -> Result<()> {
         let len = u64::from(len);
@@ -235,6 +297,7 @@ impl Volume {
 
     /// Every write acked before this was called is durable when it ends.
     pub(crate) async fn flush(self: &Rc<Self>) -> Result<()> {
+        self.state.borrow_mut().flush_habit.flushed();
         let result = self.flush_inner().await;
         let mut stats = self.stats.borrow_mut();
         match result {
@@ -281,26 +344,39 @@ impl Volume {
         }
     }
 
-    /// Waits for every frame up to `upto`, then syncs the journal; raises the durable point.
+    /// Waits for every frame up to `upto`, then syncs the journal; raises the durable point. A sync that covers all of that may be under way already, or
+    /// done: it counts.
     pub(crate) async fn sync_journal(&self, disk: &Rc<crate::disk::Disk>, upto: Instant) -> Result<()> {
         if self.state.borrow().durable >= upto {
             return Ok(());
         }
         self.kick.notify();
-        let failed = || disk.failure().map(|reason| Err(Error::Gone(reason)));
         let early = active(Mutation::FlushSyncEarly);
-        self.changed
-            .until(|| if early || self.state.borrow().completed >= upto { Some(Ok(())) } else { failed() })
+        let durable = self
+            .changed
+            .until(|| {
+                let state = self.state.borrow();
+                if state.durable >= upto {
+                    return Some(Ok(true));
+                }
+                if let Some(reason) = disk.failure() {
+                    return Some(Err(Error::Gone(reason)));
+                }
+                let covered = self.syncs.borrow().iter().any(|covers| *covers >= upto);
+                ((early || state.completed >= upto) && !covered).then_some(Ok(false))
+            })
             .await?;
-        self.sync_completed(disk).await
+        if durable { Ok(()) } else { self.sync_completed(disk).await }
     }
 
     /// Makes durable whatever has completed, and remembers how far that is.
     pub(crate) async fn sync_completed(&self, disk: &Rc<crate::disk::Disk>) -> Result<()> {
         let (completed, frames) = {
             let state = self.state.borrow();
-            (state.completed, Self::completed_frames(&state))
+            let completed = if active(Mutation::SyncCoversAll) { state.instant_last } else { state.completed };
+            (completed, Self::completed_frames(&state))
         };
+        let _under_way = Syncing::begin(self, completed);
         let started = self.host.boot_ns();
         disk.sync().await?;
         self.stats.borrow_mut().sync_latency.record(self.host.boot_ns().saturating_sub(started));
@@ -550,6 +626,7 @@ impl Volume {
         state.last_write_ns = self.host.boot_ns();
         state.wrote_since_marker = true;
         state.wrote_since_flush = true;
+        state.flush_habit.wrote();
         // Admission saw the active log in this same step.
         let active = Rc::clone(state.logs.back().expect("journal mode has an active log"));
         if state.lost_blocks.is_some() {
@@ -735,23 +812,32 @@ impl Volume {
     }
 
     /// A frame has completed, and all before it have; answers whether the appender goes on.
-    fn end_frame(&self, sent: Sent) -> bool {
+    fn end_frame(self: &Rc<Self>, sent: Sent) -> bool {
         let Sent { log, ticket, unframed, point, started, written } = sent;
         let Some(placed) = written else { return false };
         let appended = log.complete(&self.host, placed);
-        {
-            let mut state = self.state.borrow_mut();
+        let flush_expected = {
+            let mut guard = self.state.borrow_mut();
+            let state = &mut *guard;
             state.completed = state.completed.max(point.instant_last);
             state.inflight.pop_front();
             let mut log = log.state.borrow_mut();
             log.unframed = log.unframed.saturating_sub(unframed);
             log.frames_pending -= 1;
-        }
+            let nothing_left = state.inflight.is_empty() && !state.open.iter().any(|frame| frame.urgent);
+            let times = self.engine.upgrade().map_or(u32::MAX, |engine| engine.config().flush_habit);
+            nothing_left && state.flush_habit.expects(times)
+        };
         let mut stats = self.stats.borrow_mut();
         stats.journal_bytes += appended.bytes;
         stats.append_latency.record(self.host.boot_ns().saturating_sub(started));
         drop(stats);
         ticket.finish(Ok(()));
+        if flush_expected {
+            let (volume, disk) = (Rc::clone(self), Rc::clone(&log.disk));
+            // An error is the disk's: it has failed by then, and the flush finds that.
+            self.host.spawn(Box::pin(async move { _ = volume.sync_completed(&disk).await }));
+        }
         true
     }
 
