@@ -29,7 +29,7 @@ pub struct EngineConfig {
     pub backlog_bytes_max: u64,
     /// Most blocks of data that the destager takes at once; up to three such batches are under way at a time.
     pub destage_blocks_max: u64,
-    /// Most frames of a volume's writes that are on their way to the CDP disk at once.
+    /// Most frames of a volume's writes that are on their way to the CDP disk at once: so many while no more writes than that are in flight, else two.
     pub frames_in_flight_max: usize,
     /// Blocks of payload with which a frame goes while another is on its way, however many writes are in flight: each frame costs a block of header.
     pub frame_company_blocks: u32,
@@ -63,7 +63,7 @@ impl Default for EngineConfig {
             backlog_bytes_max: 64 << 20,
             // 8 MiB: enough to sort well, little enough to hold in memory several times.
             destage_blocks_max: 2048,
-            frames_in_flight_max: 2,
+            frames_in_flight_max: 4,
             // A block of header to 20 of payload: 5 % at the most.
             frame_company_blocks: 20,
             few_writes: 16,

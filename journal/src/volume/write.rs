@@ -11,6 +11,7 @@ use futures::{StreamExt as _, stream};
 
 use super::{CloseReason, FrameOnItsWay, Mode, OpenFrame, State, Ticket, Volume, blocks_of};
 use crate::buf::{IoBuf, Slice};
+use crate::engine::EngineConfig;
 use crate::error::{Error, Result};
 use crate::format::StreamKind;
 use crate::frame::{self, DESCRIPTOR_BYTES_MAX, FrameBuilder};
@@ -741,10 +742,7 @@ impl Volume {
     /// The next frame that may go: there is something urgent in it, or it is full; and while others are on their way it has enough in it to be worth a header of
     /// its own. `None` when the volume has left the journal, or its disk failed.
     async fn next_frame(&self) -> Option<(OpenFrame, VolumePoint)> {
-        let (company, few) = self
-            .engine
-            .upgrade()
-            .map_or((0, 0), |engine| (engine.config().frame_company_blocks, engine.config().few_writes));
+        let worth = self.engine.upgrade().map_or_else(Worth::default, |engine| Worth::of(engine.config()));
         self.kick
             .until(|| {
                 let mut state = self.state.borrow_mut();
@@ -758,9 +756,7 @@ impl Volume {
                     None => full || first.urgent,
                     // A start takes what the first frame of a log says of the one before on trust: all of that has completed by then.
                     Some(before) if !Rc::ptr_eq(&before.log, &first.log) => false,
-                    Some(_) => {
-                        full || (first.urgent && worth_a_header(&first.builder, state.records_at_once, company, few))
-                    }
+                    Some(_) => worth.a_header(&first.builder, first.urgent, full, &state),
                 };
                 if !goes {
                     return None;
@@ -881,10 +877,29 @@ enum Room {
     Later,
 }
 
-/// Whether a frame goes beside another that is on its way. One at a time, a write would wait for the end of the frame before its own: with two to sixteen
-/// writes in flight that costs up to half of their rate. With more, the CDP disk and the destager are busy all the time, and headers count.
-fn worth_a_header(frame: &FrameBuilder, records_at_once: usize, company: u32, few: usize) -> bool {
-    frame.payload_blocks() >= company || (records_at_once <= few && 2 * frame.record_count() >= records_at_once)
+/// When a frame goes beside others that are on their way, from the engine's configuration. One at a time, a write would wait for the end of the frame before
+/// its own: with two to sixteen writes in flight that costs up to half of their rate. With more, the CDP disk and the destager are busy all the time, and
+/// headers count.
+#[derive(Clone, Copy, Default)]
+struct Worth {
+    frames_max: usize,
+    company: u32,
+    few: usize,
+}
+
+impl Worth {
+    fn of(config: &EngineConfig) -> Self {
+        let EngineConfig { frames_in_flight_max, frame_company_blocks, few_writes, .. } = config;
+        Self { frames_max: *frames_in_flight_max, company: *frame_company_blocks, few: *few_writes }
+    }
+
+    /// Whether the next frame is worth a header of its own. With no more writes in flight than there may be frames each has one; else there are two.
+    fn a_header(self, frame: &FrameBuilder, urgent: bool, full: bool, state: &State) -> bool {
+        let (at_once, records) = (state.records_at_once, frame.record_count());
+        let alone = urgent && at_once <= self.frames_max.min(self.few);
+        let half = urgent && at_once <= self.few && 2 * records >= at_once;
+        alone || (state.inflight.len() < 2 && (full || half || (urgent && frame.payload_blocks() >= self.company)))
+    }
 }
 
 /// What a request is charged: payload, frame and index overhead, a before-image for each block not touched yet.
