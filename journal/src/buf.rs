@@ -6,6 +6,9 @@
 //!
 //! Buffers of the usual sizes are kept by the thread that drops them and given out again, up to [`POOL_BYTES_MAX`]: aligned
 //! memory is slow to get from the allocator, and slower to fault in. What is given out again is initialised, if with old bytes.
+//!
+//! Those of 1 MiB come two to a huge page, where the system has one: in memory that hangs together a request of 1 MiB is one piece to the disk, and not 256,
+//! which is more than many a disk takes at once (docs/performance.md).
 #![allow(unsafe_code)]
 
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
@@ -22,6 +25,12 @@ pub const POOL_BYTES_MAX: usize = 32 << 20;
 
 /// Sizes that are kept: powers of two from one block to 1 MiB.
 const CLASSES: usize = 9;
+
+/// The largest of them.
+const LARGE: usize = BUF_ALIGN << (CLASSES - 1);
+
+/// Bytes of a huge page, as most systems have them. Where pages are of another size the buffers are as good, and no faster.
+const HUGE_PAGE: usize = 2 * LARGE;
 
 /// A thread's buffers between two uses, by size.
 struct Pool {
@@ -72,9 +81,47 @@ impl Drop for Pool {
     fn drop(&mut self) {
         for (class, list) in self.free.iter_mut().enumerate() {
             for memory in list.drain(..) {
-                // SAFETY: an `IoBuf` of this class allocated it with this layout and gave it up in `keep`.
-                unsafe { dealloc(memory.as_ptr(), IoBuf::layout(BUF_ALIGN << class)) }
+                // SAFETY: an `IoBuf` of this class owned it and gave it up in `keep`.
+                unsafe { release(memory, BUF_ALIGN << class) }
             }
+        }
+    }
+}
+
+/// Two buffers of [`LARGE`] bytes of zeroes, in one huge page if the system has one to give. Each is a mapping of its own to whoever ends it.
+fn map_large() -> Option<[NonNull<u8>; 2]> {
+    let (access, kind) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+    // SAFETY: a new mapping at an address of the system's choice touches nothing that there is.
+    let start = unsafe { libc::mmap(std::ptr::null_mut(), 2 * HUGE_PAGE, access, kind, -1, 0) };
+    if start == libc::MAP_FAILED {
+        return None;
+    }
+    let start = start.cast::<u8>();
+    let before = start.align_offset(HUGE_PAGE);
+    let page = start.wrapping_add(before);
+    let unmap = |from: *mut u8, len: usize| {
+        if len > 0 {
+            // SAFETY: a part of the mapping above that nobody uses.
+            unsafe { libc::munmap(from.cast(), len) };
+        }
+    };
+    unmap(start, before);
+    unmap(page.wrapping_add(HUGE_PAGE), HUGE_PAGE - before);
+    // A wish: where it is not granted, small pages do. SAFETY: the mapping above, which stays what it is.
+    unsafe { libc::madvise(page.cast(), HUGE_PAGE, libc::MADV_HUGEPAGE) };
+    Some([NonNull::new(page)?, NonNull::new(page.wrapping_add(LARGE))?])
+}
+
+/// Gives a buffer's memory back to the system.
+///
+/// # Safety
+/// The memory is what [`IoBuf::fresh`] made for this length, and nobody uses it any more.
+unsafe fn release(memory: NonNull<u8>, len: usize) {
+    // SAFETY: as the caller says; a part of a mapping may be ended alone.
+    unsafe {
+        match len {
+            LARGE => _ = libc::munmap(memory.as_ptr().cast(), LARGE),
+            _ => dealloc(memory.as_ptr(), IoBuf::layout(len)),
         }
     }
 }
@@ -107,6 +154,12 @@ impl IoBuf {
 
     fn fresh(len: usize) -> Self {
         let layout = Self::layout(len);
+        if len == LARGE {
+            let Some([memory, other]) = map_large() else { handle_alloc_error(layout) };
+            // Kept for the next one: dropped by itself.
+            drop(Self { memory: other, len });
+            return Self { memory, len };
+        }
         // SAFETY: the layout has a size of at least 1.
         let memory = unsafe { alloc_zeroed(layout) };
         let Some(memory) = NonNull::new(memory) else { handle_alloc_error(layout) };
@@ -171,8 +224,8 @@ impl DerefMut for IoBuf {
 impl Drop for IoBuf {
     fn drop(&mut self) {
         if !Pool::keep(self.memory, self.len) {
-            // SAFETY: allocated with the same layout.
-            unsafe { dealloc(self.memory.as_ptr(), Self::layout(self.len)) }
+            // SAFETY: it is this buffer's alone, and of this length.
+            unsafe { release(self.memory, self.len) }
         }
     }
 }
