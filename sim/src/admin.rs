@@ -690,7 +690,7 @@ async fn clean_all(world: &Rc<World>, vol: &Rc<Vol>) {
     vol.cleaning.set(true);
     let was = vol.expect_on.replace(None);
     let cleaned = vol.handle().clean(None).await;
-    vol.cleaning.set(false);
+    vol.end_cleaning(world.clock());
     match cleaned {
         Ok(()) => {
             world.count(|counts| counts.cleans += 1);
@@ -728,7 +728,7 @@ async fn clean_log(world: &Rc<World>, vol: &Rc<Vol>, pick: u64) {
     vol.forget_history();
     vol.cleaning.set(true);
     let cleaned = vol.handle().clean(Some(log.seq)).await;
-    vol.cleaning.set(false);
+    vol.end_cleaning(world.clock());
     match cleaned {
         Ok(()) => {
             world.count(|counts| counts.cleans += 1);

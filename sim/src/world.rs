@@ -107,6 +107,8 @@ pub struct Vol {
     pub history_bytes: Cell<u64>,
     /// A log is being cleaned: what is acked meanwhile may lie in it.
     pub cleaning: Cell<bool>,
+    /// When a log was cleaned last: what began before that may have lain in it.
+    pub cleaned: Cell<u64>,
     /// Raised whenever protection may change.
     pub switches: Cell<u64>,
     /// The user's switch as last acknowledged; `None`: a call was cut off by a crash.
@@ -168,7 +170,7 @@ impl Vol {
     /// A write that began at this instant was journaled and acknowledged.
     pub fn history_goes_on(&self, instant: u64, bytes: u64) {
         let (durable, acked) = self.history.get();
-        if !self.cleaning.get() {
+        if self.was_not_cleaned(instant) {
             self.history.set((durable, acked.max(instant)));
         }
         self.history_bytes.set(self.history_bytes.get() + bytes);
@@ -176,10 +178,18 @@ impl Vol {
     /// All that was acknowledged before this instant is durable.
     pub fn history_is_durable(&self, instant: u64) {
         let (durable, acked) = self.history.get();
-        if !self.cleaning.get() {
+        if self.was_not_cleaned(instant) {
             self.history.set((durable.max(instant), acked.max(instant)));
             self.history_bytes.set(0);
         }
+    }
+    fn was_not_cleaned(&self, instant: u64) -> bool {
+        !self.cleaning.get() && instant > self.cleaned.get()
+    }
+    /// A call that cleans has ended.
+    pub fn end_cleaning(&self, now: u64) {
+        self.cleaning.set(false);
+        self.cleaned.set(now);
     }
     /// What was history may be gone, and rightly.
     pub fn forget_history(&self) {
@@ -361,6 +371,7 @@ impl World {
                 history: Cell::default(),
                 history_bytes: Cell::default(),
                 cleaning: Cell::new(false),
+                cleaned: Cell::new(0),
                 switches: Cell::new(0),
                 expect_on: Cell::new(Some(false)),
                 cut_off: Cell::new(false),
