@@ -104,7 +104,11 @@ class Server:
     def stop(self, how=signal.SIGTERM):
         if self.process.poll() is None:
             self.process.send_signal(how)
-        self.process.wait()
+        try:
+            self.process.wait(60)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait(60)
 
 
 class Bench:
@@ -118,12 +122,13 @@ class Bench:
         self.size = wanted
         self.cdp_size = max(int(wanted * 1.75), 1536)
         self.seconds = 1 if args.quick else 5 if args.full else 2
-        self.ramp = 0.2 if args.quick else 0.5
+        # Until the backlog of a guest that writes at random is as full as it stays: what is measured is no burst.
+        self.ramp = 0.2 if args.quick else 2 if args.full else 1
         self.pairs = 2 if args.quick else 5
         self.dir = tempfile.mkdtemp(prefix="cdp-bench.", dir=args.dir)
         self.log = open(os.path.join(self.dir, "servers.log"), "w")
         self.stack = contextlib.ExitStack()
-        self.rows, self.curves, self.facts, self.commands = {}, {}, {}, {}
+        self.rows, self.curves, self.facts, self.commands, self.failed = {}, {}, {}, {}, {}
         self.ours = self.qemu = None
         self.last_iops = 0
         self.began = time.monotonic()
@@ -196,16 +201,30 @@ class Bench:
                 self.fio(target, rw="write", bs="1m", depth=8, seconds=600, extra=["--time_based=0", "--loops=1"], ramp=0)
         self.settle()
 
+    def make_room(self, mib):
+        """Where the disk has too little left, the third file goes: few steps need it, and those come first."""
+        if shutil.disk_usage(self.dir).free >> 20 < mib + 4096:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(self.path("third.img"))
+
+    def restart_servers(self):
+        """After a step that was broken off: nothing of it runs on, and those that all steps need run again."""
+        for server in Server.started:
+            server.stop()
+        if self.ours:
+            self.start_ours()
+            self.qemu = self.start_qemu()
+
     # -- one turn ------------------------------------------------------------------------------------------------------
 
     def fio(self, uri, rw="randwrite", bs="4k", depth=32, seconds=None, size=None, extra=(), ramp=None):
         seconds, ramp = seconds or self.seconds, self.ramp if ramp is None else ramp
         target = ["--ioengine=nbd", f"--uri={uri}"] if uri.startswith("nbd") else ["--ioengine=io_uring", "--direct=1", f"--filename={uri}"]
         command = ["fio", "--name=t", *target, f"--rw={rw}", f"--bs={bs}", f"--iodepth={depth}", f"--size={size or self.size}m", "--randrepeat=0",
-                   "--norandommap", "--time_based", f"--runtime={seconds}", f"--ramp_time={ramp}", "--output-format=json",
+                   "--norandommap", "--time_based", f"--runtime={seconds}", f"--ramp_time={round(ramp * 1000)}ms", "--output-format=json",
                    "--percentile_list=50:99:99.9", *extra]
         self.shown(command)
-        out = run(*command)
+        out = run(*command, timeout=3 * (seconds + ramp) + 120)
         job = json.loads(out[out.index("{"):])["jobs"][0]
         if job["error"]:
             raise RuntimeError(f"fio: error {job['error']}")
@@ -227,7 +246,11 @@ class Bench:
             yield result
         finally:
             process.send_signal(signal.SIGINT)
-            out, _ = process.communicate()
+            try:
+                out, _ = process.communicate(timeout=60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                out, _ = process.communicate()
             with contextlib.suppress(ValueError, KeyError):
                 job = json.loads(out[out.index("{"):])["jobs"][0]
                 result.update(iops=job["read"]["iops"] + job["write"]["iops"], error=job["error"],
@@ -236,7 +259,7 @@ class Bench:
     def shown(self, command):
         """Keeps a command for the report, once, with a name for the folder of the files."""
         text = " ".join(str(part) for part in command).replace(self.dir, "DIR").replace(f"{BIN}/", "")
-        self.commands[re.sub(r"view-?[0-9a-f-]{8,}", "VIEW", text)] = None
+        self.commands[re.sub(r"///[0-9a-f]{8}-[0-9a-f-]{27}", "///VIEW", text)] = None
 
     def settle(self):
         """Waits until the agent has brought its backlog to the primary: it must not work in the peer's turn."""
@@ -247,9 +270,16 @@ class Bench:
     def moved(self):
         """Bytes that the guest wrote so far, and those that this brought about."""
         with open(os.path.join(self.path("cdp"), "metrics.addr")) as address:
-            page = urllib.request.urlopen(f"http://{address.read().strip()}/metrics").read().decode()
+            page = urllib.request.urlopen(f"http://{address.read().strip()}/metrics", timeout=30).read().decode()
         kinds = re.findall(r"^cdp_volume_(write|journal|before_image|destaged)_bytes_total\{[^}]*\} (\d+)$", page, re.M)
         return {kind: int(count) for kind, count in kinds}
+
+    def counter(self, name):
+        """A counter of the volume, by the middle of its name."""
+        with open(os.path.join(self.path("cdp"), "metrics.addr")) as address:
+            page = urllib.request.urlopen(f"http://{address.read().strip()}/metrics", timeout=30).read().decode()
+        found = re.search(rf"^cdp_volume_{name}_total\{{[^}}]*\}} (\d+)$", page, re.M)
+        return int(found[1]) if found else 0
 
     def turn(self, server, **kwargs):
         before = cpu_seconds(server.process.pid)
@@ -258,8 +288,8 @@ class Bench:
             self.settle()
             self.last_iops = result["iops"]
         # With the ramp and what ran behind the acks: all of it belongs to the writes.
-        share = kwargs.get("seconds") or self.seconds
-        result["cpu_us"] = (cpu_seconds(server.process.pid) - before) * 1e6 / max(1, result["ios"] * (share + self.ramp) / share)
+        share, ramp = kwargs.get("seconds") or self.seconds, kwargs.get("ramp", self.ramp)
+        result["cpu_us"] = (cpu_seconds(server.process.pid) - before) * 1e6 / max(1, result["ios"] * (share + ramp) / share)
         return result
 
     def interleaved(self, servers, pairs=None, after=None, **kwargs):
@@ -316,12 +346,22 @@ def writes(b):
           note=f"median {statistics.median(most['iops'] for most in limits):,.0f}/s fit, that is {fit:.2f} of qemu-nbd")
     b.row("journal_bytes", "bytes written to the CDP disk / guest bytes, 4K QD32, before-images aside", ("<=", 1.05),
           [most["moved"]["journal_bytes_per_guest_byte"] for most in limits], note="the turns over NBD of the first row")
+    b.row("cpu", "CPU time per 4K write, whole process / qemu-nbd raw", ("<=", 1.5), b.ratios(results, ours.name, qemu.name, "cpu_us"),
+          note="32 in flight, the turns of the first row; what runs behind the ack counted in")
     for depth in (8,) if b.args.quick else (4, 8):
         results = b.interleaved([ours, qemu], rw="randwrite", depth=depth)
         b.facts[f"randwrite_qd{depth}"] = results
-        b.row(f"randwrite_qd{depth}", f"NBD 4K random write QD{depth} / qemu-nbd raw cache=none", (None, None), b.ratios(results, ours.name, qemu.name))
-    b.row("cpu", "CPU time per 4K write, whole process / qemu-nbd raw", ("<=", 1.5), b.ratios(results, ours.name, qemu.name, "cpu_us"),
-          note="what runs behind the ack counted in")
+        b.row(f"randwrite_qd{depth}", f"NBD 4K random write QD{depth} / qemu-nbd raw cache=none", (None, None), b.ratios(results, ours.name, qemu.name),
+              note=f"processor time {statistics.median(b.ratios(results, ours.name, qemu.name, 'cpu_us')):.2f} of it")
+
+
+@contextlib.contextmanager
+def stopped(server):
+    """Stops the server at the end, however that comes."""
+    try:
+        yield server
+    finally:
+        server.stop()
 
 
 def peers(b):
@@ -330,19 +370,33 @@ def peers(b):
               "qemu-nbd writeback": lambda: b.start_qemu("qemu-nbd-writeback", "writeback", "third.img")}
     copying, later = "copy-before-write", "copy-before-write, 5 to 40 s after its start"
     others, ours = {name: [] for name in [copying, *([later] if b.args.full else []), *starts]}, []
+    others["fio on the file"] = []
     b.qemu.stop()
-    for number in range(b.pairs):
+
+    def own():
         ours.append(b.turn(b.ours, rw="randwrite", depth=32, seconds=15 if b.args.full else None))
+
+    # Round -1 is thrown away: the target of the copy is written to for the first time in a while.
+    for number in range(0 if b.args.quick else -1, b.pairs):
+        if number >= 0 and number % 2 == 0:
+            own()
         for name, start in starts.items():
-            if name != copying and number >= (1 if b.args.quick else 3 if b.args.full else 2):
+            if name != copying and (number < 0 or number >= (1 if b.args.quick else 3 if b.args.full else 2)):
                 continue
             # A fresh start each time: the copy's point in time begins anew. It has the more to copy, the less of it is copied yet.
-            server = start()
-            others[name].append(b.turn(server, rw="randwrite", depth=32))
-            if later in others and name == copying:
-                others[later].append(b.turn(server, rw="randwrite", depth=32, seconds=35))
-            server.stop()
-    others["fio on the file"] = [b.fio(b.path("third.img"), rw="randwrite", depth=32, ramp=0) for _ in range(1 if b.args.quick else 5 if b.args.full else 3)]
+            with stopped(start()) as server:
+                first = b.turn(server, rw="randwrite", depth=32, ramp=0)
+                rest = b.turn(server, rw="randwrite", depth=32, seconds=35, ramp=0) if later in others and name == copying else None
+            # What a server with a page cache has left is not to be written in the next one's turn.
+            os.sync()
+            if number >= 0:
+                others[name].append(first)
+                if rest:
+                    others[later].append(rest)
+        if number >= 0:
+            others["fio on the file"].append(b.fio(b.path("third.img"), rw="randwrite", depth=32))
+            if number % 2:
+                own()
     b.qemu = b.start_qemu()
     b.facts["randwrite_others"] = {"cdp-agent beside them": ours, **others}
     early = [turn["iops"] for turn in others[copying]]
@@ -384,7 +438,7 @@ def appends_beside(b, rate, extra=()):
     return {"iops": side["iops"], "p50_us": percentiles["50.000000"] / 1e3, "p99_us": percentiles["99.000000"] / 1e3}
 
 
-def both_ways(b, reads, file="third.img"):
+def both_ways(b, reads, file="peer.img"):
     """MiB/s that the disk moves, straight and in both directions together, when so many percent are reads: the limit of what moves bytes several times."""
     return b.fio(b.path(file), rw="rw", bs="1m", depth=8, seconds=min(b.seconds, 3), ramp=0, extra=[f"--rwmixread={reads}"])["both_mib_s"]
 
@@ -394,7 +448,7 @@ def sequential(b):
     # Where the disk itself may be the limit: how often it moves each byte, and how many percent of these moves are reads.
     # Of a byte written: append, read of the old content, its before-image, write to the primary.
     for name, what, rw, bound, moves, reads, file, limit in [
-        ("seqwrite", "NBD 1 MiB sequential write", "write", 0.9, 4, 25, "third.img", "fio straight on the disk, the four moves of each byte"),
+        ("seqwrite", "NBD 1 MiB sequential write", "write", 0.9, 4, 25, "peer.img", "fio straight on the disk, the four moves of each byte"),
         ("seqread", "NBD 1 MiB sequential read", "read", 1.0, 1, 100, "cdp/primary.img", "fio straight on the same file"),
     ]:
         limits = []
@@ -424,10 +478,10 @@ def engine_bench(b, *options):
     return cdp_bench(b, "engine", *options)
 
 
-def mix(b, moved, guest, file):
+def mix(b, moved, guest, file, appends=None):
     """fio with the physical mix of protected writes: random reads and writes in the proportion that was measured, appends at the rate of `guest` writes a second
     and then at the one that came out. Answers how many writes of the guest fit into that."""
-    appends = b.path("appends.img")
+    appends = appends or b.path("appends.img")
     reads, writes_ = moved["before_image_bytes_per_guest_byte"], moved["primary_bytes_per_guest_byte"]
     appended = moved["journal_bytes_per_guest_byte"] + reads
     share = reads + writes_
@@ -437,8 +491,12 @@ def mix(b, moved, guest, file):
                    "--iodepth=64", f"--rwmixread={round(100 * reads / share)}", "--name=appends", f"--filename={appends}",
                    "--rw=write", "--bs=128k", "--iodepth=2", f"--rate={int(guest * 4096 * appended)}"]
         out = run(*command)
-        job = json.loads(out[out.index("{"):])["jobs"][0]
+        job, behind = json.loads(out[out.index("{"):])["jobs"]
+        asked, appended_s = guest, behind["write"]["iops"] * (128 << 10) / (4096 * appended)
         guest = (job["read"]["iops"] + job["write"]["iops"]) / share
+        # Appends that fell behind the rate that they were to have are what does not fit.
+        if appended_s < 0.95 * asked:
+            guest = max(1, min(guest, appended_s))
         b.shown(re.sub(r"^--(rate|rwmixread)=.*", r"--\1=AS_MEASURED", part) for part in command)
     return guest
 
@@ -449,8 +507,14 @@ def engine(b):
     options = ["--size", size, "--reserve", min(size, 2048) if b.args.full else size // 4, "--seconds", b.seconds * 2, "--ramp", 1 if b.args.quick else 15 if b.args.full else 4]
     runs, limits = [], []
     for _ in range(2 if b.args.quick else 5):
-        runs.append(engine_bench(b, *options, "--depth", 32))
-        limits.append(mix(b, runs[-1], runs[-1]["iops"], b.path("peer.img")))
+        kept = engine_bench(b, *options, "--depth", 32, "--keep")
+        runs.append(kept)
+        # On the very files: what a disk gives of one depends on when it was used last.
+        try:
+            limits.append(mix(b, kept, kept["iops"], kept["primary"], kept["cdp"]))
+        finally:
+            for file in (kept.pop("primary"), kept.pop("cdp")):
+                os.remove(file)
     b.facts["engine"] = {"runs": runs, "fio_same_mix_iops": limits}
     b.row("engine", "engine alone, 4K random write QD32 / fio with the same physical mix", (">=", 0.7),
           [run_["iops"] / limit for run_, limit in zip(runs, limits)],
@@ -500,9 +564,10 @@ def records(b):
     fewer = max(count for count in counts if count < most)
     b.row("view_open_flat", f"view open p50, {most:,} records / {fewer:,}", (None, None), [open_(most)["p50_us"] / max(1e-9, open_(fewer)["p50_us"])],
           note=f"with {fewer:,} p50 {open_(fewer)['p50_us'] / 1000:.2g}, p99 {open_(fewer)['p99_us'] / 1000:.2g} ms; flat is near 1, or far below the bound")
-    resident = lambda count: runs[count]["resident_mib"]
+    resident = lambda count: runs[count]["resident_after_filling_mib"]
     b.row("memory_records", f"memory with {most:,} records / {fewer:,}", ("<=", 1.2) if b.args.full else (None, None), [resident(most) / max(1, resident(fewer))],
-          note=f"flat; {resident(fewer)} and {resident(most)} MiB, engine alone, both in a reservation of {reserve} MiB")
+          note=f"flat; {resident(fewer)} and {resident(most)} MiB, engine alone, both in a reservation of {reserve} MiB; after 10,000 reads of 200 views, whose pages of "
+          f"the index are kept up to a bound, {runs[fewer]['resident_mib']} and {runs[most]['resident_mib']}")
     b.curves["records"] = {"x": "records in the journal", "y": "microseconds, p99", "series": {
         "view open": [(c, r["open"]["p99_us"]) for c, r in runs.items()], "view read, old": [(c, r["read_old"]["p99_us"]) for c, r in runs.items()],
         "view read, young": [(c, r["read_young"]["p99_us"]) for c, r in runs.items()]}}
@@ -512,24 +577,30 @@ def views(b):
     b.fio(b.ours.uri, rw="randwrite", depth=32)
     b.settle()
     history = lambda: (b.ctl("info", "demo")["coverage"][-1]["start"], b.ctl("mark", "demo")["time"])
-    oldest, now = history()
-    # A second from the old end: a log may be evicted between the question and the view.
-    instants = {"old": oldest + 1_000_000_000, "middle": (oldest + now) // 2, "young": now}
+    _, now = history()
     b.fio(b.ours.uri, rw="randwrite", depth=32, seconds=1)
     b.settle()
+    # Only now: those writes may have cost the oldest log. A second from the end, which moves on by logs.
+    oldest, _ = history()
+    instants = {"old": oldest + 1_000_000_000, "middle": (oldest + now) // 2, "young": now}
     opened = {}
     for age, at in instants.items():
         began = time.monotonic()
         view = b.ctl("view", "open", "demo", "--at", at)
         opened[age] = (view, (time.monotonic() - began) * 1000)
-    ratios, files = {age: [] for age in opened}, []
-    for _ in range(b.pairs):
-        volume = b.fio(b.ours.uri, rw="randread", depth=32)
-        for age, (view, _ms) in opened.items():
-            ratios[age].append(b.fio(view["nbd_uri"], rw="randread", depth=32)["iops"] / volume["iops"])
+    targets = {"volume": b.ours.uri, **{age: view["nbd_uri"] for age, (view, _) in opened.items()}}
+    iops, files = {name: [] for name in targets}, []
+    # The first round is thrown away: nobody has read here for a while, and each file grows faster with use.
+    for number in range(-1, b.pairs):
+        for name, uri in list(targets.items())[::1 if number % 2 else -1]:
+            rate = b.fio(uri, rw="randread", depth=32)["iops"]
+            if number >= 0:
+                iops[name].append(rate)
         journal, primary = (b.fio(b.path(f"cdp/{file}.img"), rw="randread", seconds=min(b.seconds, 2), ramp=0)["iops"] for file in ("cdp", "primary"))
-        files.append(journal / primary)
-    b.facts["views"] = {"open_ms_with_cdpctl": {age: ms for age, (_, ms) in opened.items()}, "read_ratios": ratios, "history_s": (now - oldest) / 1e9}
+        if number >= 0:
+            files.append(journal / primary)
+    ratios = {age: [mine / volume for mine, volume in zip(iops[age], iops["volume"])] for age in opened}
+    b.facts["views"] = {"open_ms_with_cdpctl": {age: ms for age, (_, ms) in opened.items()}, "read_iops": iops, "history_s": (now - oldest) / 1e9}
     for age in opened:
         back = (now - instants[age]) / 1e9
         b.row(f"view_read_{age}", f"view 4K random read QD32 / volume 4K random read, {age} instant", (">=", 0.8), ratios[age],
@@ -568,8 +639,10 @@ def revert(b):
             while total := (b.ctl("info", "demo").get("revert") or {}).get("blocks_total"):
                 blocks = total
                 time.sleep(0.01)
+                if time.monotonic() - began > 600:
+                    raise RuntimeError("the revert is copied for ten minutes")
             copy_s = time.monotonic() - began
-        disk = b.fio(b.path("third.img"), rw="write", bs="1m", depth=8, seconds=1, ramp=0)["mib_s"]
+        disk = b.fio(b.path("peer.img"), rw="write", bs="1m", depth=8, seconds=1, ramp=0)["mib_s"]
         # Of each byte: read of the target's content and of the present one, its before-image, write to the primary.
         limit = both_ways(b, 50) / 4
         # Of the logs back to the instant all blocks are copied, also those that were written there before it only.
@@ -598,15 +671,33 @@ def restart(b):
         began = time.monotonic()
         folder = b.path("cdp")
         process = subprocess.Popen([f"{BIN}/cdp-agent", "--dev", folder, "--size", f"{b.size}MiB", "--cdp-size", f"{b.cdp_size}MiB"], stdout=b.log, stderr=b.log)
+        b.ours.process = process
         while subprocess.run(["qemu-io", "-f", "raw", "-r", "-c", "read 0 4k", b.ours.uri], capture_output=True).returncode:
             time.sleep(0.01)
+            if process.poll() is not None or time.monotonic() - began > 60:
+                raise RuntimeError("the agent does not come up after a kill")
         times.append(time.monotonic() - began)
-        b.ours.process = process
     b.row("restart", f"start after kill -9 with {used:.1f} GiB of history until the first read is served, s", ("<=", 1.0), times, note="killed while 32 writes are in flight")
 
 
 def memory(b):
     b.row("memory_loaded", "memory: 1 volume under load, MiB", ("<=", 256), [memory_mib(b.ours.process.pid, "VmHWM")], note="the most in this run")
+
+
+def many_agent(b, folder):
+    """An agent without volumes, and the way to ask it."""
+    with open(f"{folder}/config.toml", "w") as config:
+        config.write(f'state_dir = "{folder}/state"\n[grpc]\nunix = "{folder}/agent.sock"\n[nbd]\nunix = "{folder}/nbd.sock"\n'
+                     '[metrics]\nlisten = "off"\n')
+    command = [f"{BIN}/cdp-agent", "--config", f"{folder}/config.toml"]
+    b.shown(command)
+    agent = subprocess.Popen(command, stdout=b.log, stderr=b.log)
+    try:
+        wait_for(f"{folder}/agent.sock", agent)
+    except RuntimeError:
+        agent.kill()
+        raise
+    return agent, lambda *c: run(f"{BIN}/cdpctl", "--agent", f"unix:{folder}/agent.sock", "--output", "json", *c)
 
 
 def scaling(b):
@@ -618,34 +709,30 @@ def scaling(b):
     # All together are as large as the volume of the other rows: the backlogs must not hold them.
     mib = b.size // 64
     reserve = max(64, mib)
-    # Room for the files: what no later step needs.
-    with contextlib.suppress(FileNotFoundError):
-        os.remove(b.path("third.img"))
-    with open(f"{folder}/cdp.img", "wb") as file:
-        file.truncate((counts[-1] * reserve + 256) << 20)
-    with open(f"{folder}/config.toml", "w") as config:
-        config.write(f'state_dir = "{folder}/state"\n[grpc]\nunix = "{folder}/agent.sock"\n[nbd]\nunix = "{folder}/nbd.sock"\n'
-                     '[metrics]\nlisten = "off"\n')
-    agent = subprocess.Popen([f"{BIN}/cdp-agent", "--config", f"{folder}/config.toml"], stdout=b.log, stderr=b.log)
-    ctl = lambda *c: run(f"{BIN}/cdpctl", "--agent", f"unix:{folder}/agent.sock", "--output", "json", *c)
+    b.make_room(counts[-1] * (mib + reserve) + 256)
+    fill(f"{folder}/cdp.img", counts[-1] * reserve + 256)
+    agent, ctl = many_agent(b, folder)
     try:
-        wait_for(f"{folder}/agent.sock", agent)
-        ctl("disk", "init", f"{folder}/cdp.img", "--segment-size", "1MiB")
+        ctl("disk", "init", f"{folder}/cdp.img", "--segment-size", "1MiB", "--force")
         for number in range(counts[-1]):
             fill(f"{folder}/v{number}.img", mib)
             ctl("volume", "add", f"v{number}", "--path", f"{folder}/v{number}.img")
         names = [f"v{number}" for number in range(counts[-1])]
         ctl("edit", *names, "--reserve-capacity", f"{reserve}MiB", "--reserve-duration", "1h", "--priority", "mid")
         ctl("enable", *names)
-        rounds = [count for number in range(b.pairs) for count in counts if b.args.full or count in (1, counts[-1]) or number == 0]
+        # Twice as much as its reservation holds into each volume: the ring has wrapped in all of them.
+        uri = lambda name: f"--uri=nbd+unix:///{name}?socket={folder}/nbd.sock"
+        for group in range(0, counts[-1], 8):
+            run("fio", "--ioengine=nbd", "--rw=write", "--bs=1m", "--iodepth=2", f"--size={mib}m", "--thread", *(part for name in names[group:group + 8] for part in (f"--name={name}", uri(name))))
+        rounds = [count for number in range(b.pairs) for count in counts[::1 if number % 2 else -1] if b.args.full or count in (1, counts[-1]) or number == 0]
         for count in rounds:
-            jobs = [f for n in range(count) for f in [f"--name=v{n}", f"--uri=nbd+unix:///v{n}?socket={folder}/nbd.sock"]]
+            jobs = [part for name in names[:count] for part in (f"--name={name}", uri(name))]
             # The same requests in flight in all.
             command = ["fio", "--ioengine=nbd", "--rw=randwrite", "--bs=4k", f"--iodepth={max(1, 64 // count)}", f"--size={mib}m", "--randrepeat=0",
                        "--norandommap", "--time_based", f"--runtime={b.seconds}", "--ramp_time=1", "--thread", "--output-format=json"]
             b.shown([*command, *jobs[:2], *(["AND SO ON"] if count > 1 else [])])
             before, began = disk_requests(folder), time.monotonic()
-            out = run(*command, *jobs)
+            out = run(*command, *jobs, timeout=300)
             seconds, after = time.monotonic() - began, disk_requests(folder)
             sums[count].append(sum(job["write"]["iops"] for job in json.loads(out[out.index("{"):])["jobs"]))
             if before is not None:
@@ -716,15 +803,15 @@ def predict(b):
     if "device" not in b.facts:
         return
     figures = model.Figures(**b.facts["device"])
-    volume = b.size << 20
-    of = lambda **options: model.writes_s(figures, **{"set_bytes": volume, "reserve": volume, **options})
+    volume, reserve = b.size << 20, b.cdp_size * 15 // 16 << 20
+    of = lambda **options: model.writes_s(figures, **{"set_bytes": volume, "reserve": reserve, **options})
     mib_s = lambda size: of(size=size, depth=8) * size / (1 << 20)
     asked = {"depth": lambda x: of(depth=x), "block_size": lambda x: mib_s(x << 10), "working_set": lambda x: of(set_bytes=x << 20),
              "volumes": lambda x: of(depth=64 / x, volumes=x, set_bytes=(b.size // 64 * x) << 20, reserve=(max(64, b.size // 64) * x) << 20)}
     asked |= {f"depth_{gib}_gib": lambda x, gib=gib: of(depth=x, set_bytes=gib << 30) for gib in (1, 4)}
     for name, at in asked.items():
-        if name in b.curves:
-            series = b.curves[name]["series"]
+        series = b.curves.get(name, {}).get("series", {})
+        if series.get("cdp-agent"):
             series["predicted"] = [(x, at(x)) for x, _ in series["cdp-agent"]]
 
 
@@ -740,48 +827,84 @@ def longest_each_second(path):
 
 def stability_of(b, server, name, seconds):
     """What the guest of a server and, beside it, a prober of the disk see: one request of 4 KiB at a time goes straight to a file of its own, 20 a second."""
-    logs = lambda who: [f"--write_lat_log={b.path(who)}", "--log_avg_msec=1000", "--log_max_value=1"]
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        probe = pool.submit(b.fio, b.path("probe.img"), rw="randwrite", depth=1, size=64, seconds=seconds, ramp=0,
-                            extra=["--sync=dsync", "--rate_iops=20", *logs(f"{name}-probe")])
-        guest = b.fio(server.uri, rw="randwrite", depth=8, seconds=seconds, ramp=0, extra=logs(f"{name}-guest"))
+        probe = pool.submit(probe_of, b, name, seconds)
+        guest = b.fio(server.uri, rw="randwrite", depth=8, seconds=seconds, ramp=0, extra=second_by_second(b, f"{name}-guest"))
         probe = probe.result()
-    guest_s, disk_s = longest_each_second(b.path(f"{name}-guest_clat.1.log")), longest_each_second(b.path(f"{name}-probe_clat.1.log"))
-    beside = lambda at: max(disk_s.get(near, 0) for near in (at - 1, at, at + 1))
-    stalls = [(at, ms, beside(at)) for at, ms in guest_s.items() if ms > 100]
-    return {**guest, "probe": probe, "seconds_over_100_ms": stalls, "longest_each_second": guest_s, "probe_longest_each_second": disk_s}
+    return {**guest, **beside(b, f"{name}-guest", name, probe)}
+
+
+def second_by_second(b, who):
+    return [f"--write_lat_log={b.path(who)}", "--log_avg_msec=1000", "--log_max_value=1"]
+
+
+def probe_of(b, name, seconds):
+    return b.fio(b.path("probe.img"), rw="randwrite", depth=1, size=64, seconds=seconds, ramp=0, extra=["--sync=dsync", "--rate_iops=20", *second_by_second(b, f"{name}-probe")])
+
+
+def beside(b, who, name, probe):
+    """The seconds with a latency over 100 ms, and what the prober saw within a second of each."""
+    guest_s, disk_s = (longest_each_second(b.path(f"{log}_clat.1.log")) for log in (who, f"{name}-probe"))
+    near = lambda at: max(disk_s.get(second, 0) for second in (at - 1, at, at + 1))
+    stalls = [(at, ms, near(at)) for at, ms in guest_s.items() if ms > 100]
+    return {"probe": probe, "seconds_over_100_ms": stalls, "longest_each_second": guest_s, "probe_longest_each_second": disk_s}
+
+
+def physical_mix(b, guest_s, seconds):
+    """What the disk itself does with the load of a protected volume that takes so many random writes a second, engine and socket aside: appends with a header,
+    the old content read and appended, blocks written, a sync for each 8 MiB of both files; and the prober beside it."""
+    every = lambda job, file, size, rw, bs, depth, syncs, rate: [
+        f"--name={job}", f"--filename={b.path(file)}", f"--size={size}m", f"--rw={rw}", f"--bs={bs}", f"--iodepth={depth}", *syncs, f"--rate_iops={rate}", *second_by_second(b, f"mix-{job}")]
+    rate = int(guest_s)
+    command = ["fio", "--ioengine=io_uring", "--direct=1", "--time_based", f"--runtime={seconds}", "--randrepeat=0", "--norandommap", "--output-format=json",
+               "--percentile_list=50:99:99.9",
+               # Two frames of four writes each, as with eight in flight.
+               *every("appends", "third.img", b.size, "write", "20k", 2, [], rate // 4),
+               *every("before-images", "appends.img", 512, "write", "128k", 2, ["--fdatasync=64"], max(1, rate // 32)),
+               *every("old", "peer.img", b.size, "randread", "4k", 16, [], rate),
+               *every("destaging", "peer.img", b.size, "randwrite", "4k", 16, ["--fdatasync=2048"], rate)]
+    b.shown(re.sub(r"^--rate_iops=.*", "--rate_iops=AS_MEASURED", part) for part in command)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        probe = pool.submit(probe_of, b, "mix", seconds)
+        out = run(*command, timeout=seconds + 300)
+        probe = probe.result()
+    jobs = json.loads(out[out.index("{"):])["jobs"]
+    side = jobs[0]["write"]
+    return {"iops": side["iops"] * 4, "asked": rate, "max_us": side["clat_ns"]["max"] / 1e3, "p999_us": side["clat_ns"]["percentile"]["99.900000"] / 1e3, **beside(b, "mix-appends", "mix", probe)}
 
 
 def stability(b, seconds=600):
-    """Ours and then the raw peer for the same time: what is slow for both, and for the prober beside them, is the disk's."""
+    """Ours, the raw peer, and the disk with the physical mix of ours, each for the same time: a stall that all of them have, and the prober beside them, is the
+    disk's; one that the mix has and the peer has not is the price of keeping a history on the same disk."""
     fill(b.path("probe.img"), 64)
     minutes = f"{seconds // 60} minutes of random writes, 8 in flight"
-    for server, name, what, target in [(b.ours, "stability", f"write latency over {minutes}: longest, ms", ("<=", 100)),
-                                       (b.qemu, "stability_peer", f"qemu-nbd raw over {minutes}: longest, ms", (None, None))]:
-        seen = b.facts[name] = stability_of(b, server, name, seconds)
+    evicted = lambda: b.counter("evicted_capacity")
+    legs = [("stability", f"write latency over {minutes}: longest, ms", ("<=", 100), lambda: stability_of(b, b.ours, "stability", seconds)),
+            ("stability_peer", f"qemu-nbd raw over {minutes}: longest, ms", (None, None), lambda: stability_of(b, b.qemu, "stability_peer", seconds)),
+            ("stability_mix", f"fio straight on the disk with the physical mix of these writes, {seconds // 60} minutes: longest append, ms", (None, None),
+             lambda: physical_mix(b, b.facts["stability"]["iops"], seconds))]
+    for name, what, target, leg in legs:
+        before = evicted()
+        seen = b.facts[name] = leg()
         b.settle()
         stalls, probe = seen["seconds_over_100_ms"], seen["probe"]
+        gone = f"; {evicted() - before} logs evicted" if name == "stability" else ""
         b.row(name, what, target, [seen["max_us"] / 1000], note=f"p99.9 {seen['p999_us'] / 1000:.1f} ms; {seen['iops']:,.0f}/s; {len(stalls)} of "
-              f"{len(seen['longest_each_second'])} seconds have one over 100 ms")
+              f"{len(seen['longest_each_second'])} seconds have one over 100 ms{gone}")
         b.row(name + "_disk", "single writes straight to the disk, 20 a second beside it: longest, ms", (None, None), [probe["max_us"] / 1000],
-              note=f"p99.9 {probe['p999_us'] / 1000:.1f} ms; over 50 ms within a second of {sum(ms > 50 for _, _, ms in stalls)} of these {len(stalls)}")
+              note=f"p99.9 {probe['p999_us'] / 1000:.1f} ms; over 50 ms within a second of {sum(ms > 50 for _, _, ms in stalls)} of these {len(stalls)}; over 100 ms in "
+              f"{sum(ms > 100 for ms in seen['probe_longest_each_second'].values())} seconds")
 
 
 def idle_volumes(b):
-    """1,000 protected volumes that do nothing. Their CDP disk takes 34 GiB: what no later step needs makes room for it."""
-    with contextlib.suppress(FileNotFoundError):
-        os.remove(b.path("third.img"))
+    """1,000 protected volumes that do nothing. Their CDP disk is of 34 GiB, next to nothing of it written."""
+    b.make_room(2048)
     folder = b.path("idle")
     os.makedirs(folder)
     with open(f"{folder}/cdp.img", "wb") as file:
         file.truncate((1000 * 34 + 512) << 20)
-    with open(f"{folder}/config.toml", "w") as config:
-        config.write(f'state_dir = "{folder}/state"\n[grpc]\nunix = "{folder}/agent.sock"\n[nbd]\nunix = "{folder}/nbd.sock"\n'
-                     '[metrics]\nlisten = "off"\n')
-    agent = subprocess.Popen([f"{BIN}/cdp-agent", "--config", f"{folder}/config.toml"], stdout=b.log, stderr=b.log)
-    ctl = lambda *c: run(f"{BIN}/cdpctl", "--agent", f"unix:{folder}/agent.sock", "--output", "json", *c)
+    agent, ctl = many_agent(b, folder)
     try:
-        wait_for(f"{folder}/agent.sock", agent)
         ctl("disk", "init", f"{folder}/cdp.img", "--segment-size", "1MiB")
         names = [f"v{number}" for number in range(1000)]
         for name in names:
@@ -813,33 +936,34 @@ def main():
     parser.add_argument("--no-docs", action="store_true")
     parser.add_argument("--remark", action="append", default=[])
     args = parser.parse_args()
+    steps = [("writes", writes), ("peers", peers), ("latency", latency), ("sequential", sequential), ("device", device), ("curves", curves), ("views", views), ("revert", revert), ("memory", memory),
+             ("restart", restart), ("engine", engine), ("records", records), ("scaling", scaling)]
+    if not args.quick:
+        steps.append(("idle", idle_volumes))
+    if args.full:
+        steps.append(("stability", stability))
+    if unknown := set(args.only) - {name for name, _ in steps}:
+        parser.error(f"--only: no step of this mode is called {', '.join(sorted(unknown))}; there are {', '.join(name for name, _ in steps)}")
     load_before = os.getloadavg()[0]
     b = Bench(args)
+    b.about = report.machine(b)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         if not args.only or set(args.only) - SELF_CONTAINED:
             b.prepare()
-        steps = [("writes", writes), ("peers", peers), ("latency", latency), ("sequential", sequential), ("device", device), ("curves", curves), ("views", views), ("revert", revert), ("memory", memory),
-                 ("restart", restart), ("engine", engine), ("records", records), ("scaling", scaling)]
-        if not args.quick:
-            steps.append(("idle", idle_volumes))
-        if args.full:
-            steps.append(("stability", stability))
         for name, step in steps:
             if not b.wanted(name):
                 continue
             try:
                 step(b)
-            except (subprocess.SubprocessError, RuntimeError, KeyError, ValueError, OSError) as error:
+            except Exception as error:
                 # One row that cannot be measured must not cost the others.
-                words = getattr(error, "stderr", None) or str(error)
-                b.say(f"{name}: not measured: {words.strip()[-400:]}")
-                for server in (b.ours, b.qemu):
-                    if server and server.process.poll() is not None:
-                        b.ours.stop(), b.qemu.stop()
-                        b.start_ours()
-                        b.qemu = b.start_qemu()
-                        break
+                words = (getattr(error, "stderr", None) or f"{type(error).__name__}: {error}").strip()[-400:]
+                b.failed[name] = words
+                b.say(f"{name}: not measured: {words}")
+                b.restart_servers()
+            # What is measured is kept, whatever comes.
+            report.save(b, load_before, done=False)
         predict(b)
         report.write(b, load_before)
     finally:

@@ -20,6 +20,7 @@ ORDER = [
     "randread", "randread_files", "seqread", "seqread_limit", "engine", "cpu", "journal_bytes", "journal_bytes_engine", "amplification", "view_open", "view_open_flat",
     "view_read_young", "view_read_middle", "view_read_old", "view_read_files", "guest_beside_view", "revert_call", "revert_copy", "revert_limit", "restart", "memory_loaded", "memory_idle",
     "memory_records", "scaling", "stability", "stability_disk", "stability_peer", "stability_peer_disk",
+    "stability_mix", "stability_mix_disk",
 ]
 UNMEASURED = {
     "memory_idle": ("memory: 1,000 idle protected volumes, MiB", ("<=", 1024)),
@@ -67,9 +68,7 @@ def machine(b):
         "versions": "; ".join([version("qemu-nbd", "--version"), version("qemu-storage-daemon", "--version"), version("fio", "--version"),
                                version("nbdkit", "--version"), version("rustc", "--version")]),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
-        "commit": run("git", "-C", ROOT, "rev-parse", "--short", "HEAD").strip() or "unknown",
-        "load": os.getloadavg()[0],
-        "minutes": (time.monotonic() - b.began) / 60,
+        "commit": run("git", "-C", ROOT, "describe", "--always", "--dirty", "--exclude=*").strip() or "unknown",
         "mode": "full" if b.args.full else "quick" if b.args.quick else "default",
     }
 
@@ -98,10 +97,9 @@ def predictions(figures):
     return lines
 
 
-def collect(b, load_before):
+def collect(b, load_before, path):
     """All figures of a run, with those rows of the last run of its kind that it left out."""
-    about = machine(b) | {"load_before": load_before, "priority": priority(), "cdp_mib": b.cdp_size, "seconds": b.seconds, "pairs": b.pairs, "remarks": b.args.remark}
-    path = f"{HERE}/results/{about['mode']}.json"
+    about = b.about | {"load": os.getloadavg()[0], "minutes": (time.monotonic() - b.began) / 60, "only": b.args.only, "failed": b.failed, "load_before": load_before, "priority": priority(), "cdp_mib": b.cdp_size, "seconds": b.seconds, "pairs": b.pairs, "remarks": b.args.remark}
     kept, rows, curves, facts, commands = [], b.rows, b.curves, b.facts, b.commands
     if b.args.only and os.path.exists(path):
         with open(path) as file:
@@ -120,7 +118,8 @@ def render(figures):
     """docs/benchmarks.md, and the plots by their names."""
     about, rows, facts = figures["about"], figures["rows"], figures["facts"]
     kind = {"quick": "QUICK=1 ", "full": "FULL=1 ", "default": ""}[about["mode"]]
-    lines = ["# Benchmarks", "", f"Written by `{kind}make bench` on {about['date']}, in {about['minutes']:.0f} minutes; the raw figures are in "
+    renewed = f" (a part of it: {', '.join(about['only'])}; the other figures are of earlier runs, named below)" if about.get("only") else ""
+    lines = ["# Benchmarks", "", f"Written by `{kind}make bench` on {about['date']}, in {about['minutes']:.0f} minutes{renewed}; the raw figures are in "
              f"`benches/results/{about['mode']}.json`. Ratios are of turns side by side in one run on one disk; the", "median counts, the spread is from the lowest to the highest. "
              "What stands behind the figures is in `docs/performance.md`.", "",
              f"- Machine: {about['machine']}; load average {about['load_before']:.1f} before the run{about['priority']}.",
@@ -128,6 +127,7 @@ def render(figures):
              f"- Volume: {figures['volume_mib']} MiB, written before, uniform random unless a row says otherwise; CDP disk {about['cdp_mib']} MiB, written before, so that the ring wraps"
              f" on blocks that are there. {about['seconds']} s a turn, {about['pairs']} pairs.",
              *(f"- {remark}" for remark in about["remarks"]),
+             *(f"- Not measured: {name}: {words}" for name, words in about.get("failed", {}).items()),
              *(f"- From an earlier run, on {run_['date']}, commit {run_['commit']}, in {run_['minutes']:.0f} minutes, load average {run_['load']:.1f} at its end: {', '.join(run_['rows'])}."
                for run_ in figures["kept"]), "", "| what | target | median | spread | met |", "|---|---|---|---|---|"]
     for name in ORDER:
@@ -165,13 +165,23 @@ def write_docs(figures):
         out.write(text)
 
 
-def write(b, load_before):
-    """The raw figures and, unless they are not wanted, the docs."""
-    figures = collect(b, load_before)
+def save(b, load_before, done=True):
+    """The raw figures, in one step: a run that is broken off leaves those of the last whole one, and beside them what it has."""
     os.makedirs(f"{HERE}/results", exist_ok=True)
-    with open(f"{HERE}/results/{figures['about']['mode']}.json", "w") as out:
+    whole = f"{HERE}/results/{b.about['mode']}.json"
+    partial = f"{whole}.partial"
+    figures = collect(b, load_before, whole)
+    with open(partial, "w") as out:
         json.dump(figures, out, indent=1)
         out.write("\n")
+    if done:
+        os.replace(partial, whole)
+    return figures
+
+
+def write(b, load_before):
+    """The raw figures and, unless they are not wanted, the docs."""
+    figures = save(b, load_before)
     if not b.args.no_docs:
         write_docs(figures)
     print(render(figures)[0])

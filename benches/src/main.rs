@@ -74,6 +74,9 @@ struct EngineArgs {
     /// Seconds of the same load before that.
     #[arg(long, default_value_t = 2.0)]
     ramp: f64,
+    /// Leave the two files; the result names them.
+    #[arg(long)]
+    keep: bool,
 }
 
 #[derive(Parser)]
@@ -123,14 +126,18 @@ impl StateStore for Forgetful {
     }
 }
 
-/// Two files that go when this goes.
+/// Two files that go when this goes, unless they are kept.
 struct Files {
     primary: PathBuf,
     cdp: PathBuf,
+    keep: bool,
 }
 
 impl Drop for Files {
     fn drop(&mut self) {
+        if self.keep {
+            return;
+        }
         let _ = fs::remove_file(&self.primary);
         let _ = fs::remove_file(&self.cdp);
     }
@@ -140,7 +147,7 @@ impl Drop for Files {
 struct World {
     engine: Rc<Engine>,
     volume: Rc<Volume>,
-    _files: Files,
+    files: Files,
 }
 
 async fn world(ring: &Ring, dir: &Path, size_mib: u64, reserve_mib: u64, filled: bool) -> Result<World> {
@@ -149,6 +156,7 @@ async fn world(ring: &Ring, dir: &Path, size_mib: u64, reserve_mib: u64, filled:
     let files = Files {
         primary: dir.join(format!("bench-{number}-primary.img")),
         cdp: dir.join(format!("bench-{number}-cdp.img")),
+        keep: false,
     };
     // The CDP disk is written once, so that the file system below has nothing left to allocate: the ring has wrapped.
     make(&files.primary, size_mib, filled)?;
@@ -181,7 +189,7 @@ async fn world(ring: &Ring, dir: &Path, size_mib: u64, reserve_mib: u64, filled:
         .edit(|_| Settings { reserve_capacity: reserve_mib << 20, reserve_duration_s: 86400, priority: Priority::Mid })
         .await?;
     volume.enable().await?;
-    Ok(World { engine, volume, _files: files })
+    Ok(World { engine, volume, files })
 }
 
 fn make(path: &Path, size_mib: u64, filled: bool) -> Result<()> {
@@ -262,7 +270,7 @@ async fn engine(ring: &Ring, args: &EngineArgs) -> Result<Value> {
     );
     ensure!(args.depth > 0, "--depth is at least 1");
     ensure!(args.distance <= args.size, "--distance {}: at most --size, {} MiB", args.distance, args.size);
-    let world = world(ring, &args.dir, args.size, args.reserve, true).await?;
+    let mut world = world(ring, &args.dir, args.size, args.reserve, true).await?;
     let export = world.volume.export();
     let working = match args.working_set.max(args.distance) {
         0 => args.size,
@@ -326,8 +334,11 @@ async fn engine(ring: &Ring, args: &EngineArgs) -> Result<Value> {
         "throttled": stats.throttled - old.throttled,
         "evicted": stats.evicted_capacity - old.evicted_capacity,
         "resident_mib": resident_mib(),
+        "primary": world.files.primary,
+        "cdp": world.files.cdp,
     });
     world.engine.stop().await?;
+    world.files.keep = args.keep;
     Ok(result)
 }
 
