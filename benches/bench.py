@@ -761,18 +761,20 @@ def curves(b):
     seconds = 1 if b.args.quick else 3 if b.args.full else 2
     rounds = 2 if b.args.full else 1
     depths = [1, 32] if b.args.quick else [1, 2, 4, 8, 16, 32, 64, 128]
-    sizes = ["1m"] if b.args.quick else ["4k", "16k", "64k", "256k", "1m"]
-    sets = [64] if b.args.quick else sorted({64, 256, min(1024, b.size), min(4096, b.size), b.size})
+    sizes = ["4k", "16k", "64k", "256k", "1m"]
+    sets = sorted({64, 256, min(1024, b.size), min(4096, b.size), b.size})
     kib = lambda text: int(text[:-1]) * (1024 if text.endswith("m") else 1)
 
     def curve(name, x, y, points, key, options, suffix=""):
         series = b.curves.setdefault(name, {"x": x, "y": y, "series": {}})["series"]
         for at, value in points:
-            turns = b.interleaved(servers, pairs=rounds, seconds=seconds, **options(value))
+            turns = b.interleaved(servers, pairs=rounds, seconds=seconds, ramp=min(b.ramp, 1), **options(value))
             for server in servers:
                 series.setdefault(server.name + suffix, []).append((at, statistics.median(turn[key] for turn in turns[server.name])))
 
     curve("depth", "requests in flight", "4K random writes/s", [(d, d) for d in depths], "iops", lambda d: {"depth": d})
+    if b.args.quick:
+        return
     curve("block_size", "KiB of a write", "MiB/s, 8 in flight", [(kib(z), z) for z in sizes], "mib_s", lambda z: {"bs": z, "depth": 8})
     curve("working_set", "MiB that are written to", "4K random writes/s, 32 in flight", [(z, z) for z in sets], "iops", lambda z: {"size": z})
     if b.args.full:
@@ -874,15 +876,15 @@ def physical_mix(b, guest_s, seconds):
 
 
 def stability(b, seconds=600):
-    """Ours, the raw peer, and the disk with the physical mix of ours, each for the same time: a stall that all of them have, and the prober beside them, is the
+    """Ours and the raw peer for the same time, then the disk with the physical mix of ours: a stall that all of them have, and the prober beside them, is the
     disk's; one that the mix has and the peer has not is the price of keeping a history on the same disk."""
     fill(b.path("probe.img"), 64)
     minutes = f"{seconds // 60} minutes of random writes, 8 in flight"
     evicted = lambda: b.counter("evicted_capacity")
     legs = [("stability", f"write latency over {minutes}: longest, ms", ("<=", 100), lambda: stability_of(b, b.ours, "stability", seconds)),
             ("stability_peer", f"qemu-nbd raw over {minutes}: longest, ms", (None, None), lambda: stability_of(b, b.qemu, "stability_peer", seconds)),
-            ("stability_mix", f"fio straight on the disk with the physical mix of these writes, {seconds // 60} minutes: longest append, ms", (None, None),
-             lambda: physical_mix(b, b.facts["stability"]["iops"], seconds))]
+            ("stability_mix", f"fio straight on the disk with the physical mix of these writes, {seconds // 120} minutes: longest append, ms", (None, None),
+             lambda: physical_mix(b, b.facts["stability"]["iops"], seconds // 2))]
     for name, what, target, leg in legs:
         before = evicted()
         seen = b.facts[name] = leg()
@@ -936,9 +938,12 @@ def main():
     parser.add_argument("--no-docs", action="store_true")
     parser.add_argument("--remark", action="append", default=[])
     args = parser.parse_args()
+    # The steps of all kinds, but for what --quick has no time for.
     steps = [("writes", writes), ("peers", peers), ("latency", latency), ("sequential", sequential), ("device", device), ("curves", curves), ("views", views), ("revert", revert), ("memory", memory),
              ("restart", restart), ("engine", engine), ("records", records), ("scaling", scaling)]
-    if not args.quick:
+    if args.quick:
+        steps.remove(("device", device))
+    else:
         steps.append(("idle", idle_volumes))
     if args.full:
         steps.append(("stability", stability))
