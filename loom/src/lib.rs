@@ -27,6 +27,8 @@ mod ring {
     /// The inbox and the eventfd as they are to the two sides: a queue, and a counter whose reader sleeps while it is 0.
     #[derive(Default)]
     struct Door {
+        /// A mistake, to see that it is found: the notice goes up before there is something in the inbox.
+        early: bool,
         notice: Notice,
         inbox: Mutex<VecDeque<u32>>,
         eventfd: Mutex<u32>,
@@ -35,21 +37,27 @@ mod ring {
 
     impl Door {
         fn put(&self, task: u32) {
-            self.inbox.lock().unwrap().push_back(task);
-            if self.notice.raise() {
+            let push = || self.inbox.lock().unwrap().push_back(task);
+            let wake = || {
                 *self.eventfd.lock().unwrap() += 1;
                 self.rung.notify_one();
+            };
+            if self.early {
+                self.notice.put(|| Ok::<(), ()>(()), wake).unwrap();
+                push();
+            } else {
+                self.notice.put(|| Ok::<(), ()>(push()), wake).unwrap();
             }
         }
 
         /// One turn of the reader's loop: look if there is a notice, and sleep if there was nothing.
         fn turn(&self) -> usize {
             let mut taken = 0;
-            if self.notice.take() {
+            self.notice.look(|| {
                 while self.inbox.lock().unwrap().pop_front().is_some() {
                     taken += 1;
                 }
-            }
+            });
             if taken == 0 {
                 let mut count = self.eventfd.lock().unwrap();
                 while *count == 0 {
@@ -81,6 +89,35 @@ mod ring {
                 writer.join().unwrap();
             }
         });
+    }
+
+    /// Goal: the check can fail: a notice that goes up before there is something in the inbox is found out.
+    #[test]
+    #[should_panic(expected = "unseen")]
+    fn a_notice_ahead_of_what_it_is_about_is_found_out() {
+        crate::check(|| put_beside_a_look(true));
+    }
+
+    /// Goal: the same with the right order finds nothing.
+    #[test]
+    fn a_notice_behind_what_it_is_about_is_enough() {
+        crate::check(|| put_beside_a_look(false));
+    }
+
+    /// One writer beside one look; then the reader goes on for as often as it is woken.
+    fn put_beside_a_look(early: bool) {
+        let door = Arc::new(Door { early, ..Door::default() });
+        let writer = {
+            let door = Arc::clone(&door);
+            thread::spawn(move || door.put(1))
+        };
+        let look = || door.notice.look(|| door.inbox.lock().unwrap().clear());
+        look();
+        writer.join().unwrap();
+        if std::mem::take(&mut *door.eventfd.lock().unwrap()) > 0 {
+            look();
+        }
+        assert!(door.inbox.lock().unwrap().is_empty(), "something in the inbox goes unseen");
     }
 }
 

@@ -181,9 +181,7 @@ impl Ring {
         self.fire_timers();
         self.enter(remote::has_ready());
         self.reap();
-        while self.inner.remote.take_notice() {
-            self.inner.inbox.try_iter().for_each(remote::make_ready);
-        }
+        self.inner.remote.look(|| self.inner.inbox.try_iter().for_each(remote::make_ready));
         // One writer: a plain store is enough.
         let beats = self.inner.heartbeat.load(Ordering::Relaxed);
         self.inner.heartbeat.store(beats + 1, Ordering::Relaxed);

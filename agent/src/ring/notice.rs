@@ -11,14 +11,23 @@ use std::sync::atomic::{AtomicBool, Ordering};
 pub(super) struct Notice(AtomicBool);
 
 impl Notice {
-    /// Called after something was put into the inbox. True: the reader has to be woken, since nobody else has done so.
-    pub(super) fn raise(&self) -> bool {
-        !self.0.swap(true, Ordering::AcqRel)
+    /// Puts something into the inbox, and then wakes the reader, unless somebody else has done so.
+    ///
+    /// # Errors
+    /// What `put` answers: nothing was put in, and nobody is woken.
+    pub(super) fn put<E>(&self, put: impl FnOnce() -> Result<(), E>, wake: impl FnOnce()) -> Result<(), E> {
+        put()?;
+        if !self.0.swap(true, Ordering::AcqRel) {
+            wake();
+        }
+        Ok(())
     }
 
-    /// Called before the look into the inbox, so that nothing put in after it goes unseen. False: nothing was put in since the
-    /// last look, or whoever did is about to wake the reader.
-    pub(super) fn take(&self) -> bool {
-        self.0.load(Ordering::Relaxed) && self.0.swap(false, Ordering::AcqRel)
+    /// Empties the inbox, again and again until nothing was put in since the last time. What is put in after that comes with a wake-up.
+    pub(super) fn look(&self, mut empty: impl FnMut()) {
+        // Down before the look, so that nothing put in after it goes unseen.
+        while self.0.load(Ordering::Relaxed) && self.0.swap(false, Ordering::AcqRel) {
+            empty();
+        }
     }
 }

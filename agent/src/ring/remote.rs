@@ -51,21 +51,17 @@ impl Remote {
         if EXECUTOR.try_with(Cell::get) == Ok(self.executor) {
             return make_ready(runnable);
         }
-        match self.inbox.send(runnable) {
-            Ok(()) => {
-                if self.noticed.raise() {
-                    // It can fail only when the counter is full, and then the reader is awake anyway.
-                    let _ = self.eventfd.write(1);
-                }
-            }
+        // Waking can fail only when the counter is full, and then the reader is awake anyway.
+        let wake = || _ = self.eventfd.write(1);
+        if let Err(refused) = self.noticed.put(|| self.inbox.send(runnable), wake) {
             // The executor is gone. A task must not be dropped on a foreign thread; its memory is all that is lost.
-            Err(refused) => std::mem::forget(refused.into_inner()),
+            std::mem::forget(refused.into_inner());
         }
     }
 
-    /// Whether the inbox is worth a look. Called before the look, so that nothing put in after it goes unseen.
-    pub(super) fn take_notice(&self) -> bool {
-        self.noticed.take()
+    /// Has the inbox emptied, if there is something in it.
+    pub(super) fn look(&self, empty: impl FnMut()) {
+        self.noticed.look(empty);
     }
 
     /// A second descriptor of the eventfd, for the ring to read.
