@@ -89,6 +89,8 @@ pub struct DiskFile {
     /// So are addresses and lengths of the parts of a direct write.
     part_align: usize,
     physical_block: u32,
+    /// What it is known by ([`Identity`]): as it was when it was opened. A device that goes takes what tells of it along.
+    id: String,
 }
 
 impl DiskFile {
@@ -153,6 +155,7 @@ impl DiskFile {
             (BLOCK as usize, file_part_align(&main), BLOCK as u32)
         };
         let size = size_of(&main, is_block).map_err(failed("ask for the size"))?;
+        let id = identity_of(&main, is_block).map_err(failed("stat"))?;
         let opened = Self {
             path: path.to_owned(),
             main: main.into(),
@@ -162,6 +165,7 @@ impl DiskFile {
             align: if direct { align } else { 1 },
             part_align: if direct { part_align } else { 1 },
             physical_block: physical_block.clamp(512, 65536),
+            id,
         };
         tracing::info!(path = %path.display(), size, io = opened.io_mode(), physical_block, "disk opened");
         Ok(opened)
@@ -189,21 +193,68 @@ fn reads_directly(file: &File) -> bool {
     !matches!(pread(file, &mut buf, 0), Err(Errno::EINVAL | Errno::EOPNOTSUPP))
 }
 
-/// What a part of a direct write must be a multiple of, as the file system says (Linux 6.1 and newer).
-fn file_part_align(file: &File) -> usize {
+/// What the file system says of a file, if it tells what was asked for.
+fn statx(file: &File, wanted: u32) -> Option<libc::statx> {
     // SAFETY: plain data, all zeroes is a value.
     let mut answer: libc::statx = unsafe { std::mem::zeroed() };
     // SAFETY: the empty path with AT_EMPTY_PATH means the descriptor; `answer` is writable and of the right type.
-    let result = unsafe {
-        libc::statx(file.as_raw_fd(), c"".as_ptr(), libc::AT_EMPTY_PATH, libc::STATX_DIOALIGN, &raw mut answer)
-    };
-    let align = answer.stx_dio_mem_align.max(answer.stx_dio_offset_align) as usize;
-    if result == 0 && answer.stx_mask & libc::STATX_DIOALIGN != 0 && align.is_power_of_two() && align <= BLOCK as usize
-    {
-        align
-    } else {
-        BLOCK as usize
+    let result = unsafe { libc::statx(file.as_raw_fd(), c"".as_ptr(), libc::AT_EMPTY_PATH, wanted, &raw mut answer) };
+    (result == 0 && answer.stx_mask & wanted == wanted).then_some(answer)
+}
+
+/// What a part of a direct write must be a multiple of, as the file system says (Linux 6.1 and newer).
+fn file_part_align(file: &File) -> usize {
+    let told = statx(file, libc::STATX_DIOALIGN);
+    let align = told.map(|answer| answer.stx_dio_mem_align.max(answer.stx_dio_offset_align) as usize);
+    align.filter(|align| align.is_power_of_two() && *align <= BLOCK as usize).unwrap_or(BLOCK as usize)
+}
+
+/// What an opened disk is known by. May block: a device may be asked.
+fn identity_of(file: &File, is_block: bool) -> io::Result<String> {
+    let metadata = file.metadata()?;
+    if is_block {
+        return Ok(block_identity(libc::major(metadata.rdev()), libc::minor(metadata.rdev())));
     }
+    // Not by the number of its file system's device, which may be another after a reboot; unless there is nothing else.
+    Ok(match statx(file, libc::STATX_BTIME).map(|answer| answer.stx_btime) {
+        Some(born) => {
+            let born_ns = i128::from(born.tv_sec) * 1_000_000_000 + i128::from(born.tv_nsec);
+            format!("file:{}:{born_ns}", metadata.ino())
+        }
+        None => format!("inode:{}:{}", metadata.dev(), metadata.ino()),
+    })
+}
+
+/// A block device by what stays the same when devices get other numbers, as at a reboot: what it says of itself, or what it is made of. Where it says nothing, by
+/// its numbers.
+fn block_identity(major: u32, minor: u32) -> String {
+    /// Below the device's folder in sysfs, with what each is a word for.
+    const TOLD: [(&str, &str); 7] = [
+        ("dm/uuid", "dm"),
+        ("md/uuid", "md"),
+        ("loop/backing_file", "loop"),
+        ("wwid", "wwid"),
+        ("device/wwid", "wwid"),
+        ("serial", "serial"),
+        ("device/serial", "serial"),
+    ];
+    let by_number = || format!("block:{major}:{minor}");
+    let Ok(mut folder) = std::fs::canonicalize(format!("/sys/dev/block/{major}:{minor}")) else { return by_number() };
+    let read = |folder: &Path, name: &str| {
+        let text = std::fs::read_to_string(folder.join(name)).ok()?;
+        let text = text.trim().trim_end_matches(" (deleted)");
+        Some(text.to_owned()).filter(|text| !text.is_empty())
+    };
+    let mut within = String::new();
+    if let Some(number) = read(&folder, "partition") {
+        within = format!(":partition:{number}");
+        folder.pop();
+    }
+    if let Some(start) = read(&folder, "loop/offset").filter(|start| start != "0") {
+        within += &format!(":offset:{start}");
+    }
+    let told = TOLD.iter().find_map(|(name, kind)| Some(format!("{kind}:{}", read(&folder, name)?)));
+    told.map_or_else(by_number, |told| told + &within)
 }
 
 fn size_of(file: &File, is_block: bool) -> io::Result<u64> {
@@ -305,6 +356,7 @@ struct Shared {
     align: usize,
     part_align: usize,
     physical_block: u32,
+    id: String,
     /// The file refused these once; it is not asked again.
     no_punch: Cell<bool>,
     no_zero_range: Cell<bool>,
@@ -314,7 +366,7 @@ struct Shared {
 impl Disk {
     /// Puts an opened disk on this thread's ring.
     pub fn new(ring: &Ring, file: DiskFile) -> Self {
-        let DiskFile { path, main, buffered, is_block, size, align, part_align, physical_block } = file;
+        let DiskFile { path, main, buffered, is_block, size, align, part_align, physical_block, id } = file;
         let shared = Shared {
             path,
             main: Rc::new(main),
@@ -324,6 +376,7 @@ impl Disk {
             align,
             part_align,
             physical_block,
+            id,
             no_punch: Cell::new(false),
             no_zero_range: Cell::new(false),
             zeroes: OnceCell::new(),
@@ -375,12 +428,20 @@ impl Disk {
         (Ok(()), buf)
     }
 
-    async fn write_range(&self, file: &Rc<OwnedFd>, align: usize, parts: Vec<Slice>, offset: u64) -> io::Result<()> {
+    async fn write_range(
+        &self,
+        file: &Rc<OwnedFd>,
+        align: usize,
+        parts: Vec<Slice>,
+        mut offset: u64,
+    ) -> io::Result<()> {
         let mut data = Vectored::new(parts);
-        let len = data.left();
+        let mut len = data.left();
         if !data.is_aligned(if align == 1 { 1 } else { self.shared.part_align }) {
             data = Vectored::new(vec![joined(data.parts(), len)]);
         }
+        // The first block was cut short before, and is written anew.
+        let mut anew = false;
         while data.left() > 0 {
             let done = len - data.left();
             let (result, returned) = self.ring.write_at(file, data, offset + done as u64).await;
@@ -389,15 +450,13 @@ impl Disk {
                 Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
                 Ok(count) if count % align != 0 => {
                     // Cut inside a block (no space): what follows cannot be written directly from there.
-                    let rest = joined(data.parts(), len)
-                        .slice(done + count - count % align, len - done - count + count % align);
-                    return Box::pin(self.write_range(
-                        file,
-                        align,
-                        vec![rest],
-                        offset + (done + count - count % align) as u64,
-                    ))
-                    .await;
+                    let whole = done + count - count % align;
+                    if whole == 0 && anew {
+                        return Err(io::ErrorKind::WriteZero.into());
+                    }
+                    anew = true;
+                    data = Vectored::new(vec![joined(data.parts(), len).slice(whole, len - whole)]);
+                    (offset, len) = (offset + whole as u64, len - whole);
                 }
                 Ok(_) => {}
                 Err(error) if error.raw_os_error() == Some(libc::EINTR) => {}
@@ -490,17 +549,14 @@ impl Device for Disk {
     }
 
     fn identity(&self) -> io::Result<Identity> {
-        let metadata = File::from(self.shared.main.try_clone()?).metadata()?;
-        Ok(if self.shared.is_block {
-            let (major, minor) = (libc::major(metadata.rdev()), libc::minor(metadata.rdev()));
-            Identity { id: format!("block:{major}:{minor}"), mtime_ns: 0 }
+        let mtime_ns = if self.shared.is_block {
+            0
         } else {
+            let metadata = File::from(self.shared.main.try_clone()?).metadata()?;
             let mtime_ns = i128::from(metadata.mtime()) * 1_000_000_000 + i128::from(metadata.mtime_nsec());
-            Identity {
-                id: format!("file:{}:{}", metadata.dev(), metadata.ino()),
-                mtime_ns: u64::try_from(mtime_ns).unwrap_or(0),
-            }
-        })
+            u64::try_from(mtime_ns).unwrap_or(0)
+        };
+        Ok(Identity { id: self.shared.id.clone(), mtime_ns })
     }
 
     fn read(&self, offset: u64, buf: IoBuf) -> LocalFuture<'static, (io::Result<()>, IoBuf)> {

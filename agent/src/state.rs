@@ -377,6 +377,8 @@ struct FenceRecord {
     primary_id: String,
     primary_mtime_ns: u64,
     #[serde(default)]
+    primary_samples: Vec<(u64, u32)>,
+    #[serde(default)]
     disk_clock_ns: u64,
     next_seq: u64,
     settings: Option<SettingsRecord>,
@@ -413,6 +415,7 @@ impl FenceRecord {
             primary_size: fence.primary_size,
             primary_id: fence.primary_id.clone(),
             primary_mtime_ns: fence.primary_mtime_ns,
+            primary_samples: fence.primary_samples.clone(),
             disk_clock_ns: fence.disk_clock_ns,
             next_seq: fence.next_seq,
             settings: fence.settings.map(|settings| SettingsRecord {
@@ -445,6 +448,7 @@ impl FenceRecord {
             primary_size: self.primary_size,
             primary_id: self.primary_id,
             primary_mtime_ns: self.primary_mtime_ns,
+            primary_samples: self.primary_samples,
             disk_clock_ns: self.disk_clock_ns,
             next_seq: self.next_seq,
             settings,
@@ -726,6 +730,7 @@ mod tests {
             primary_size: 1 << 30,
             primary_id: "file:1:2".to_owned(),
             primary_mtime_ns: u64::MAX,
+            primary_samples: vec![(0, u32::MAX), (u64::MAX, 0)],
             disk_clock_ns: u64::MAX,
             next_seq: 3,
             settings: Some(Settings { reserve_capacity: 1 << 40, reserve_duration_s: 86400, priority: Priority::High }),

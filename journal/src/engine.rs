@@ -538,6 +538,8 @@ impl Volume {
             ticket.wait().await?;
             self.sync_completed(disk).await?;
         }
+        // Logs on their way out may have ranges to punch.
+        self.changed.until(|| (self.state.borrow().leaving.is_empty() || disk.failure().is_some()).then_some(())).await;
         // Before the sync: what it is to cover is on the primary by then. A revert that is copied to its end meanwhile leaves the fence dirty.
         let clean = {
             let state = self.state.borrow();
@@ -551,6 +553,10 @@ impl Volume {
         self.primary.sync_all().await.map_err(|e| Error::device("sync", self.path(), &e))?;
         if let Some(reason) = disk.failure() {
             return Err(Error::Gone(reason));
+        }
+        if clean {
+            let samples = self.sample_primary().await;
+            self.samples.replace(samples);
         }
         let fence = if clean { FenceState::Clean } else { FenceState::Dirty };
         self.put_fence(fence, disk.id, "").await

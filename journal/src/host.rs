@@ -20,7 +20,8 @@ pub type LocalFuture<'a, T> = Pin<Box<dyn Future<Output = T> + 'a>>;
 /// What tells a device or file from another, as far as the host can say. Compared at start (design part 5).
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Identity {
-    /// Stable name of the thing: `file:<st_dev>:<st_ino>` or `block:<major>:<minor>`; empty where there is none.
+    /// Name of the thing that stays the same over a reboot as far as it can: a file's inode and birth time, a block device's WWID, serial number or uuid; numbers
+    /// of devices where there is nothing else; empty where there is nothing at all. The same for as long as the thing is open.
     pub id: String,
     /// Modification time of a file, nanoseconds since the epoch; 0 for a block device.
     pub mtime_ns: u64,

@@ -159,7 +159,8 @@ fn identity_and_size_follow_the_file() {
     with_disk(file.path(), move |disk| async move {
         let metadata = std::fs::metadata(&path).unwrap();
         let identity = disk.identity().unwrap();
-        assert_eq!(identity.id, format!("file:{}:{}", metadata.dev(), metadata.ino()));
+        let born = metadata.created().map_or(0, |at| at.duration_since(std::time::UNIX_EPOCH).unwrap().as_nanos());
+        assert_eq!(identity.id, format!("file:{}:{born}", metadata.ino()));
         assert_eq!(identity.mtime_ns, metadata.mtime() as u64 * 1_000_000_000 + metadata.mtime_nsec() as u64);
         std::fs::File::options().write(true).open(&path).unwrap().set_len(512).unwrap();
         assert_eq!((disk.size(), disk.current_size().unwrap()), (4096, 512));
@@ -248,7 +249,7 @@ fn a_block_device_is_a_disk_of_its_own_kind() {
         let error = DiskFile::open(&second).unwrap_err();
         assert!(matches!(error, OpenError::Busy { .. }), "{error}");
         assert_eq!((disk.size(), disk.current_size().unwrap()), (size, size));
-        assert!(disk.identity().unwrap().id.starts_with("block:7:") && disk.identity().unwrap().mtime_ns == 0);
+        assert!(disk.identity().unwrap().id.starts_with("loop:/") && disk.identity().unwrap().mtime_ns == 0);
         assert!(disk.physical_block() >= 512);
         let data = pattern(10, size as usize).share();
         for punch in [true, false] {
@@ -310,4 +311,26 @@ fn without_direct_io_the_disk_is_buffered_and_works() {
     let mut found = [0; 1024];
     std::fs::File::open(&path).unwrap().read_exact_at(&mut found, 512).unwrap();
     assert!(found[..] == pattern(9, 1024)[..]);
+}
+
+/// Goal: a write that a disk cuts short inside the same block again and again ends in an error, and not never.
+/// Method: a process of its own with a limit for files that lies inside a block. The file is in memory, where direct I/O wants no alignment, so that the write is
+/// cut right there.
+#[test]
+fn a_write_that_is_cut_short_at_the_same_place_again_ends_in_an_error() {
+    const NAME: &str = "device::tests::a_write_that_is_cut_short_at_the_same_place_again_ends_in_an_error";
+    const PATH: &str = "CDP_TEST_CUT_SHORT";
+    if let Ok(path) = std::env::var(PATH) {
+        let write = |disk: Disk| async move { disk.write(0, vec![pattern(1, 16 << 10).share()]).await };
+        let result = with_disk(Path::new(&path), write);
+        assert!(result.is_err(), "16 KiB went into a file of at most 13");
+        return;
+    }
+    let file = tempfile::NamedTempFile::new_in("/dev/shm").unwrap();
+    file.as_file().set_len(16 << 10).unwrap();
+    let mut limited = Command::new("timeout");
+    limited.args(["20", "bash", "-c", "trap '' XFSZ; ulimit -f 13; exec \"$0\" --exact \"$1\""]);
+    let output = limited.arg(std::env::current_exe().unwrap()).arg(NAME).env(PATH, file.path()).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success() && said.contains("1 passed"), "{}: {said}", output.status);
 }

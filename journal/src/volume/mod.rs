@@ -23,10 +23,10 @@ mod revert;
 mod write;
 
 use std::cell::{Cell, RefCell};
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::rc::{Rc, Weak};
 
-use futures::future::{Either, select};
+use futures::future::{Either, join_all, select};
 use uuid::Uuid;
 
 use crate::buf::{IoBuf, Slice};
@@ -34,6 +34,7 @@ use crate::disk::Disk;
 use crate::engine::{BlockStatus, ClientGuard, Engine, Export};
 use crate::error::{Error, Result};
 use crate::fence::{Fence, FenceState};
+use crate::format::crc;
 use crate::frame::FrameBuilder;
 use crate::host::{Device, LocalFuture};
 use crate::index::Touched;
@@ -51,6 +52,10 @@ pub(crate) use recover::read_frame;
 
 /// What an error says was done when the state directory could not take a fence.
 const WRITE_FENCE: &str = "write fence of";
+
+/// Blocks of a primary that a fence remembers: partition tables and the superblocks of ext4 and XFS (0, 1), of btrfs (16), and the same in a first partition at
+/// 1 MiB. ext4 and btrfs change theirs at each mount.
+const SAMPLED: [u64; 6] = [0, 1, 16, 256, 257, 272];
 
 /// How requests are served.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -265,6 +270,8 @@ pub struct Volume {
     pub(crate) throttled: Cell<u64>,
     /// Syncs of the CDP disk that are under way: up to which instant everything had completed before each.
     pub(crate) syncs: RefCell<Vec<Instant>>,
+    /// What a clean stop found in some blocks of the primary, for the fence.
+    pub(crate) samples: RefCell<Vec<(u64, u32)>>,
     /// Requests of the guest: begun, and ended.
     pub(crate) requests: Cell<(u64, u64)>,
     /// How many had ended when the destager last looked, and when it first saw that many and none under way.
@@ -514,6 +521,7 @@ impl Volume {
             primary_size: self.primary.current_size().unwrap_or(0),
             primary_id: identity.id,
             primary_mtime_ns: if fence_state == FenceState::Clean { identity.mtime_ns } else { 0 },
+            primary_samples: if fence_state == FenceState::Clean { self.samples.borrow().clone() } else { Vec::new() },
             disk_clock_ns: {
                 let disks = self.engine.upgrade().map(|e| e.disk_list()).unwrap_or_default();
                 disks.iter().find(|d| d.id == disk).map_or(0, |d| d.clock_high_water().0)
@@ -532,6 +540,16 @@ impl Volume {
             },
             reason: reason.chars().take(200).collect(),
         }
+    }
+
+    /// Some blocks of the primary and their checksums: those that [`SAMPLED`] names, and the last one. What cannot be read is left out.
+    pub(crate) async fn sample_primary(&self) -> Vec<(u64, u32)> {
+        let blocks = self.primary.size().div_ceil(BLOCK);
+        let wanted: BTreeSet<u64> =
+            SAMPLED.into_iter().filter(|block| *block < blocks).chain(blocks.checked_sub(1)).collect();
+        let read =
+            wanted.into_iter().map(|block| async move { Some((block, crc(&self.read_old(block, 1).await.ok()?))) });
+        join_all(read).await.into_iter().flatten().collect()
     }
 
     /// Tells the fence of lost blocks that were overwritten, before the overwrite is acked or forgotten.

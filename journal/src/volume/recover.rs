@@ -113,6 +113,7 @@ pub(crate) async fn open(engine: &Rc<Engine>, spec: VolumeSpec) -> Result<Rc<Vol
         image_epoch: Cell::new(0),
         throttled: Cell::new(0),
         syncs: RefCell::default(),
+        samples: RefCell::default(),
         requests: Cell::new((0, 0)),
         answered: Cell::new((0, 0)),
         landing: Cell::new(0),
@@ -190,7 +191,7 @@ impl Volume {
                     );
                     return self.refuse(Health::NeedsJournal, EventKind::NeedsJournal, reason);
                 };
-                if let Some(what) = self.primary_differs(&fence, clean)? {
+                if let Some(what) = self.primary_differs(&fence, clean).await? {
                     if accepted(Health::PrimaryChanged) {
                         // What is on the primary is what the admin wants, in blocks that were lost, too.
                         self.go_on_without(&what, None).await?;
@@ -293,7 +294,7 @@ impl Volume {
     }
 
     /// Whether somebody wrote past the agent, as far as the fence tells.
-    fn primary_differs(&self, fence: &Fence, clean: bool) -> Result<Option<String>> {
+    async fn primary_differs(&self, fence: &Fence, clean: bool) -> Result<Option<String>> {
         let identity = self.primary.identity().map_err(|e| Error::device("identify", self.path(), &e))?;
         let size = self.primary.current_size().map_err(|e| Error::device("size of", self.path(), &e))?;
         if !fence.primary_id.is_empty() && identity.id != fence.primary_id {
@@ -304,6 +305,14 @@ impl Volume {
         }
         if clean && fence.primary_mtime_ns != 0 && identity.mtime_ns != fence.primary_mtime_ns {
             return Ok(Some("the primary was written to while the agent was down (its mtime changed)".into()));
+        }
+        if clean && !fence.primary_samples.is_empty() {
+            let now: BTreeMap<u64, u32> = self.sample_primary().await.into_iter().collect();
+            let changed = |(block, sum): &&(u64, u32)| now.get(block).is_some_and(|now| now != sum);
+            if let Some((block, _)) = fence.primary_samples.iter().find(changed) {
+                let what = format!("the primary was written to while the agent was down (block {block} changed)");
+                return Ok(Some(what));
+            }
         }
         Ok(None)
     }
