@@ -4,7 +4,7 @@
 //! * [`Slice`] is a shared, immutable window onto an `IoBuf`: the same bytes go into a journal frame, stay in the overlay
 //!   and are written to the primary, and are copied nowhere.
 //!
-//! Buffers of the usual sizes are kept by the thread that drops them and given out again, up to [`POOL_BYTES_MAX`]: aligned
+//! Buffers of the usual sizes are kept by the thread that drops them and given out again, up to [`POOL_BYTES_MAX`] and [`POOL_LARGE_BYTES_MAX`]: aligned
 //! memory is slow to get from the allocator, and slower to fault in. What is given out again is initialised, if with old bytes.
 //!
 //! Those of 1 MiB come two to a huge page, where the system has one: in memory that hangs together a request of 1 MiB is one piece to the disk, and not 256,
@@ -20,8 +20,11 @@ use std::rc::Rc;
 /// Alignment of every buffer, bytes: the largest physical block that disks in use report.
 pub const BUF_ALIGN: usize = 4096;
 
-/// Bytes of buffers that a thread keeps for their next use.
+/// Bytes of buffers that a thread keeps for their next use, those of 1 MiB aside.
 pub const POOL_BYTES_MAX: usize = 32 << 20;
+
+/// Bytes of buffers of 1 MiB that it keeps besides: small ones must not crowd out what is dearest to get.
+pub const POOL_LARGE_BYTES_MAX: usize = 16 << 20;
 
 /// Sizes that are kept: powers of two from one block to 1 MiB.
 const CLASSES: usize = 9;
@@ -35,11 +38,12 @@ const HUGE_PAGE: usize = 2 * LARGE;
 /// A thread's buffers between two uses, by size.
 struct Pool {
     free: [Vec<NonNull<u8>>; CLASSES],
-    bytes: usize,
+    /// Bytes of the small and of the large ones.
+    bytes: [usize; 2],
 }
 
 thread_local! {
-    static POOL: RefCell<Pool> = const { RefCell::new(Pool { free: [const { Vec::new() }; CLASSES], bytes: 0 }) };
+    static POOL: RefCell<Pool> = const { RefCell::new(Pool { free: [const { Vec::new() }; CLASSES], bytes: [0; 2] }) };
 }
 
 /// The size class of a length, if buffers of that length are kept.
@@ -55,7 +59,7 @@ impl Pool {
         let kept = POOL.try_with(|pool| {
             let mut pool = pool.borrow_mut();
             let memory = pool.free[class].pop()?;
-            pool.bytes -= len;
+            pool.bytes[usize::from(len == LARGE)] -= len;
             Some(memory)
         });
         kept.ok().flatten()
@@ -66,10 +70,11 @@ impl Pool {
         let Some(class) = class_of(len) else { return false };
         let kept = POOL.try_with(|pool| {
             let mut pool = pool.borrow_mut();
-            if pool.bytes + len > POOL_BYTES_MAX {
+            let kind = usize::from(len == LARGE);
+            if pool.bytes[kind] + len > [POOL_BYTES_MAX, POOL_LARGE_BYTES_MAX][kind] {
                 return false;
             }
-            pool.bytes += len;
+            pool.bytes[kind] += len;
             pool.free[class].push(memory);
             true
         });

@@ -67,6 +67,41 @@ pub enum Mutation {
     ClockPastMark,
 }
 
+impl Mutation {
+    /// All of them.
+    pub const ALL: [Self; 29] = [
+        Self::AckBeforeAppend,
+        Self::AckAheadOfEarlier,
+        Self::FlushWithoutSync,
+        Self::FlushSyncEarly,
+        Self::SyncCoversAll,
+        Self::WatermarkEarly,
+        Self::ViewExclusive,
+        Self::CleanedUnderView,
+        Self::BeforeImageTwice,
+        Self::HistoryForgotten,
+        Self::ChainUnchecked,
+        Self::TornTailAccepted,
+        Self::DestageBeforeSync,
+        Self::BeforeImageSkipped,
+        Self::RevertNotDurable,
+        Self::RevertNotRedirected,
+        Self::RevertSealedInCompany,
+        Self::UndecidedCounts,
+        Self::NoRecheck,
+        Self::PayloadUnchecked,
+        Self::HoleAccepted,
+        Self::LastFramesUnmissed,
+        Self::LossEndedEarly,
+        Self::ErrorToGuest,
+        Self::RecoveredBacklogDropped,
+        Self::DisabledSpanCovered,
+        Self::BeforeImagesUncounted,
+        Self::ReuseEarly,
+        Self::ClockPastMark,
+    ];
+}
+
 #[cfg(feature = "mutations")]
 thread_local! {
     static ACTIVE: std::cell::Cell<Mutation> = const { std::cell::Cell::new(Mutation::None) };

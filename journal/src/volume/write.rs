@@ -832,7 +832,12 @@ impl Volume {
         if flush_expected {
             let (volume, disk) = (Rc::clone(self), Rc::clone(&log.disk));
             // An error is the disk's: it has failed by then, and the flush finds that.
-            self.host.spawn(Box::pin(async move { _ = volume.sync_completed(&disk).await }));
+            self.host.spawn(Box::pin(async move {
+                // What has completed by now may be another disk's.
+                if volume.state.borrow().attach.as_ref().is_some_and(|a| Rc::ptr_eq(&a.disk, &disk)) {
+                    _ = volume.sync_completed(&disk).await;
+                }
+            }));
         }
         true
     }
