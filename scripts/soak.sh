@@ -16,6 +16,7 @@ export CARGO_TERM_COLOR=never
 
 scripts/setup.sh || exit 1
 cargo build --locked --release --workspace --exclude cdp-fuzz || exit 1
+cargo build --locked --profile sim -p cdp-sim || exit 1
 # With overflow checks and assertions, which a release has not.
 cargo build --locked -p cdp-fuzz || exit 1
 cargo test --locked --release -p cdp-tests --no-run || exit 1
@@ -25,14 +26,14 @@ share() { echo $((seconds * $1 / 100)); }
 failed=0
 
 echo "==> simulator, all profiles: $(share 30) s"
-target/release/cdp-sim --seed "$(($(date +%s) * 100000))" --seconds "$(share 30)" --threads 2 --keep-going | tee "$logs/sim"
+target/sim/cdp-sim --seed "$(($(date +%s) * 100000))" --seconds "$(share 30)" --threads 2 --keep-going | tee "$logs/sim"
 [ "${PIPESTATUS[0]}" = 0 ] || failed=$((failed + 1))
 histories=$(sed -n 's/^\([0-9]*\) histories, .*/\1/p' "$logs/sim" | tail -n 1)
 violations=$(sed -n 's/^[0-9]* histories, \([0-9]*\) violations.*/\1/p' "$logs/sim" | tail -n 1)
 
 # A shorter soak than it takes begins where chance says.
 echo "==> exhaustion, four operations: at most $(share 15) s"
-target/release/cdp-sim --exhaust 4 --seed "$RANDOM" --seconds "$(share 15)" --threads 2 | tee "$logs/exhaust"
+target/sim/cdp-sim --exhaust 4 --subsets 1 --seed "$RANDOM" --seconds "$(share 15)" --threads 2 | tee "$logs/exhaust"
 [ "${PIPESTATUS[0]}" = 0 ] || failed=$((failed + 1))
 exhausted=$(sed -n 's/^\([0-9]* of [0-9]* sequences of 4, [0-9]* cases, [0-9]* violations\).*/\1/p' "$logs/exhaust")
 

@@ -69,10 +69,12 @@ step docs env RUSTDOCFLAGS="-D warnings" cargo doc --locked --workspace --no-dep
 step "unit tests" cargo test --locked --workspace --exclude cdp-tests --no-fail-fast
 # Without the fuzz targets: their doors to the parsers are not for a product.
 step build cargo build --locked --release --workspace --exclude cdp-fuzz || finish
+# With panics caught: they are findings with a seed.
+step "build of the simulator" cargo build --locked --profile sim -p cdp-sim || finish
 # Fixed seeds, so that a change fails by its own fault; `make soak` takes others. At least 20,000 histories have crashes.
 histories=${CDP_SIM_HISTORIES:-32000}
-step simulator target/release/cdp-sim --seed 200000 --histories "$histories" --least-crashed "$((histories * 5 / 8))" --threads 2
-step exhaustion target/release/cdp-sim --exhaust 3 --subsets 1 --threads 2
+step simulator target/sim/cdp-sim --seed 200000 --histories "$histories" --least-crashed "$((histories * 5 / 8))" --threads 2
+step exhaustion target/sim/cdp-sim --exhaust 3 --subsets 1 --threads 2
 step "deliberate faults" cargo test --locked -p cdp-sim --features mutations --test mutations
 # A workspace of its own, with a flag of its own.
 step loom env RUSTFLAGS="--cfg loom" cargo test --locked --release --manifest-path loom/Cargo.toml --target-dir target/loom

@@ -12,9 +12,10 @@ use crate::executor::SimHost;
 use crate::group;
 use crate::guest::{barrier, read_view, sleep, submit, verify, watch, write_view};
 use crate::model::Kind;
+use crate::rng::Rng;
 use crate::stamp;
-use crate::workload::{Action, Op, Then};
-use crate::world::{OpenView, SEGMENT, Vol, World};
+use crate::workload::{Action, Crash, Op, Then};
+use crate::world::{Counts, OpenView, SEGMENT, Vol, World};
 
 /// Most views that the workload keeps open.
 const VIEWS_OPEN_MAX: usize = 8;
@@ -255,10 +256,25 @@ pub fn leave(world: &World) {
     }
 }
 
+/// One stop in four is cut off: the service manager has waited long enough, or the host loses its power while it shuts down. Drawn by itself, so that the
+/// draws before and after it are what they were without.
+fn arm_in_stop(world: &World) {
+    disarm(world);
+    let Counts { restarts, kills, power_cuts, .. } = *world.counts.borrow();
+    let rng = Rng::new(world.history.seed.rotate_left(17) ^ (restarts + kills + power_cuts));
+    // After damage a torn tail and a flipped bit look alike; the exhaustion has its crash where it was asked for.
+    if world.damaged.get() || world.history.profile == "exhaust" || !rng.one_in(4) {
+        return;
+    }
+    let crash = Crash { power: rng.one_in(2), steps: rng.range(1, 400), again: None, down_ns: 1_000_000_000 };
+    world.armed.set(Some(crash));
+    world.running().executor.arm_crash(Some(crash.steps));
+}
+
 /// A clean stop; the primaries must hold everything, also through a power cut.
 pub async fn stop(world: &Rc<World>) {
-    world.running().executor.arm_crash(None);
-    world.armed.set(None);
+    arm_in_stop(world);
+    let tamper_after = world.tamper.take();
     let watched = watch(world, "stop".to_owned());
     for vol in &world.volumes {
         let stats = vol.handle().stats();
@@ -267,6 +283,7 @@ pub async fn stop(world: &Rc<World>) {
     // A pending revert goes on after the next start: until then the primary is not all.
     let whole: Vec<bool> = world.volumes.iter().map(|vol| vol.handle().info().revert.is_none()).collect();
     let result = world.running().engine.stop().await;
+    disarm(world);
     watched.set(true);
     match result {
         Ok(()) => {
@@ -284,7 +301,7 @@ pub async fn stop(world: &Rc<World>) {
                     disk.power_cut(&world.shared.rng);
                 }
             }
-            if let Some((vol, sector)) = world.tamper.take()
+            if let Some((vol, sector)) = tamper_after
                 && whole[vol]
                 && !world.any_fault()
             {
@@ -472,6 +489,7 @@ async fn revert(world: &Rc<World>, vol: &Rc<Vol>, at: u64, exact: Option<u64>, f
     let done = result.is_ok();
     match result {
         Ok(report) => {
+            vol.history_bytes.set(vol.history_bytes.get() + report.needed_bytes);
             world.say(|| format!("volume {}: reverted to {target}: {report:?}", vol.index));
             world.count(|counts| counts.reverts += 1);
             vol.last_revert.set(report.instant.0);

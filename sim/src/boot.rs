@@ -240,7 +240,12 @@ pub async fn open(world: &Rc<World>, vol: &Rc<Vol>) -> bool {
     if info.state == CdpState::On && healthy {
         let reached = vol.history.get().1;
         vol.protect();
-        vol.history_is_durable(reached);
+        if Vol::covers(&info, reached) {
+            vol.history_is_durable(reached);
+        } else {
+            // Evicted, and rightly: it need not be there after the next start, either.
+            vol.forget_history();
+        }
         vol.gap_open.set(None);
     } else {
         vol.unprotect();

@@ -692,6 +692,24 @@ impl State {
     }
 }
 
+/// What a sync makes durable lies over what became visible before it and is not covered, since it has not completed: of that nothing can come back.
+fn supersede(unsynced: &mut [Unsynced], covered: &BTreeSet<u64>) {
+    for place in 1..unsynced.len() {
+        let (before, rest) = unsynced.split_at_mut(place);
+        let newer = &rest[0];
+        if newer.dropped || !covered.contains(&newer.id) {
+            continue;
+        }
+        for older in before.iter_mut().filter(|older| older.applied && !covered.contains(&older.id)) {
+            for piece in &mut older.pieces {
+                let over = newer.pieces.iter().filter(|over| over.page == piece.page);
+                piece.mask &= !over.fold(0, |mask, over| mask | over.mask);
+            }
+            older.pieces.retain(|piece| piece.mask != 0);
+        }
+    }
+}
+
 impl Device for Handle {
     #[allow(clippy::misnamed_getters)] // the size when it was opened, as the trait says
     fn size(&self) -> u64 {
@@ -788,6 +806,9 @@ impl Device for Handle {
                 {
                     let mut state = disk.state.borrow_mut();
                     let State { stable, unsynced, has_dropped, .. } = &mut *state;
+                    if error.is_none() {
+                        supersede(unsynced, &covered);
+                    }
                     for write in unsynced.iter_mut().filter(|write| covered.contains(&write.id)) {
                         if error.is_some() {
                             write.dropped |= forgets;

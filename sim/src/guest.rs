@@ -3,7 +3,6 @@
 use std::cell::Cell;
 use std::rc::Rc;
 
-use cdp_journal::info::Health;
 use cdp_journal::{Error, Host, Slice, payload_buf};
 
 use crate::executor::{Completion, SimHost};
@@ -99,7 +98,7 @@ fn is_of_primary(world: &World, error: &Error) -> bool {
 /// Whether it may be the error of a block that a revert could not bring back: the lost CDP disk held it alone, or a primary could not read it when it was to
 /// be kept.
 fn is_of_revert(world: &World, vol: &Vol, error: &Error) -> bool {
-    let faulty = world.cdp_faulty.get() || world.primary_faulty.get() && vol.forced.get() > 0;
+    let faulty = world.cdp_faulty.get() || (world.primary_faulty.get() || world.damaged.get()) && vol.forced.get() > 0;
     faulty && matches!(error, Error::Device { op: "read lost" | "write a part of", .. })
 }
 
@@ -107,14 +106,13 @@ fn is_of_revert(world: &World, vol: &Vol, error: &Error) -> bool {
 fn forgiven(world: &World, vol: &Vol, forced: u64, error: &Error) -> bool {
     let held = vol.forced.get() != forced || vol.disconnected.get();
     let refused = matches!(error, Error::State(_) | Error::Gone(_));
-    let bad_health = vol.handle().info().health == Health::RevertIncomplete
-        || matches!(error, Error::Device { op: "read CDP disk", .. } if vol.forced.get() > 0)
+    let of_forced = matches!(error, Error::Device { op: "read CDP disk", .. } if vol.forced.get() > 0)
         // The same blocks, kept as unreadable by a later log, and shown by a revert to before it while that is copied.
         || matches!(error, Error::Device { op: "read before-image of", .. } if vol.forced.get() > 0);
     // Damage on the CDP disk shows where a pending revert or the overlay needs it: an error, never wrong bytes.
-    let damage = world.damaged.get() && matches!(error, Error::Damaged { .. } | Error::Device { .. });
+    let damage = world.damaged.get() && matches!(error, Error::Damaged { .. });
     let of_disks = is_of_primary(world, error) || is_of_revert(world, vol, error) || damage;
-    of_disks || (held && refused) || (world.cdp_faulty.get() && bad_health)
+    of_disks || (held && refused) || ((world.cdp_faulty.get() || world.damaged.get()) && of_forced)
 }
 
 async fn request(world: &Rc<World>, vol: &Rc<Vol>, action: &Action) {

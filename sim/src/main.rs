@@ -1,6 +1,6 @@
 //! `cdp-sim`: runs seeded histories of the engine and judges every read. A seed replays its failure exactly.
 
-use std::process::{Command, ExitCode};
+use std::process::ExitCode;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Instant;
@@ -61,7 +61,7 @@ struct Args {
     /// Print everything that happens.
     #[arg(long)]
     trace: bool,
-    /// Go on after a violation, print one line for each and do not shorten.
+    /// Go on after a violation: the first five are shortened and told in full, the others in a line each.
     #[arg(long)]
     keep_going: bool,
 }
@@ -83,7 +83,7 @@ fn main() -> anyhow::Result<ExitCode> {
             }
             if cfg!(panic = "abort") {
                 // Nobody will catch it: this is the last that is heard.
-                println!("VIOLATION in {}, commit {}: {info}", RUNNING.with(|run| run.borrow().clone()), commit());
+                println!("VIOLATION in {}, commit {COMMIT}: {info}", RUNNING.with(|run| run.borrow().clone()));
             }
         }));
     }
@@ -125,7 +125,7 @@ fn exhaust(args: &Args, depth: u32) -> anyhow::Result<ExitCode> {
                     totals.2 += 1;
                     if let Some((case, report)) = failure {
                         totals.1 += 1;
-                        println!("VIOLATION, commit {}: {}: {}", commit(), case.name(), in_words(&report));
+                        println!("VIOLATION, commit {COMMIT}: {}: {}", case.name(), in_words(&report));
                         println!("  replay: cdp-sim --case {case} --trace");
                     }
                 }
@@ -149,7 +149,27 @@ fn running(replay: String) {
     RUNNING.with(|run| *run.borrow_mut() = replay);
 }
 
+/// What it was built from.
+const COMMIT: &str = env!("CDP_COMMIT");
+
+/// Violations that are shortened and told in full: with `--keep-going` there may be many.
+const EXPLAINED_MAX: u64 = 5;
+
+/// Switches on the deliberate fault that `CDP_MUTATION` names, for this thread: for the test of what is printed.
+#[cfg(feature = "mutations")]
+fn mutate() {
+    use cdp_journal::mutation::{Mutation, set};
+    if let Ok(name) = std::env::var("CDP_MUTATION") {
+        let named = Mutation::ALL.into_iter().find(|mutation| format!("{mutation:?}") == name);
+        set(named.unwrap_or_else(|| panic!("CDP_MUTATION={name}: there is no such fault")));
+    }
+}
+
+#[cfg(not(feature = "mutations"))]
+fn mutate() {}
+
 fn one(args: &Args, keep: &[usize]) -> anyhow::Result<ExitCode> {
+    mutate();
     let history = generate(args.seed, &args.profile, args.ops).context("the profile exists")?;
     let report = run(pick(&history, keep), args.trace);
     println!("seed {} hash {:016x}: {}", args.seed, report.hash, report.failure.as_deref().unwrap_or("no violation"));
@@ -160,10 +180,12 @@ fn many(args: &Args) -> anyhow::Result<ExitCode> {
     let began = Instant::now();
     let next = AtomicU64::new(0);
     let stop = AtomicBool::new(false);
+    let explained = AtomicU64::new(0);
     let totals = Mutex::new((0u64, 0u64, Counts::default()));
     std::thread::scope(|scope| {
         for _ in 0..args.threads {
             scope.spawn(|| {
+                mutate();
                 while !stop.load(Ordering::Relaxed) {
                     let place = next.fetch_add(1, Ordering::Relaxed);
                     let over = match args.seconds {
@@ -184,10 +206,13 @@ fn many(args: &Args) -> anyhow::Result<ExitCode> {
                         totals.1 += u64::from(failed);
                         totals.2.add(&report.counts);
                     }
-                    if failed && args.keep_going {
-                        println!("seed {seed} ({}): {}", history.profile, in_words(&report));
-                    } else if failed && !stop.swap(true, Ordering::Relaxed) {
-                        explain(args, seed, &report);
+                    if failed {
+                        stop.fetch_or(!args.keep_going, Ordering::Relaxed);
+                        if explained.fetch_add(1, Ordering::Relaxed) < EXPLAINED_MAX {
+                            explain(args, seed, &report);
+                        } else {
+                            println!("seed {seed} ({}), commit {COMMIT}: {}", history.profile, in_words(&report));
+                        }
                     } else if args.histories == 1 && args.seconds.is_none() {
                         println!("seed {seed} hash {:016x}: no violation", report.hash);
                     }
@@ -233,8 +258,11 @@ fn in_words(report: &Report) -> String {
 }
 
 fn explain(args: &Args, seed: u64, report: &Report) {
+    /// One after the other, not line by line.
+    static TELLING: Mutex<()> = Mutex::new(());
+    let _telling = TELLING.lock();
     let Some(history) = generate(seed, &args.profile, args.ops) else { return };
-    println!("VIOLATION in seed {seed}, profile {}, commit {}", history.profile, commit());
+    println!("VIOLATION in seed {seed}, profile {}, commit {COMMIT}", history.profile);
     println!("  {}", in_words(report));
     println!("  replay: cdp-sim --seed {seed} --ops {} --profile {} --trace", args.ops, args.profile);
     let (keep, shorter) = shrink(&history, report);
@@ -246,15 +274,4 @@ fn explain(args: &Args, seed: u64, report: &Report) {
     let list: Vec<String> = keep.iter().map(usize::to_string).collect();
     let list = if list.is_empty() { "999999".to_owned() } else { list.join(",") };
     println!("  replay: cdp-sim --seed {seed} --ops {} --profile {} --keep {list} --trace", args.ops, args.profile);
-}
-
-fn commit() -> String {
-    if let Some(commit) = option_env!("CDP_COMMIT") {
-        return commit.to_owned();
-    }
-    let output = Command::new("git").args(["describe", "--always", "--abbrev=40", "--dirty", "--match", ""]).output();
-    match output {
-        Ok(output) if output.status.success() => String::from_utf8_lossy(&output.stdout).trim().to_owned(),
-        _ => "unknown".to_owned(),
-    }
 }

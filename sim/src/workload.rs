@@ -498,6 +498,8 @@ fn op(profile: &Profile, setup: &Setup, rng: &Rng, extra: &Rng) -> Op {
         }),
         9 if rng.one_in(3) => Action::Reopen { vol },
         9 if setup.files && rng.one_in(6) => Action::Tamper { vol, sector: rng.below(sectors / 8 + 1) * 8 },
+        // A disk without an mtime: seen where a file system would have been mounted.
+        9 if !setup.files && extra.one_in(6) => Action::Tamper { vol, sector: 0 },
         9 => Action::Restart,
         10 => fault(setup, rng, extra),
         11 => primary_fault(setup, rng),
@@ -586,20 +588,19 @@ fn fault(setup: &Setup, rng: &Rng, extra: &Rng) -> Action {
     match rng.below(6) {
         0 => Action::Gone { disk },
         1 | 2 => Action::Heal,
-        _ => Action::Fault {
-            disk,
-            on: *rng.pick(&[FaultOn::Read, FaultOn::Write, FaultOn::Sync, FaultOn::Any]),
-            kind: *rng.pick(&[
+        _ => {
+            let on = *rng.pick(&[FaultOn::Read, FaultOn::Write, FaultOn::Sync, FaultOn::Any]);
+            let kind = *rng.pick(&[
                 FaultKind::Eio,
                 FaultKind::Eio,
                 FaultKind::Enospc,
                 FaultKind::Hang,
                 FaultKind::Slow(300_000_000),
                 FaultKind::Slow(20_000_000_000),
-            ]),
-            times: if rng.one_in(2) { Some(1) } else { None },
-            after: rng.below(6) as u32,
-        },
+            ]);
+            let times = if rng.one_in(2) { Some(1) } else { None };
+            Action::Fault { disk, on: met_by(kind, on), kind, times, after: rng.below(6) as u32 }
+        }
     }
 }
 
@@ -607,14 +608,18 @@ fn primary_fault(setup: &Setup, rng: &Rng) -> Action {
     let disk = setup.disks.len() + rng.below(setup.volumes.len() as u64) as usize;
     match rng.below(3) {
         0 => Action::Heal,
-        _ => Action::Fault {
-            disk,
-            on: *rng.pick(&[FaultOn::Read, FaultOn::Write, FaultOn::Sync, FaultOn::Any]),
-            kind: *rng.pick(&[FaultKind::Eio, FaultKind::Enospc, FaultKind::Slow(300_000_000)]),
-            times: if rng.one_in(2) { Some(rng.range(1, 3) as u32) } else { None },
-            after: rng.below(6) as u32,
-        },
+        _ => {
+            let on = *rng.pick(&[FaultOn::Read, FaultOn::Write, FaultOn::Sync, FaultOn::Any]);
+            let kind = *rng.pick(&[FaultKind::Eio, FaultKind::Enospc, FaultKind::Slow(300_000_000)]);
+            let times = if rng.one_in(2) { Some(rng.range(1, 3) as u32) } else { None };
+            Action::Fault { disk, on: met_by(kind, on), kind, times, after: rng.below(6) as u32 }
+        }
     }
+}
+
+/// The calls that can meet a fault: a full disk is met by writes alone.
+fn met_by(kind: FaultKind, on: FaultOn) -> FaultOn {
+    if kind == FaultKind::Enospc { FaultOn::Write } else { on }
 }
 
 #[cfg(test)]

@@ -103,7 +103,7 @@ pub struct Vol {
     pub protected: Cell<bool>,
     /// Newest instants that the history must reach, whatever comes: one that a power cut cannot take, and one that only a power cut can. 0: none.
     pub history: Cell<(u64, u64)>,
-    /// Bytes written since the first of these.
+    /// Bytes written since the first of these, with what reverts needed.
     pub history_bytes: Cell<u64>,
     /// A log is being cleaned: what is acked meanwhile may lie in it.
     pub cleaning: Cell<bool>,

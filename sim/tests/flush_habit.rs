@@ -15,7 +15,7 @@ const MS: u64 = 1_000_000;
 const SYNC_NS: u64 = 10 * MS;
 /// Between an ack and the guest's next request.
 const TURN_NS: u64 = 4 * MS;
-const FLUSHES: usize = 20;
+const FLUSHES: usize = 14;
 
 /// Writes as often as `writes` says before each flush. Answers how long each flush took, and how many syncs of the CDP disk there were besides those of the
 /// flushes.
