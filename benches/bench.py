@@ -209,6 +209,8 @@ class Bench:
 
     def restart_servers(self):
         """After a step that was broken off: nothing of it runs on, and those that all steps need run again."""
+        # Jobs of a client that timed out are processes of their own.
+        subprocess.run(["pkill", "-KILL", "-f", f"^fio .*{re.escape(self.dir)}"], check=False)
         for server in Server.started:
             server.stop()
         if self.ours:
@@ -696,6 +698,8 @@ def many_agent(b, folder):
         wait_for(f"{folder}/agent.sock", agent)
     except RuntimeError:
         agent.kill()
+        agent.wait(60)
+        shutil.rmtree(folder, ignore_errors=True)
         raise
     return agent, lambda *c: run(f"{BIN}/cdpctl", "--agent", f"unix:{folder}/agent.sock", "--output", "json", *c)
 
@@ -713,6 +717,7 @@ def scaling(b):
     fill(f"{folder}/cdp.img", counts[-1] * reserve + 256)
     agent, ctl = many_agent(b, folder)
     try:
+        # It holds no journal: what fills it is not known, and may look like anything.
         ctl("disk", "init", f"{folder}/cdp.img", "--segment-size", "1MiB", "--force")
         for number in range(counts[-1]):
             fill(f"{folder}/v{number}.img", mib)
@@ -723,7 +728,7 @@ def scaling(b):
         # Twice as much as its reservation holds into each volume: the ring has wrapped in all of them.
         uri = lambda name: f"--uri=nbd+unix:///{name}?socket={folder}/nbd.sock"
         for group in range(0, counts[-1], 8):
-            run("fio", "--ioengine=nbd", "--rw=write", "--bs=1m", "--iodepth=2", f"--size={mib}m", "--thread", *(part for name in names[group:group + 8] for part in (f"--name={name}", uri(name))))
+            run("fio", "--ioengine=nbd", "--rw=write", "--bs=1m", "--iodepth=2", f"--size={mib}m", "--thread", f"--loops={-(-reserve // mib)}", *(part for name in names[group:group + 8] for part in (f"--name={name}", uri(name))), timeout=1200)
         rounds = [count for number in range(b.pairs) for count in counts[::1 if number % 2 else -1] if b.args.full or count in (1, counts[-1]) or number == 0]
         for count in rounds:
             jobs = [part for name in names[:count] for part in (f"--name={name}", uri(name))]
@@ -852,9 +857,12 @@ def beside(b, who, name, probe):
     return {"probe": probe, "seconds_over_100_ms": stalls, "longest_each_second": guest_s, "probe_longest_each_second": disk_s}
 
 
-def physical_mix(b, guest_s, seconds):
-    """What the disk itself does with the load of a protected volume that takes so many random writes a second, engine and socket aside: appends with a header,
-    the old content read and appended, blocks written, a sync for each 8 MiB of both files; and the prober beside it."""
+def physical_mix(b, guest_s, moved, seconds):
+    """What the disk itself does with the load of a protected volume that takes so many random writes a second, of which so many bytes of each kind came; engine and
+    socket aside: appends with a header, the old content read and appended, blocks written, a sync for each 8 MiB of both files; and the prober beside it."""
+    if not os.path.exists(b.path("third.img")):
+        fill(b.path("third.img"), b.size)
+    share = lambda kind: moved[kind] / max(1, moved["write"])
     every = lambda job, file, size, rw, bs, depth, syncs, rate: [
         f"--name={job}", f"--filename={b.path(file)}", f"--size={size}m", f"--rw={rw}", f"--bs={bs}", f"--iodepth={depth}", *syncs, f"--rate_iops={rate}", *second_by_second(b, f"mix-{job}")]
     rate = int(guest_s)
@@ -862,9 +870,9 @@ def physical_mix(b, guest_s, seconds):
                "--percentile_list=50:99:99.9",
                # Two frames of four writes each, as with eight in flight.
                *every("appends", "third.img", b.size, "write", "20k", 2, [], rate // 4),
-               *every("before-images", "appends.img", 512, "write", "128k", 2, ["--fdatasync=64"], max(1, rate // 32)),
-               *every("old", "peer.img", b.size, "randread", "4k", 16, [], rate),
-               *every("destaging", "peer.img", b.size, "randwrite", "4k", 16, ["--fdatasync=2048"], rate)]
+               *every("before-images", "appends.img", 512, "write", "128k", 2, ["--fdatasync=64"], max(1, int(rate * share("before_image")) // 32)),
+               *every("old", "peer.img", b.size, "randread", "4k", 16, [], int(rate * share("before_image"))),
+               *every("destaging", "peer.img", b.size, "randwrite", "4k", 16, ["--fdatasync=2048"], int(rate * share("destaged")))]
     b.shown(re.sub(r"^--rate_iops=.*", "--rate_iops=AS_MEASURED", part) for part in command)
     with concurrent.futures.ThreadPoolExecutor() as pool:
         probe = pool.submit(probe_of, b, "mix", seconds)
@@ -884,11 +892,14 @@ def stability(b, seconds=600):
     legs = [("stability", f"write latency over {minutes}: longest, ms", ("<=", 100), lambda: stability_of(b, b.ours, "stability", seconds)),
             ("stability_peer", f"qemu-nbd raw over {minutes}: longest, ms", (None, None), lambda: stability_of(b, b.qemu, "stability_peer", seconds)),
             ("stability_mix", f"fio straight on the disk with the physical mix of these writes, {seconds // 120} minutes: longest append, ms", (None, None),
-             lambda: physical_mix(b, b.facts["stability"]["iops"], seconds // 2))]
+             lambda: physical_mix(b, b.facts["stability"]["iops"], moved, seconds // 2))]
+    moved = {}
     for name, what, target, leg in legs:
-        before = evicted()
+        before, bytes_before = evicted(), b.moved()
         seen = b.facts[name] = leg()
         b.settle()
+        if name == "stability":
+            moved.update({kind: count - bytes_before[kind] for kind, count in b.moved().items()})
         stalls, probe = seen["seconds_over_100_ms"], seen["probe"]
         gone = f"; {evicted() - before} logs evicted" if name == "stability" else ""
         b.row(name, what, target, [seen["max_us"] / 1000], note=f"p99.9 {seen['p999_us'] / 1000:.1f} ms; {seen['iops']:,.0f}/s; {len(stalls)} of "
@@ -963,12 +974,14 @@ def main():
                 step(b)
             except Exception as error:
                 # One row that cannot be measured must not cost the others.
-                words = (getattr(error, "stderr", None) or f"{type(error).__name__}: {error}").strip()[-400:]
+                words = getattr(error, "stderr", None) or f"{type(error).__name__}: {error}"
+                words = (words.decode(errors="replace") if isinstance(words, bytes) else words).strip()[-400:]
                 b.failed[name] = words
                 b.say(f"{name}: not measured: {words}")
-                b.restart_servers()
             # What is measured is kept, whatever comes.
             report.save(b, load_before, done=False)
+            if name in b.failed:
+                b.restart_servers()
         predict(b)
         report.write(b, load_before)
     finally:

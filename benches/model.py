@@ -7,8 +7,9 @@ import math
 from dataclasses import dataclass
 
 BLOCK = 4096
-# Frames of a volume on their way at once; up to so many writes in flight half of them are company enough, with more it takes so many blocks (`EngineConfig`).
-FRAMES, FEW_WRITES, COMPANY = 2, 16, 20
+# Up to so many writes in flight each has a frame of its own. With more, two frames are on their way at once; up to so many writes in flight half of them are
+# company enough, with more it takes so many blocks (`EngineConfig`).
+ALONE, FRAMES, FEW_WRITES, COMPANY = 4, 2, 16, 20
 # Logs that a reservation is cut into, and what a log is charged for a write of a block: the block, its before-image, their overhead.
 LOGS, CHARGED = 8, 2 * BLOCK + 400
 # The destager takes over at half of the backlog's bound.
@@ -54,7 +55,7 @@ def writes_s(figures, depth=32, size=BLOCK, set_bytes=8 << 30, reserve=8 << 30, 
     reach = touched_first(BACKLOG // BLOCK, blocks)
     # Writes that share a frame.
     per = max(1, size // BLOCK)
-    together = max(1, depth / FRAMES) if depth <= FEW_WRITES else max(depth / FRAMES, depth - COMPANY / per)
+    together = 1 if depth <= ALONE else depth / FRAMES if depth <= FEW_WRITES else max(depth / FRAMES, depth - COMPANY / per)
     frame = BLOCK + together * size
     in_flight = depth * volumes / (figures.path_s + figures.append_s + frame / figures.append_bytes_s)
     requests = figures.random / (first + reach)

@@ -97,6 +97,56 @@ def predictions(figures):
     return lines
 
 
+def in_the_way(figures):
+    """For each target that was missed: what was measured in the same run of what stands in the way."""
+    rows, facts = figures["rows"], figures["facts"]
+    value = lambda name: f"{rows[name]['median']:.2f}"
+    spread = lambda name: f"{value(name)} ({rows[name]['low']:.2f} to {rows[name]['high']:.2f})"
+    rates = lambda turns: " ".join(f"{turn['iops']:,.0f}" for turn in turns)
+    stalls = lambda name: f"{len(facts[name]['seconds_over_100_ms'])} of {len(facts[name]['longest_each_second'])} seconds with a stall, the longest {facts[name]['max_us'] / 1000:.0f} ms"
+    others = facts.get("randwrite_others", {})
+    later = next((name for name in others if name.startswith("copy-before-write, ")), None)
+
+    def disk(name, what, of=None):
+        row, limit = rows[of or name.removesuffix("_limit")], rows[name]
+        fits, (op, bound) = row["median"] / limit["median"], row["target"]
+        who = "the disk" if (fits < bound if op == ">=" else fits > bound) else "not the disk alone"
+        return f"{who}. {what}, in the same turns: {limit['note']}; ours is {spread(name)} of that."
+
+    ways = {
+        "randwrite": lambda: disk("randwrite_limit", "fio straight on the peers' file with the same random reads and writes and the same appends, 64 in flight"),
+        "cbw": lambda: f"the peer protects the less, the longer it runs: what it has copied it need not copy again, and it keeps one instant only. Writes/s of its turns while it copies: "
+        f"{rates(others['copy-before-write'])}; afterwards: {rates(others[later]) if later else 'not measured'}; ours beside them, at every instant: {rates(others['cdp-agent beside them'])}.",
+        "journal_bytes": lambda: f"headers. A frame has a header of 4 KiB, and here {1 / (rows['journal_bytes']['median'] - 1):.0f} blocks of payload: of 32 writes in flight two frames are on their way. "
+        f"In the process, without a socket, it is {value('journal_bytes_engine')}. One frame at a time has fewer headers and fewer writes a second (`docs/performance.md`, log).",
+        "cpu": lambda: "a protected write is four moves of its block and two indexes; see the profile in `docs/performance.md`.",
+        "flush": lambda: disk("flush_limit", "Appends of 8 KiB and a sync of each, as many random reads and writes beside them, without a socket"),
+        "p50": lambda: disk("p50_limit", "Appends of 8 KiB, as many random reads and writes beside them, without a socket"),
+        "p99": lambda: disk("p99_limit", "Appends of 8 KiB, as many random reads and writes beside them, without a socket"),
+        "seqwrite": lambda: disk("seqwrite_limit", "Each byte moves four times on one disk (append, old content read, its before-image, primary). fio with these moves"),
+        "seqread": lambda: disk("seqread_limit", "fio straight on the same file"),
+        "revert_copy": lambda: disk("revert_limit", "Each byte moves four times on one disk (the target's content and the present one read, that appended, the target's written). fio with these moves", "revert_copy"),
+        **{f"view_read_{age}": lambda: f"where its blocks lie. fio straight on the CDP disk's file reads {spread('view_read_files')} of what it reads on the volume's, in the same turns." for age in ("young", "middle", "old")},
+        "memory_records": lambda: f"{rows['memory_records']['note']}.",
+        "scaling": lambda: f"{rows['scaling']['note']}.",
+        "stability": lambda: f"{stalls('stability')}; `qemu-nbd` raw, afterwards: {stalls('stability_peer')}"
+        + (f"; fio straight on the disk with the physical mix of ours: {stalls('stability_mix')}" if "stability_mix" in facts else "")
+        + f". Single writes straight to the disk saw beside ours: {rows['stability_disk']['note']}.",
+    }
+    missed = [name for name in ORDER if rows.get(name, {}).get("met") is False]
+    if not missed:
+        return []
+
+    def told(name):
+        try:
+            return ways[name]()
+        except (KeyError, TypeError, ZeroDivisionError):
+            return "nothing was measured beside it."
+
+    lines = ["", "## What stands in the way of the targets that were missed", ""]
+    return lines + [f"- **{rows[name]['what']}** ({rows[name]['target'][0]} {rows[name]['target'][1]}: {rows[name]['median']:.3g}): {told(name)}" for name in missed]
+
+
 def collect(b, load_before, path):
     """All figures of a run, with those rows of the last run of its kind that it left out."""
     about = b.about | {"load": os.getloadavg()[0], "minutes": (time.monotonic() - b.began) / 60, "only": b.args.only, "failed": b.failed, "load_before": load_before, "priority": priority(), "cdp_mib": b.cdp_size, "seconds": b.seconds, "pairs": b.pairs, "remarks": b.args.remark}
@@ -142,6 +192,7 @@ def render(figures):
         target = f"{row['target'][0]} {row['target'][1]}" if row["target"][0] else "reported"
         note = f" ({row['note']})" if row["note"] else ""
         lines.append(f"| {row['what']}{note} | {target} | {value} | {spread} | {'' if row['met'] is None else 'yes' if row['met'] else '**no**'} |")
+    lines += in_the_way(figures)
     if "randwrite_qd32" in facts:
         lines += ["", "## 4K random writes, 32 in flight", "", "| server | IOPS, each turn | mean us | p99 us | CPU us a write |", "|---|---|---|---|---|"]
         for name, turns in {**facts["randwrite_qd32"], **facts.get("randwrite_others", {})}.items():
