@@ -22,7 +22,7 @@ pub struct Fence {
     pub primary_id: String,
     /// mtime of the primary (a file) in the state `Clean`, nanoseconds; 0 otherwise.
     pub primary_mtime_ns: u64,
-    /// In the state `Clean`: some blocks of the primary and the CRC-32C of what they held, where a partition table or a file system keeps what changes when it is
+    /// In the state `Clean`: some blocks of the primary and the CRC-32 of what they held, where a partition table or a file system keeps what changes when it is
     /// mounted. A block device has no mtime.
     pub primary_samples: Vec<(u64, u32)>,
     /// The CDP disk's clock mark when the fence was written: a disk whose mark is lower is an older copy of itself, and lacks

@@ -489,7 +489,7 @@ async fn revert(world: &Rc<World>, vol: &Rc<Vol>, at: u64, exact: Option<u64>, f
     let done = result.is_ok();
     match result {
         Ok(report) => {
-            vol.history_bytes.set(vol.history_bytes.get() + report.needed_bytes);
+            vol.history_grows(report.needed_bytes);
             world.say(|| format!("volume {}: reverted to {target}: {report:?}", vol.index));
             world.count(|counts| counts.reverts += 1);
             vol.last_revert.set(report.instant.0);

@@ -80,7 +80,7 @@ pub async fn revert(world: &Rc<World>, at: u64) {
     for (vol, result) in world.volumes.iter().zip(results) {
         match result {
             Ok(report) => {
-                vol.history_bytes.set(vol.history_bytes.get() + report.needed_bytes);
+                vol.history_grows(report.needed_bytes);
                 vol.last_revert.set(report.instant.0);
                 world.instants.borrow_mut().extend([report.instant.0 - 1, report.instant.0]);
                 let verdict = vol.oracle.borrow_mut().revert_done(report.instant.0);

@@ -173,6 +173,10 @@ impl Vol {
         if self.was_not_cleaned(instant) {
             self.history.set((durable, acked.max(instant)));
         }
+        self.history_grows(bytes);
+    }
+    /// So many bytes more are behind what the history must reach.
+    pub fn history_grows(&self, bytes: u64) {
         self.history_bytes.set(self.history_bytes.get() + bytes);
     }
     /// All that was acknowledged before this instant is durable.
