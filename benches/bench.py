@@ -416,23 +416,25 @@ def peers(b):
 
 def latency(b):
     servers, name = [b.ours, b.qemu], b.ours.name
-    for rows, options in [({"flush": ("4K write + flush QD1", (">=", 1.0), "iops")}, {"extra": ["--fsync=1"]}),
-                          ({"p50": ("4K random write QD1 latency p50", ("<=", 1.1), "p50_us"), "p99": ("4K random write QD1 latency p99", ("<=", 1.5), "p99_us")}, {})]:
-        limits = []
-        results = b.interleaved(servers, after=lambda: limits.append(appends_beside(b, b.last_iops, **options)), rw="randwrite", depth=1, **options)
-        b.facts["write_flush_qd1" if options else "randwrite_qd1"] = {**results, "limit": limits}
-        for row, (what, target, key) in rows.items():
-            b.row(row, f"NBD {what} / qemu-nbd raw", target, b.ratios(results, name, b.qemu.name, key))
-            fit = statistics.median(most[key] / peer[key] for most, peer in zip(limits, results[b.qemu.name]))
-            b.row(row + "_limit", "the same / fio straight on the disk, appends of 8 KiB one at a time and as many random reads and writes beside them", (None, None),
-                  [turn[key] / most[key] for turn, most in zip(results[name], limits)], note=f"that is {fit:.2f} of qemu-nbd, which has its socket besides")
+    with stopped(b.start_qemu("qemu-nbd-appends", file="appends.img")) as appender:
+        for rows, options in [({"flush": ("4K write + flush QD1", (">=", 1.0), "iops")}, {"extra": ["--fsync=1"]}),
+                              ({"p50": ("4K random write QD1 latency p50", ("<=", 1.1), "p50_us"), "p99": ("4K random write QD1 latency p99", ("<=", 1.5), "p99_us")}, {})]:
+            limits = []
+            results = b.interleaved(servers, after=lambda: limits.append(appends_beside(b, appender, b.last_iops, **options)), rw="randwrite", depth=1, **options)
+            b.facts["write_flush_qd1" if options else "randwrite_qd1"] = {**results, "limit": limits}
+            for row, (what, target, key) in rows.items():
+                b.row(row, f"NBD {what} / qemu-nbd raw", target, b.ratios(results, name, b.qemu.name, key))
+                fit = statistics.median(most[key] / peer[key] for most, peer in zip(limits, results[b.qemu.name]))
+                b.row(row + "_limit", "the same / appends of 8 KiB one at a time to qemu-nbd, as many random reads and writes of fio beside them", (None, None),
+                      [turn[key] / most[key] for turn, most in zip(results[name], limits)], note=f"that is {fit:.2f} of qemu-nbd with writes of 4 KiB and nothing beside them")
 
 
-def appends_beside(b, rate, extra=()):
-    """What the disk gives a journal with one write in flight: appends of a header and a block, while as many blocks a second are read and written at random."""
-    command = ["fio", "--ioengine=io_uring", "--direct=1", "--time_based", f"--runtime={b.seconds}", "--randrepeat=0", "--norandommap", "--output-format=json",
-               "--percentile_list=50:99:99.9", "--name=appends", f"--filename={b.path('appends.img')}", "--rw=write", "--bs=8k", "--iodepth=1", *extra,
-               "--name=behind", f"--filename={b.path('peer.img')}", f"--size={b.size}m", "--rw=randrw", "--bs=4k", "--iodepth=2", f"--rate_iops={int(rate)},{int(rate)}"]
+def appends_beside(b, server, rate, extra=()):
+    """What any server can give a guest with one write in flight when it appends a header and a block, while as many blocks a second are read and written at random."""
+    command = ["fio", "--time_based", f"--runtime={b.seconds}", "--randrepeat=0", "--norandommap", "--output-format=json",
+               "--percentile_list=50:99:99.9", "--name=appends", "--ioengine=nbd", f"--uri={server.uri}", "--size=512m", "--rw=write", "--bs=8k", "--iodepth=1", *extra,
+               "--name=behind", "--ioengine=io_uring", "--direct=1", f"--filename={b.path('peer.img')}", f"--size={b.size}m", "--rw=randrw", "--bs=4k", "--iodepth=2",
+               f"--rate_iops={int(rate)},{int(rate)}"]
     out = run(*command)
     b.shown(re.sub(r"^--rate_iops=.*", "--rate_iops=AS_MEASURED", part) for part in command)
     side = json.loads(out[out.index("{"):])["jobs"][0]["write"]
@@ -795,14 +797,24 @@ def device(b):
     one = lambda bs: b.fio(b.path("appends.img"), rw="write", bs=bs, depth=1, seconds=seconds, size=512, ramp=0)["mean_us"] / 1e6
     small, large = one("8k"), one("1m")
     append_bytes_s = ((1 << 20) - (8 << 10)) / max(1e-9, large - small)
-    command = {"rw": "randrw", "depth": 64, "seconds": seconds, "ramp": 0}
+    # Of each write a block is read and one written.
+    moved = {"journal_bytes_per_guest_byte": 1.06, "before_image_bytes_per_guest_byte": 1, "primary_bytes_per_guest_byte": 1}
     raw = b.fio(b.path("peer.img"), rw="randwrite", depth=1, seconds=seconds, ramp=0)["mean_us"] / 1e6
     served = statistics.median(b.turn(b.qemu, depth=1, seconds=seconds)["mean_us"] for _ in range(1 if b.args.quick else 3)) / 1e6
-    busy = [b.turn(b.ours, depth=32, bs=bs, seconds=seconds) for bs in ("4k", "64k")]
-    cpu_s, cpu_64k_s = (turn["cpu_us"] / 1e6 for turn in busy)
+
+    def busy(**options):
+        """Processor time of a write, and random blocks moved behind it."""
+        before = b.moved()
+        cpu_s = b.turn(b.ours, depth=32, seconds=seconds, **options)["cpu_us"] / 1e6
+        grown = {kind: count - before[kind] for kind, count in b.moved().items()}
+        return cpu_s, (grown["before_image"] + grown["destaged"]) / max(1, grown["write"])
+
+    (uniform_s, uniform_moves), (hot_s, hot_moves), (cpu_64k_s, _) = busy(), busy(size=64), busy(bs="64k")
+    cpu_move_s = max(0, (uniform_s - hot_s) / max(0.1, uniform_moves - hot_moves))
     b.facts["device"] = {
-        "append_s": max(0, small - (8 << 10) / append_bytes_s), "append_bytes_s": append_bytes_s, "random": b.fio(b.path("peer.img"), **command)["both_iops"],
-        "both_bytes_s": both_ways(b, 25) * (1 << 20), "path_s": max(0, served - raw), "cpu_s": cpu_s, "cpu_byte_s": max(0, cpu_64k_s - cpu_s) / (60 << 10)}
+        "append_s": max(0, small - (8 << 10) / append_bytes_s), "append_bytes_s": append_bytes_s, "random": 2 * mix(b, moved, 30000, b.path("peer.img")),
+        "both_bytes_s": both_ways(b, 25) * (1 << 20), "path_s": max(0, served - raw), "cpu_s": max(0, uniform_s - uniform_moves * cpu_move_s), "cpu_move_s": cpu_move_s,
+        "cpu_byte_s": max(0, cpu_64k_s - uniform_s) / (60 << 10)}
 
 
 def predict(b):

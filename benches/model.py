@@ -23,14 +23,15 @@ class Figures:
     # An append takes so long, and its bytes at this rate besides.
     append_s: float
     append_bytes_s: float
-    # Random blocks read and written a second on the primary's disk, half of each, 64 in flight.
+    # Random blocks read and written a second on the primary's disk, half of each, 64 in flight, beside the appends that come with so many.
     random: float
     # Bytes a second that the primary's disk moves in both directions, 1 MiB at a time.
     both_bytes_s: float
     # What a request costs between guest and server, one in flight: a raw server's latency without that of its disk.
     path_s: float
-    # Processor time of a write of a block, and of each further byte.
+    # Processor time of a write of a block up to its ack, of each random block that is read or written behind that, and of each further byte of a larger write.
     cpu_s: float
+    cpu_move_s: float
     cpu_byte_s: float
     # Bytes a second of a CDP disk of its own. `None`: it shares the primary's disk.
     own_bytes_s: float | None = None
@@ -48,8 +49,19 @@ def bus(figures, appended, rest):
     return min(figures.own_bytes_s / appended, figures.both_bytes_s / rest)
 
 
+def in_step(depth, servers):
+    """Requests a second of `depth` clients that wait for each one: `servers` are time alone and requests a second at the most of each server on the way. One that is
+    busy a share of its time takes as much longer as if requests came at random (M/M/1): time / (1 - share)."""
+    low, high = 0.0, min(most for _, most in servers)
+    for _ in range(60):
+        rate = (low + high) / 2
+        needed = rate * sum(alone / (1 - rate / most) for alone, most in servers)
+        low, high = (rate, high) if needed < depth else (low, rate)
+    return low
+
+
 def writes_s(figures, depth=32, size=BLOCK, set_bytes=8 << 30, reserve=8 << 30, volumes=1):
-    """Writes a second of uniform random writes, `depth` in flight for each volume, all of one shard. The least of what disk, bus and core allow."""
+    """Writes a second of uniform random writes, `depth` in flight for each volume, all of one shard, when the backlog is as full as it stays."""
     blocks = set_bytes // BLOCK
     first = touched_first(max(1, reserve // LOGS // CHARGED), blocks)
     reach = touched_first(BACKLOG // BLOCK, blocks)
@@ -57,10 +69,13 @@ def writes_s(figures, depth=32, size=BLOCK, set_bytes=8 << 30, reserve=8 << 30, 
     per = max(1, size // BLOCK)
     together = 1 if depth <= ALONE else depth / FRAMES if depth <= FEW_WRITES else max(depth / FRAMES, depth - COMPANY / per)
     frame = BLOCK + together * size
-    in_flight = depth * volumes / (figures.path_s + figures.append_s + frame / figures.append_bytes_s)
-    requests = figures.random / (first + reach)
-    core = 1 / (figures.cpu_s + (size - BLOCK) * figures.cpu_byte_s)
-    return min(in_flight, requests, core, bus(figures, frame / together + first * size, (first + reach) * size))
+    appended, rest = frame / together + first * size, (first + reach) * size
+    core = 1 / (figures.cpu_s + (first + reach) * figures.cpu_move_s + (size - BLOCK) * figures.cpu_byte_s)
+    disk = min(figures.random / (first + reach), bus(figures, appended, rest))
+    # The append waits for what else its disk does; on a disk of its own that is only appends.
+    append = disk if figures.own_bytes_s is None else figures.own_bytes_s / appended
+    way = [(figures.path_s, core), (figures.append_s + frame / figures.append_bytes_s, append)]
+    return min(in_step(depth * volumes, way), disk)
 
 
 def sequential_bytes_s(figures):

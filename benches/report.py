@@ -120,9 +120,9 @@ def in_the_way(figures):
         "journal_bytes": lambda: f"headers. A frame has a header of 4 KiB, and here {1 / (rows['journal_bytes']['median'] - 1):.0f} blocks of payload: of 32 writes in flight two frames are on their way. "
         f"In the process, without a socket, it is {value('journal_bytes_engine')}. One frame at a time has fewer headers and fewer writes a second (`docs/performance.md`, log).",
         "cpu": lambda: "a protected write is four moves of its block and two indexes; see the profile in `docs/performance.md`.",
-        "flush": lambda: disk("flush_limit", "Appends of 8 KiB and a sync of each, as many random reads and writes beside them, without a socket"),
-        "p50": lambda: disk("p50_limit", "Appends of 8 KiB, as many random reads and writes beside them, without a socket"),
-        "p99": lambda: disk("p99_limit", "Appends of 8 KiB, as many random reads and writes beside them, without a socket"),
+        "flush": lambda: disk("flush_limit", "Appends of 8 KiB and a sync of each to qemu-nbd, as many random reads and writes of fio beside them"),
+        "p50": lambda: disk("p50_limit", "Appends of 8 KiB to qemu-nbd, as many random reads and writes of fio beside them"),
+        "p99": lambda: disk("p99_limit", "Appends of 8 KiB to qemu-nbd, as many random reads and writes of fio beside them"),
         "seqwrite": lambda: disk("seqwrite_limit", "Each byte moves four times on one disk (append, old content read, its before-image, primary). fio with these moves"),
         "seqread": lambda: disk("seqread_limit", "fio straight on the same file"),
         "revert_copy": lambda: disk("revert_limit", "Each byte moves four times on one disk (the target's content and the present one read, that appended, the target's written). fio with these moves", "revert_copy"),

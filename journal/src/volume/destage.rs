@@ -58,7 +58,7 @@ const BACK_OFF_NS: (u64, u64) = (100_000_000, 5_000_000_000);
 const GROUP: usize = 16;
 /// Groups under way at once, while the backlog is shallow and otherwise: the device has work while the next one is made. More, or larger ones, keep the guest's own
 /// requests waiting.
-const GROUPS: (usize, usize) = (2, 3);
+const GROUPS: (usize, usize) = (1, 3);
 /// A guest that asked for nothing for this long does not notice how busy the disk is, nanoseconds.
 const QUIET_NS: u64 = 20_000_000;
 /// Blocks of old content in one append, for each request of a group: a guest's own append waits for one that is under way. Its header costs a block.
