@@ -13,8 +13,8 @@ pub enum Mutation {
     AckAheadOfEarlier,
     /// I1: a flush is acked without a sync.
     FlushWithoutSync,
-    /// I1: a flush's sync is submitted while frames of the caller are still in flight.
-    FlushSyncEarly,
+    /// I1: a sync counts for frames that completed while it was under way.
+    SyncCoversLater,
     /// I1: a sync counts for frames that were in flight when it was submitted.
     SyncCoversAll,
     /// I1: the watermark passes writes before the primary was synced.
@@ -73,7 +73,7 @@ impl Mutation {
         Self::AckBeforeAppend,
         Self::AckAheadOfEarlier,
         Self::FlushWithoutSync,
-        Self::FlushSyncEarly,
+        Self::SyncCoversLater,
         Self::SyncCoversAll,
         Self::WatermarkEarly,
         Self::ViewExclusive,

@@ -18,7 +18,7 @@ const FAULTS: [(Mutation, &str, &str, u64); 27] = [
     (Mutation::AckBeforeAppend, "I1", "crash", 7),
     (Mutation::AckAheadOfEarlier, "I1", "crash", 399),
     (Mutation::FlushWithoutSync, "I1", "crash", 5),
-    (Mutation::FlushSyncEarly, "I1", "crash", 6107),
+    (Mutation::SyncCoversLater, "I1", "crash", 101),
     (Mutation::SyncCoversAll, "I1", "crash", 101),
     (Mutation::WatermarkEarly, "I1", "crash", 5),
     (Mutation::ViewExclusive, "I2", "views", 0),
@@ -41,7 +41,7 @@ const FAULTS: [(Mutation, &str, &str, u64); 27] = [
     (Mutation::ErrorToGuest, "I8", "cdp-fault", 7),
     (Mutation::DisabledSpanCovered, "I9", "switch", 0),
     (Mutation::BeforeImagesUncounted, "I10", "capacity", 1),
-    (Mutation::ReuseEarly, "I2", "wrap", 161),
+    (Mutation::ReuseEarly, "I2", "wrap", 227),
 ];
 
 /// Most seeds tried for one fault, when the known one does not find it any more.

@@ -352,7 +352,6 @@ impl Volume {
             return Ok(());
         }
         self.kick.notify();
-        let early = active(Mutation::FlushSyncEarly);
         let durable = self
             .changed
             .until(|| {
@@ -364,7 +363,7 @@ impl Volume {
                     return Some(Err(Error::Gone(reason)));
                 }
                 let covered = self.syncs.borrow().iter().any(|covers| *covers >= upto);
-                ((early || state.completed >= upto) && !covered).then_some(Ok(false))
+                (state.completed >= upto && !covered).then_some(Ok(false))
             })
             .await?;
         if durable { Ok(()) } else { self.sync_completed(disk).await }
@@ -382,6 +381,7 @@ impl Volume {
         disk.sync().await?;
         self.stats.borrow_mut().sync_latency.record(self.host.boot_ns().saturating_sub(started));
         let mut state = self.state.borrow_mut();
+        let completed = if active(Mutation::SyncCoversLater) { state.completed } else { completed };
         state.durable = state.durable.max(completed);
         for (log, writes, before) in frames {
             let mut log = log.state.borrow_mut();
