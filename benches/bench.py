@@ -195,7 +195,7 @@ class Bench:
         self.qemu = self.start_qemu()
         self.say("warming up: until the ring has wrapped")
         # A log is charged 8 KiB for each write, so this is more than the CDP disk holds.
-        for _ in range(1 if self.args.quick else 3 if self.args.full else 2):
+        for _ in range(3 if self.args.full else 1):
             for target in [self.ours.uri, self.qemu.uri, self.path("third.img")]:
                 # The other files too: blocks that were overwritten need not be as fast as fresh ones, nor fresh ones as these.
                 self.fio(target, rw="write", bs="1m", depth=8, seconds=600, extra=["--time_based=0", "--loops=1"], ramp=0)
@@ -350,7 +350,7 @@ def writes(b):
           [most["moved"]["journal_bytes_per_guest_byte"] for most in limits], note="the turns over NBD of the first row")
     b.row("cpu", "CPU time per 4K write, whole process / qemu-nbd raw", ("<=", 1.5), b.ratios(results, ours.name, qemu.name, "cpu_us"),
           note="32 in flight, the turns of the first row; what runs behind the ack counted in")
-    for depth in () if b.args.quick else (4, 8):
+    for depth in (4, 8) if b.args.full else ():
         results = b.interleaved([ours, qemu], rw="randwrite", depth=depth)
         b.facts[f"randwrite_qd{depth}"] = results
         b.row(f"randwrite_qd{depth}", f"NBD 4K random write QD{depth} / qemu-nbd raw cache=none", (None, None), b.ratios(results, ours.name, qemu.name),
