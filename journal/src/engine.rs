@@ -113,7 +113,8 @@ pub struct VolumeSpec {
     /// it is another state, or the journal is there after all, it changes nothing.
     pub accept: Option<Health>,
     /// The admin's named decision to take over the journal that a CDP disk has of this volume, though this host has no fence for it: the disk was moved
-    /// here, or the state directory was lost. Without such a journal it changes nothing.
+    /// here, or the state directory was lost. Where there is a fence, that the primary is the one it names, whatever its identity is now. Without such a journal
+    /// it changes nothing.
     pub attach_journal: bool,
     /// Groups whose revert was begun and never decided ([`crate::group`]): theirs do not count.
     pub undecided_reverts: Vec<Uuid>,

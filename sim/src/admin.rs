@@ -573,12 +573,12 @@ async fn dry_run(world: &Rc<World>, vol: &Rc<Vol>, at: u64) {
     verify(world, vol).await;
 }
 
-/// What is said to be zero must read as zeroes.
-/// More of the primary for the guest.
+/// The primary grows under the agent, and the guest gets it.
 async fn resize(world: &Rc<World>, vol: &Rc<Vol>, sectors: u64) {
     let before = vol.shown.get();
     let wanted = sectors.clamp(before, vol.sectors);
     vol.sizes.borrow_mut().push((world.clock(), None, wanted));
+    vol.primary.grow_to(wanted.next_multiple_of(8).min(vol.sectors) * 512);
     match vol.handle().resize(Some(wanted * 512)).await {
         Ok(bytes) if bytes == wanted * 512 => {
             world.count(|counts| counts.resizes += 1);
@@ -593,6 +593,7 @@ async fn resize(world: &Rc<World>, vol: &Rc<Vol>, sectors: u64) {
     }
 }
 
+/// What is said to be zero must read as zeroes.
 async fn status(world: &Rc<World>, vol: &Rc<Vol>, sector: u64, count: u64) {
     let export = vol.handle().export();
     let sector = sector.min(vol.shown.get() - 1);

@@ -140,6 +140,8 @@ impl Pages {
 
 struct State {
     size: u64,
+    /// What whoever asks is told of it: the rest is there and belongs to nobody yet.
+    told: u64,
     size_opened: u64,
     current: Pages,
     stable: Pages,
@@ -197,6 +199,7 @@ impl SimDisk {
             stragglers: Cell::new(false),
             state: RefCell::new(State {
                 size,
+                told: size,
                 size_opened: size,
                 current: Pages::default(),
                 stable: Pages::default(),
@@ -227,8 +230,9 @@ impl SimDisk {
 
     /// The device as one incarnation of the agent sees it.
     pub fn attach(self: &Rc<Self>, executor: &Rc<Executor>) -> Rc<dyn Device> {
-        let size = self.size();
-        self.state.borrow_mut().size_opened = size;
+        let mut state = self.state.borrow_mut();
+        state.size_opened = state.told;
+        drop(state);
         Rc::new(Handle { disk: Rc::clone(self), executor: Rc::clone(executor) })
     }
 
@@ -276,10 +280,22 @@ impl SimDisk {
     pub fn set_size(&self, size: u64) {
         let mut state = self.state.borrow_mut();
         state.size = size;
+        state.told = size;
         let State { current, stable, .. } = &mut *state;
         for pages in [current, stable] {
             pages.0.retain(|page, _| (page + 1) * PAGE <= size.next_multiple_of(PAGE));
         }
+    }
+
+    /// Only the first so many bytes of the disk are there for now.
+    pub fn hide_behind(&self, told: u64) {
+        self.state.borrow_mut().told = told;
+    }
+
+    /// The disk is at least so large from now on, whatever it was opened with; what lies there shows (as when a logical volume is extended).
+    pub fn grow_to(&self, told: u64) {
+        let mut state = self.state.borrow_mut();
+        state.told = told.clamp(state.told, state.size);
     }
 
     /// Size in bytes now.
@@ -572,7 +588,7 @@ impl Handle {
     /// Remembers what no device allows; the run fails by it.
     fn check_range(&self, what: &str, offset: u64, len: u64) -> io::Result<()> {
         let mut state = self.disk.state.borrow_mut();
-        let end_ok = offset + len <= state.size_opened || offset + len <= state.size;
+        let end_ok = offset + len <= state.size_opened || offset + len <= state.told;
         if !offset.is_multiple_of(SECTOR) || !len.is_multiple_of(SECTOR) || !end_ok {
             let (name, size) = (&self.disk.name, state.size);
             let text = format!("{name}: {what} of {len} bytes at {offset} is unaligned or past the size {size}");
@@ -717,7 +733,7 @@ impl Device for Handle {
         if self.disk.is_gone() {
             return Err(io::Error::from_raw_os_error(ENODEV));
         }
-        Ok(self.disk.size())
+        Ok(self.disk.state.borrow().told)
     }
 
     fn physical_block(&self) -> u32 {

@@ -356,6 +356,7 @@ impl World {
             primary.set_slow(setup.primary_slow_ns);
             let blocks = sectors.div_ceil(8);
             let first = (sectors * setup.begin_eighths / 8).max(1);
+            primary.hide_behind(first.next_multiple_of(8).min(*sectors) * 512);
             let initial: Vec<bool> = (0..blocks).map(|_| rng.one_in(2)).collect();
             for block in (0..blocks).filter(|block| initial[*block as usize]) {
                 let count = (sectors - block * 8).min(8) as usize;

@@ -102,3 +102,44 @@ fn a_volume_that_ends_within_a_block_is_exact_to_its_last_sector() {
         assert!(std::fs::read(&path).unwrap() == old, "{size} bytes: the primary after a revert and a stop");
     }
 }
+
+/// Goal: a volume that grows under its agent holds what is written into the new space: live, once it is destaged, after a kill and on the bare primary; older
+/// views keep their size.
+#[test]
+fn a_volume_that_is_grown_in_service_keeps_what_is_written_into_the_new_space() {
+    const OLD: u64 = 2 << 20;
+    const NEW: u64 = 5 << 20;
+    let folder = cdp_tests::process::scratch();
+    let path = folder.path().join("sized.img");
+    let mut agent = agent_with(&path, OLD);
+    let mut client = agent.connect("sized");
+    client.write(OLD - 4096, &noise(1, 4096)).unwrap();
+    let before = now_ns();
+    client.close();
+    File::options().write(true).open(&path).unwrap().set_len(NEW).unwrap();
+    agent.ctl(&["volume", "resize", "sized"]);
+    assert_eq!(agent.info("sized")["size"], NEW);
+    let pieces = [(OLD - 4096, noise(2, 8192)), (3 << 20, noise(3, 65536)), (NEW - 4096, noise(4, 4096))];
+    let mut client = agent.connect("sized");
+    for (offset, bytes) in &pieces {
+        client.write(*offset, bytes).unwrap();
+    }
+    client.flush().unwrap();
+    assert_pieces(&mut client, &pieces, "at once");
+    let begun = std::time::Instant::now();
+    while agent.info("sized")["backlog_bytes"] != 0 {
+        assert!(begun.elapsed().as_secs() < 60, "nothing is destaged: {}", agent.info("sized"));
+        std::thread::sleep(std::time::Duration::from_millis(50));
+    }
+    assert_pieces(&mut client, &pieces, "once it is destaged");
+    client.close();
+    assert_eq!(agent.view_image("sized", before).len() as u64, OLD);
+    agent.kill();
+    agent.start();
+    assert_pieces(&mut agent.connect("sized"), &pieces, "after a kill");
+    agent.stop();
+    let image = std::fs::read(&path).unwrap();
+    for (offset, bytes) in &pieces {
+        assert!(image[*offset as usize..][..bytes.len()] == bytes[..], "the primary at {offset}");
+    }
+}

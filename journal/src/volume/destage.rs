@@ -227,14 +227,19 @@ impl Volume {
             }
             Work::Punch(ranges) => {
                 let punched = ranges.len();
+                self.state.borrow_mut().punching = true;
                 for (block, count) in ranges {
                     let (start, len) = self.bytes_of(block, count);
-                    if len > 0 {
+                    let left = disk.failure().is_some() || self.state.borrow().attach.is_none();
+                    if len > 0 && !left {
                         // A hint: a device that cannot punch loses nothing.
                         let _ = self.primary.write_zeroes(start, len, true).await;
                     }
                 }
-                self.state.borrow_mut().punch.drain(..punched);
+                let mut state = self.state.borrow_mut();
+                state.punching = false;
+                state.punch.drain(..punched);
+                drop(state);
                 self.changed.notify();
             }
         }
@@ -249,7 +254,7 @@ impl Volume {
     /// Bytes of a block range, cut at the end of the primary.
     fn bytes_of(&self, block: u64, count: u64) -> (u64, u64) {
         let start = block * BLOCK;
-        (start, (count * BLOCK).min(self.primary.size().saturating_sub(start)))
+        (start, (count * BLOCK).min(self.primary_bytes.get().saturating_sub(start)))
     }
 
     /// Brings what is due of a log to the primary: batches are prepared while earlier ones are finished.
@@ -852,7 +857,7 @@ impl Volume {
     }
 
     async fn write_one(&self, write: &Write) -> Result<()> {
-        let size = self.primary.size();
+        let size = self.primary_bytes.get();
         match write {
             Write::Data(block, parts) => {
                 let start = block * BLOCK;
@@ -866,7 +871,7 @@ impl Volume {
                     room -= n;
                 }
                 if list.is_empty() {
-                    return Ok(());
+                    return Err(self.past_the_end(*block));
                 }
                 self.primary.write(start, list).await.map_err(|e| Error::device("write to", self.path(), &e))
             }
@@ -878,7 +883,7 @@ impl Volume {
             Write::Zero(block, count) => {
                 let (start, len) = self.bytes_of(*block, *count);
                 if len == 0 {
-                    return Ok(());
+                    return Err(self.past_the_end(*block));
                 }
                 self.primary
                     .write_zeroes(start, len, true)
@@ -886,6 +891,12 @@ impl Volume {
                     .map_err(|e| Error::device("write zeroes to", self.path(), &e))
             }
         }
+    }
+
+    /// What was acked to the guest has no place: that is said, and nothing is dropped.
+    fn past_the_end(&self, block: u64) -> Error {
+        let bytes = self.primary_bytes.get();
+        Error::State(format!("block {block} is past the end of the primary, which has {bytes} bytes"))
     }
 
     pub(crate) fn note_primary_failing(self: &Rc<Self>, error: &Error) {

@@ -67,6 +67,8 @@ impl Volume {
         let (logs, tickets) = {
             let mut state = self.state.borrow_mut();
             state.attach = None;
+            // This is the destager's own task, so none of them is on its way.
+            state.punch.clear();
             state.markers.clear();
             state.sizes.clear();
             state.primary_failing = None;

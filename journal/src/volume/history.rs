@@ -547,7 +547,7 @@ impl Volume {
             // Only now: while the log may come back after a power cut, the primary holds what its instants before the discard show.
             let mut state = self.state.borrow_mut();
             let hints = std::mem::take(&mut log.state.borrow_mut().hints);
-            if state.attach.is_some() {
+            if state.attach.as_ref().is_some_and(|attach| Rc::ptr_eq(&attach.disk, &log.disk)) {
                 state.punch.extend(hints.iter().map(|(block, count, _)| (block, count)));
             }
         }
@@ -870,7 +870,7 @@ impl Volume {
             Some(disk) => disk,
             None => {
                 return Err(match engine.pick_disk(None) {
-                    None => Error::State("no CDP disk is online: `disk init` one first".into()),
+                    None => Error::State("no CDP disk is online: `disk init` one first; one that failed is used again after a restart of the agent".into()),
                     Some(disk) => {
                         Self::check_settings(&settings, &disk)?;
                         let total = disk.geometry.segments * disk.geometry.segment_size;
@@ -1051,8 +1051,12 @@ impl Volume {
             self.resume_journal();
             return Err(error);
         }
-        // Evictions under way end first: their segments are theirs to free.
-        self.changed.until(|| (self.state.borrow().leaving.is_empty() || disk.failure().is_some()).then_some(())).await;
+        // Evictions under way end first: their segments are theirs to free, and their discards the destager's to punch.
+        let none_leaves = || {
+            let state = self.state.borrow();
+            ((state.leaving.is_empty() && state.punch.is_empty()) || disk.failure().is_some()).then_some(())
+        };
+        self.changed.until(none_leaves).await;
         let lost: Vec<_> = {
             let state = self.state.borrow();
             state.views.values().cloned().collect()
@@ -1085,9 +1089,13 @@ impl Volume {
             self.resume_journal();
             return Err(error);
         }
+        // From the next step on requests go straight to the primary: nothing old may be on its way there.
+        self.changed.until(|| (!self.state.borrow().punching).then_some(())).await;
         let (logs, leaving) = {
             let mut state = self.state.borrow_mut();
             state.attach = None;
+            // Hints: what is not punched only keeps its room.
+            state.punch.clear();
             state.markers.clear();
             state.sizes.clear();
             state.mode = Mode::Direct;
@@ -1319,6 +1327,8 @@ impl Volume {
             return Ok(now);
         }
         let engine = self.engine()?;
+        // Before the guest may write there: what is destaged and read is cut at this.
+        self.primary_bytes.set(self.primary_bytes.get().max(primary));
         if self.state.borrow().mode == Mode::Journal {
             let instant = engine.tick().await?;
             let ticket = {

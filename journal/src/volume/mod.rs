@@ -183,8 +183,11 @@ pub(crate) struct State {
     pub stale_blocks: BTreeMap<u64, u64>,
     /// The fence does not know yet that some were overwritten.
     pub lost_changed: bool,
-    /// Ranges to punch on the primary, of discards whose log was evicted.
+    /// Ranges to punch on the primary, of discards whose log was evicted. Only where a journal is attached: there a later write of such a range waits in the overlay until
+    /// it is punched.
     pub punch: Vec<(u64, u64)>,
+    /// Some of them are on their way to the primary: requests must not go there directly.
+    pub punching: bool,
     /// Somebody waits until everything is on the primary.
     pub drain_waiters: u32,
     pub backlog_full: bool,
@@ -256,6 +259,8 @@ pub struct Volume {
     pub(crate) engine: Weak<Engine>,
     pub(crate) host: Rc<dyn crate::host::Host>,
     pub(crate) primary: Rc<dyn Device>,
+    /// Bytes of the primary that may be used: what it had when the volume was opened, or last resized. What the device itself was opened with may be less.
+    pub(crate) primary_bytes: Cell<u64>,
     pub(crate) state: RefCell<State>,
     /// Anything that somebody may wait for has changed, but for the next two.
     pub(crate) changed: Signal,
@@ -544,7 +549,7 @@ impl Volume {
 
     /// Some blocks of the primary and their checksums: those that [`SAMPLED`] names, and the last one. What cannot be read is left out.
     pub(crate) async fn sample_primary(&self) -> Vec<(u64, u32)> {
-        let blocks = self.primary.size().div_ceil(BLOCK);
+        let blocks = self.primary_bytes.get().div_ceil(BLOCK);
         let wanted: BTreeSet<u64> =
             SAMPLED.into_iter().filter(|block| *block < blocks).chain(blocks.checked_sub(1)).collect();
         let read =

@@ -365,7 +365,7 @@ impl Volume {
         let of_primary =
             |(_, layers): &(u64, Layers)| matches!(&layers[..], [Layer { mask: 0xFF, source: Source::Primary { .. } }]);
         let count = resolved.len() as u64;
-        if !resolved.iter().all(of_primary) || (first + count) * BLOCK > self.primary.size() {
+        if !resolved.iter().all(of_primary) || (first + count) * BLOCK > self.primary_bytes.get() {
             return Ok(None);
         }
         self.read_primary(first * BLOCK, count * BLOCK).await.map(Some)
@@ -417,7 +417,7 @@ impl Volume {
                 }
             }
         }
-        let size = self.primary.size();
+        let size = self.primary_bytes.get();
         let from_primary = join_all(primary.iter().map(|(start, list)| async move {
             let len = (list.len() as u64 * BLOCK).min(size.saturating_sub(start * BLOCK));
             if len == 0 { Ok(None) } else { self.read_primary(start * BLOCK, len).await.map(Some) }
@@ -495,7 +495,7 @@ impl Volume {
                 live.push((block, self.resolve_live(&row, block).await?));
             }
         }
-        let primary_end = end.min(self.primary.size());
+        let primary_end = end.min(self.primary_bytes.get());
         let holes = if primary_end > offset {
             self.primary.allocation(offset, primary_end - offset).await.map_err(device)?
         } else {

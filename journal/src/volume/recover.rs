@@ -54,6 +54,7 @@ pub(crate) async fn open(engine: &Rc<Engine>, spec: VolumeSpec) -> Result<Rc<Vol
         engine: Rc::downgrade(engine),
         host: Rc::clone(engine.host()),
         primary: Rc::clone(&spec.primary),
+        primary_bytes: Cell::new(primary_size),
         state: RefCell::new(State {
             name: spec.name.clone(),
             path: spec.path.clone(),
@@ -95,6 +96,7 @@ pub(crate) async fn open(engine: &Rc<Engine>, spec: VolumeSpec) -> Result<Rc<Vol
             lost_changed: false,
             stale_blocks: BTreeMap::new(),
             punch: Vec::new(),
+            punching: false,
             drain_waiters: 0,
             backlog_full: false,
             destager_running: false,
@@ -191,7 +193,7 @@ impl Volume {
                     );
                     return self.refuse(Health::NeedsJournal, EventKind::NeedsJournal, reason);
                 };
-                if let Some(what) = self.primary_differs(&fence, clean).await? {
+                if let Some(what) = self.primary_differs(&fence, clean, spec.attach_journal).await? {
                     if accepted(Health::PrimaryChanged) {
                         // What is on the primary is what the admin wants, in blocks that were lost, too.
                         self.go_on_without(&what, None).await?;
@@ -293,11 +295,11 @@ impl Volume {
         Ok(())
     }
 
-    /// Whether somebody wrote past the agent, as far as the fence tells.
-    async fn primary_differs(&self, fence: &Fence, clean: bool) -> Result<Option<String>> {
+    /// Whether somebody wrote past the agent, as far as the fence tells. That it is the same primary under another identity may be vouched for.
+    async fn primary_differs(&self, fence: &Fence, clean: bool, vouched: bool) -> Result<Option<String>> {
         let identity = self.primary.identity().map_err(|e| Error::device("identify", self.path(), &e))?;
         let size = self.primary.current_size().map_err(|e| Error::device("size of", self.path(), &e))?;
-        if !fence.primary_id.is_empty() && identity.id != fence.primary_id {
+        if !vouched && !fence.primary_id.is_empty() && identity.id != fence.primary_id {
             return Ok(Some(format!("the primary is {} now, it was {}", identity.id, fence.primary_id)));
         }
         if size < fence.primary_size {
@@ -438,7 +440,7 @@ impl Volume {
                 let mut imaged = Touched::default();
                 let mut io = (Instant::MAX, Instant::ZERO);
                 // Checksums say that these are the bytes that were written, not that they make sense.
-                let end = self.primary.size().div_ceil(BLOCK);
+                let end = self.primary_bytes.get().div_ceil(BLOCK);
                 let mut inside = true;
                 let writes_filters = for_each_entry(disk, id, StreamKind::Writes, &writes, |entry| {
                     inside &= touch(&mut touched, entry, end);
@@ -790,7 +792,7 @@ impl Volume {
                     || state.revert.is_some()
                     || state.hints.iter().any(|(b, n, _)| b <= block && block < b + n)
             });
-            if newer || (block + 1) * BLOCK > self.primary.size() {
+            if newer || (block + 1) * BLOCK > self.primary_bytes.get() {
                 continue;
             }
             let mut missing = 0xFF;

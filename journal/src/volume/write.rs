@@ -572,7 +572,10 @@ impl Volume {
             (fresh, charge_of(wanted, fresh))
         };
         let charged = active.state.borrow().charged;
-        if charged > 0 && charged + charge > attach.capacity_bytes() / 8 {
+        // Small requests one by one are charged far less than their frames take (a discard 256 bytes of 4 KiB): a log that could not end for its charge would
+        // take everything, and then nothing could be evicted for it.
+        let large = active.segment_count() > (attach.capacity / 3).max(4);
+        if charged > 0 && (large || charged + charge > attach.capacity_bytes() / 8) {
             return Ok(Room::Rotate);
         }
         // Segments that this request adds to the bound of the active log, rounded up.

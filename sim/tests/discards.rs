@@ -1,0 +1,94 @@
+//! What discards may not cost: room, time, and what is written after them. In virtual time.
+
+mod common;
+
+use std::cell::Cell;
+use std::rc::Rc;
+
+use cdp_journal::info::Settings;
+use cdp_journal::{BLOCK, EngineConfig, Host as _, payload_buf};
+use cdp_sim::disk::{Fault, FaultKind, FaultOn};
+use cdp_sim::executor::{Executor, Outcome, Shared, SimHost};
+use common::{Place, SECOND};
+
+/// Goal: discards one by one, each of which takes a frame of its own, end logs like anything else: history that they have no use for is kept, and no guest
+/// waits for room that nothing can make.
+/// Method: more discards than the reservation of 40 MiB has room for frames of 4 KiB.
+#[test]
+fn discards_one_by_one_fill_no_log_beyond_its_share() {
+    let executor = Executor::new(Shared::new(3, 1_700_000_000 * SECOND));
+    let place = Place::new(160, 64);
+    let found = Rc::new(Cell::new((0, 0)));
+    let (exec, tell) = (Rc::clone(&executor), Rc::clone(&found));
+    let root = async move {
+        let host = SimHost(Rc::clone(&exec));
+        let (engine, volume) = place.start(&exec, EngineConfig::default()).await;
+        let export = volume.export();
+        let (mut longest, mut fewest) = (0, usize::MAX);
+        for number in 0..12_000u64 {
+            let began = host.boot_ns();
+            export.trim(number % 16_384 * BLOCK, BLOCK as u32).await.unwrap();
+            longest = longest.max(host.boot_ns() - began);
+            if number > 6_000 {
+                fewest = fewest.min(volume.info().logs.len());
+            }
+        }
+        tell.set((longest, fewest));
+        engine.stop().await.unwrap();
+    };
+    assert_eq!(executor.run(Box::pin(root)), Outcome::Done);
+    let (longest, fewest) = found.get();
+    assert!(longest < 30 * SECOND, "a discard took {} ms", longest / 1_000_000);
+    assert!(fewest >= 2, "at times one log had everything");
+}
+
+/// Goal: the holes that old discards become on the primary are punched before anything newer is there, also when the journal is left meanwhile.
+/// Method: protection is switched off, and its history grows too old; punching what was discarded takes the primary 0.1 s a range, of which there are 64. As soon as the
+/// first is punched the guest writes to all of them: those writes wait for the change to the bare primary, and go there.
+#[test]
+fn nothing_discarded_is_punched_over_what_was_written_since() {
+    const RANGES: u64 = 64;
+    let executor = Executor::new(Shared::new(5, 1_700_000_000 * SECOND));
+    let place = Place::new(160, 64);
+    let lost = Rc::new(Cell::new(None));
+    let (exec, tell) = (Rc::clone(&executor), Rc::clone(&lost));
+    let root = async move {
+        let host = SimHost(Rc::clone(&exec));
+        let (engine, volume) = place.start(&exec, EngineConfig::default()).await;
+        volume.edit(|kept| Settings { reserve_duration_s: 60, ..kept.expect("it is protected") }).await.unwrap();
+        let export = volume.export();
+        // Not side by side, or they would be one range.
+        let places: Vec<u64> = (0..RANGES).map(|number| number * 2 * BLOCK).collect();
+        let write = async |offset: u64, byte: u8| {
+            let mut data = payload_buf(offset, BLOCK as u32);
+            data.fill(byte);
+            export.write(offset, BLOCK as u32, data, false).await.unwrap();
+        };
+        for offset in &places {
+            write(*offset, 1).await;
+        }
+        host.sleep(5 * SECOND).await;
+        for offset in &places {
+            export.trim(*offset, BLOCK as u32).await.unwrap();
+        }
+        volume.disable().await.unwrap();
+        host.sleep(SECOND).await;
+        let on_disk = |offset: u64| place.primary.peek(offset, 1)[0];
+        assert!(places.iter().all(|offset| on_disk(*offset) == 1), "nothing was punched before its time");
+        let slow = FaultKind::Slow(SECOND / 10);
+        place.primary.fault(Fault { on: FaultOn::Write, kind: slow, times: None, after: 0, within: None });
+        let mut waited = 0;
+        while places.iter().all(|offset| on_disk(*offset) == 1) {
+            host.sleep(SECOND / 100).await;
+            waited += 1;
+            assert!(waited < 100_000, "nothing is ever punched: this shows nothing");
+        }
+        futures::future::join_all(places.iter().map(|offset| write(*offset, 2))).await;
+        host.sleep(20 * SECOND).await;
+        place.primary.heal();
+        tell.set(Some(places.iter().filter(|offset| on_disk(**offset) != 2).count()));
+        engine.stop().await.unwrap();
+    };
+    assert_eq!(executor.run(Box::pin(root)), Outcome::Done);
+    assert_eq!(lost.get(), Some(0), "blocks that were written after they had been discarded are zeroes");
+}
