@@ -325,7 +325,7 @@ and in another terminal:
   cdpctl info demo
   cdpctl timeline demo
   cdpctl view open demo --at $before_deletion         # read it with nbdcopy, qemu-img, qemu-nbd, nbdfuse ...
-  cdpctl revert demo --at '5m ago' --dry-run
+  cdpctl revert demo --at good-evening --dry-run
 The thesis was deleted between $before_deletion and $deleted.
 To remove it all: rm -rf $dir
 EOF

@@ -79,6 +79,6 @@ if [ ${#packages[@]} -gt 0 ]; then
 fi
 
 if ! command -v cargo >/dev/null; then
-    echo "setup: Rust is missing: install rustup or Debian's cargo, at least Rust $(sed -n 's/^rust-version = "\(.*\)"/\1/p' "$(dirname "$0")/../Cargo.toml")" >&2
+    echo "setup: Rust is missing: install it with rustup (a distribution's cargo may be too old), at least Rust $(sed -n 's/^rust-version = "\(.*\)"/\1/p' "$(dirname "$0")/../Cargo.toml")" >&2
     exit 1
 fi

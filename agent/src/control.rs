@@ -347,6 +347,13 @@ impl Control {
         Ok(VolumeStatus { record, info })
     }
 
+    /// Names and ids of the volumes that could not be opened: no shard knows of them.
+    pub fn unserved(&self) -> Vec<(String, Uuid)> {
+        let registry = self.registry.read();
+        let failed = registry.volumes.values().filter(|slot| slot.failed.is_some());
+        failed.map(|slot| (slot.record.name.clone(), slot.record.uuid)).collect()
+    }
+
     /// All volumes, by name.
     pub async fn volumes(&self) -> Vec<VolumeStatus> {
         let mut uuids: Vec<(String, Uuid)> =
@@ -588,15 +595,18 @@ impl Control {
         self.open_anew(volume, Some(health), false).await
     }
 
-    /// The admin's decision to take over the history that a CDP disk has of this volume, though this host knows nothing of it.
+    /// The admin's decision to take over the history that a CDP disk has of this volume, though this host knows nothing of it; or though the primary is known by another
+    /// identity than before.
     pub async fn attach_volume(&self, volume: Uuid) -> Result<VolumeStatus> {
         let _changing = self.changing.lock().await;
         let fence = self.fence(volume)?;
         let info = self.info(volume).await?;
-        if fence.is_some() || info.health != Health::NeedsJournal {
+        let wanted = if fence.is_none() { Health::NeedsJournal } else { Health::PrimaryChanged };
+        if info.health != wanted {
             let name = info.name;
             return Err(Error::State(format!(
-                "volume {name:?} has no history to attach: that is for one in state needs_journal whose CDP disk came from elsewhere"
+                "volume {name:?} has no history to attach: that is for one in state needs_journal whose CDP disk came from elsewhere, or primary_changed because its \
+                 primary is known by another name"
             )));
         }
         self.open_anew(volume, None, true).await

@@ -393,7 +393,7 @@ Everything is in {dir}; stop with Ctrl-C, start again with the same --dev.
   export CDP_AGENT=unix:{dir}/agent.sock
   cdpctl info {DEMO}                          its history
   cdpctl mark {DEMO} --name before-upgrade    names this instant
-  cdpctl view open {DEMO} --at '5m ago'       the volume as it was, as an export of its own
+  cdpctl view open {DEMO} --at before-upgrade the volume as it was, as an export of its own
   cdpctl revert {DEMO} --at before-upgrade    takes it back (no client may have it open, or --force)
 "
     )

@@ -221,7 +221,11 @@ fn identity_of(file: &File, is_block: bool) -> io::Result<String> {
             let born_ns = i128::from(born.tv_sec) * 1_000_000_000 + i128::from(born.tv_nsec);
             format!("file:{}:{born_ns}", metadata.ino())
         }
-        None => format!("inode:{}:{}", metadata.dev(), metadata.ino()),
+        // A file system without a device of its own (NFS, FUSE) has a number that only counts its mounts.
+        None => {
+            let number = Some(metadata.dev()).filter(|dev| libc::major(*dev) != 0);
+            format!("inode:{}:{}", number.unwrap_or_default(), metadata.ino())
+        }
     })
 }
 

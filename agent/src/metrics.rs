@@ -11,6 +11,7 @@ use cdp_journal::info::{CdpState, DiskInfo, Health, Histogram, VolumeInfo, Volum
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
+use uuid::Uuid;
 
 use crate::control::{Control, DiskStatus, Shard, ShardStats};
 use crate::events::wall_ns;
@@ -91,6 +92,7 @@ async fn render(control: &Control) -> String {
     let stats = control.stats().await;
     let volumes: Vec<_> = stats.iter().flat_map(|shard: &ShardStats| &shard.volumes).collect();
     render_volumes(&mut page, &volumes);
+    render_health(&mut page, &volumes, &control.unserved());
     render_disks(&mut page, &control.disks().await);
     render_agent(&mut page, control, &volumes);
     page.text
@@ -188,14 +190,6 @@ fn render_volumes(page: &mut Page, volumes: &[&Row]) {
             if used == 0 { 0.0 } else { images as f64 / used as f64 },
         );
     }
-    page.metric("cdp_volume_health", "1 for the state that the volume is in; anything but ok needs a person.", "gauge");
-    for row in volumes {
-        for (health, word) in HEALTH {
-            let mut labels = labels(row);
-            labels.push(("health", (*word).to_owned()));
-            page.sample("cdp_volume_health", &labels, u64::from(row.0.health == *health));
-        }
-    }
     let stages: [Stage; 6] = [
         ("write", |s| &s.write_latency),
         ("queue", |s| &s.queue_latency),
@@ -215,6 +209,19 @@ fn render_volumes(page: &mut Page, volumes: &[&Row]) {
             let mut labels = labels(row);
             labels.push(("stage", stage.to_owned()));
             page.histogram(name, &labels, histogram(&row.1));
+        }
+    }
+}
+
+/// Volumes that could not be opened have this series, too, as lists have them: an alert must not miss them.
+fn render_health(page: &mut Page, volumes: &[&Row], unserved: &[(String, Uuid)]) {
+    page.metric("cdp_volume_health", "1 for the state that the volume is in; anything but ok needs a person.", "gauge");
+    let served = volumes.iter().map(|row| (&row.0.name, row.0.id, row.0.health));
+    let others = unserved.iter().map(|(name, id)| (name, *id, Health::PrimaryFailing));
+    for (name, id, is) in served.chain(others) {
+        for (health, word) in HEALTH {
+            let labels = [("volume", name.clone()), ("volume_uuid", id.to_string()), ("health", (*word).to_owned())];
+            page.sample("cdp_volume_health", &labels, u64::from(is == *health));
         }
     }
 }

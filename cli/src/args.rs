@@ -229,11 +229,13 @@ pub enum Volume {
         after_help = "Examples:\n  cdpctl volume xml vm1-root\n  cdpctl volume xml vm1-root --target vdb > disk.xml\n  cdpctl volume xml vm1-root --only libvirt > disk.xml"
     )]
     Xml(VolumeXml),
-    /// Take over the history that a CDP disk brought from another host
+    /// Take over a history that this host does not know, or no longer knows, to be the volume's
     #[command(
         after_help = "Examples:\n  cdpctl volume add vm1-root --path /dev/vg0/vm1-root --uuid 0d9a…\n  cdpctl volume attach vm1-root\n\n\
         For a volume that was added with the uuid that it had, after its CDP disk was moved here or the agent's state\n\
-        directory was lost. You vouch that the primary is the one that the history belongs to, and that the other host is out of the way."
+        directory was lost; or for one in state primary_changed whose primary is the same, and only known by another name (a restored\n\
+        or moved file, a device that says something else of itself since an upgrade). Nothing acked is lost. You vouch that the\n\
+        primary is the one that the history belongs to, with what the agent left on it, and that no other host serves it."
     )]
     Attach(VolumeAttach),
     /// Go on with the primary as it is, where the agent refuses to decide

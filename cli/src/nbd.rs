@@ -15,8 +15,9 @@ pub enum Server {
     Tcp { host: String, port: u16, tls: bool },
 }
 
-/// Seconds for which a guest's requests wait for an agent that restarts.
-const RECONNECT_S: u32 = 60;
+/// Seconds for which a guest's requests wait for an agent that restarts: as long as the unit lets a stop and a start take (5 and 10 minutes), since an error
+/// costs a guest its file system, and waiting only time.
+const RECONNECT_S: u32 = 900;
 
 /// The port that NBD has where none is given.
 const PORT: u16 = 10809;

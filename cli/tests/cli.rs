@@ -437,7 +437,7 @@ fn xml_is_what_libvirt_and_qemu_want() {
            <driver name='qemu' type='raw' cache='none' discard='unmap'/>\n  \
            <source protocol='nbd' name='demo'>\n    \
              <host transport='unix' socket='/run/cdp-agent/nbd.sock'/>\n    \
-             <reconnect delay='60'/>\n  \
+             <reconnect delay='900'/>\n  \
            </source>\n  \
            <target dev='vda' bus='virtio'/>\n  \
            <serial>aae751ba8b9742599579</serial>\n\
@@ -449,7 +449,7 @@ fn xml_is_what_libvirt_and_qemu_want() {
         json["qemu_blockdev"],
         json!([
             "-blockdev",
-            "driver=nbd,node-name=cdp-aae751ba8b97,server.type=unix,server.path=/run/cdp-agent/nbd.sock,export=demo,reconnect-delay=60,cache.direct=on,discard=unmap",
+            "driver=nbd,node-name=cdp-aae751ba8b97,server.type=unix,server.path=/run/cdp-agent/nbd.sock,export=demo,reconnect-delay=900,cache.direct=on,discard=unmap",
             "-device",
             "virtio-blk-pci,drive=cdp-aae751ba8b97,serial=aae751ba8b9742599579",
         ])
