@@ -201,12 +201,6 @@ class Bench:
                 self.fio(target, rw="write", bs="1m", depth=8, seconds=600, extra=["--time_based=0", "--loops=1"], ramp=0)
         self.settle()
 
-    def make_room(self, mib):
-        """Where the disk has too little left, the third file goes: few steps need it, and those come first."""
-        if shutil.disk_usage(self.dir).free >> 20 < mib + 4096:
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(self.path("third.img"))
-
     def restart_servers(self):
         """After a step that was broken off: nothing of it runs on, and those that all steps need run again."""
         # Jobs of a client that timed out are processes of their own.
@@ -552,8 +546,6 @@ def records(b):
     counts = [100_000, 300_000 if b.args.quick else 1_000_000]
     if b.args.full:
         counts += [10_000_000]
-    elif not b.args.quick:
-        counts += [3_000_000]
     runs = {}
     # One reservation for all, with room for the most: a log is a fixed share of it, and what is in memory is a share of a log.
     reserve = 1024 + counts[-1] * 200 // (1 << 20)
@@ -715,7 +707,6 @@ def scaling(b):
     # All together are as large as the volume of the other rows: the backlogs must not hold them.
     mib = b.size // 64
     reserve = max(64, mib)
-    b.make_room(counts[-1] * (mib + reserve) + 256)
     fill(f"{folder}/cdp.img", counts[-1] * reserve + 256)
     agent, ctl = many_agent(b, folder)
     try:
@@ -765,7 +756,7 @@ def scaling(b):
 
 def curves(b):
     servers = [b.ours, b.qemu]
-    seconds = 1 if b.args.quick else 3 if b.args.full else 2
+    seconds = 3 if b.args.full else 1
     rounds = 2 if b.args.full else 1
     depths = [1, 32] if b.args.quick else [1, 2, 4, 8, 16, 32, 64, 128]
     sizes = ["4k", "16k", "64k", "256k", "1m"]
@@ -922,7 +913,6 @@ def stability(b, seconds=600):
 
 def idle_volumes(b):
     """1,000 protected volumes that do nothing. Their CDP disk is of 34 GiB, next to nothing of it written."""
-    b.make_room(2048)
     folder = b.path("idle")
     os.makedirs(folder)
     with open(f"{folder}/cdp.img", "wb") as file:
@@ -946,7 +936,7 @@ def idle_volumes(b):
     b.row("memory_idle", "memory: 1,000 idle protected volumes, MiB", ("<=", 1024), [used])
 
 
-# Steps that make all of their files themselves.
+# Steps that make all of their files themselves. They come first, while the disk has room.
 SELF_CONTAINED = {"records", "scaling", "idle"}
 
 
@@ -976,11 +966,11 @@ def main():
     b.about = report.machine(b)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        if not args.only or set(args.only) - SELF_CONTAINED:
-            b.prepare()
-        for name, step in steps:
+        for name, step in sorted(steps, key=lambda step: step[0] not in SELF_CONTAINED):
             if not b.wanted(name):
                 continue
+            if name not in SELF_CONTAINED and not b.ours:
+                b.prepare()
             try:
                 step(b)
             except Exception as error:

@@ -85,7 +85,7 @@ def sequential_bytes_s(figures):
 
 def main():
     # The way through a socket; processor time up to the ack, of each block that is moved behind it, of each further byte; that of a raw server.
-    core, raw_cpu_s = (30e-6, 12e-6, 6e-6, 0.5e-9), 16e-6
+    core, raw_cpu_s = (31e-6, 4e-6, 12e-6, 1.7e-9), 16e-6
     hosts = {
         "NVMe": (Figures(20e-6, 2e9, 500e3, 3e9, *core), 500e3, 2.5e9),
         "SATA SSD": (Figures(60e-6, 480e6, 75e3, 500e6, *core), 75e3, 480e6),
