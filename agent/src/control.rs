@@ -119,6 +119,8 @@ pub struct Control {
     engine_config: EngineConfig,
     pub(crate) registry: RwLock<Registry>,
     pub(crate) changing: tokio::sync::Mutex<()>,
+    /// One group is reverted at a time: each takes its members' locks in no order. Never taken while `changing` is waited for.
+    pub(crate) reverting: tokio::sync::Mutex<()>,
     /// How fast reverts are copied.
     pub(crate) copying: Arc<Copying>,
     /// Where views are files, while they are.
@@ -224,6 +226,7 @@ impl Control {
             engine_config: config.engine.clone(),
             registry: RwLock::default(),
             changing: tokio::sync::Mutex::new(()),
+            reverting: tokio::sync::Mutex::new(()),
             local: RwLock::default(),
             nbd_devices: nbd_devices(config),
             mounting: tokio::sync::Mutex::new(()),
@@ -768,7 +771,8 @@ impl Control {
                 uuid: volume.uuid.or(known.map(|known| known.uuid)).unwrap_or_else(Uuid::new_v4),
                 name: volume.name.clone(),
                 path: volume.path.clone(),
-                size: if volume.size == 0 { recorded_size } else { volume.size },
+                // What a resize has given the guest stays.
+                size: volume.size.max(recorded_size),
                 configured: true,
             });
         }
@@ -1041,13 +1045,21 @@ impl Control {
 
     /// Groups whose revert was not decided when the agent ended, and all of whose volumes have been recovered without it: they are told, and done with.
     async fn settle_reverts(&self) {
+        // A group that is being reverted decides for itself.
+        let _alone = self.reverting.lock().await;
         for (group, members) in self.state.undecided_members() {
             let mut open = false;
             for volume in &members {
                 let known = self.registry.read().volumes.contains_key(volume);
-                // One that is not served yet still has to be recovered without it.
-                open |= known
-                    && !matches!(self.info(*volume).await, Ok(info) if !matches!(info.health, Health::NeedsJournal | Health::PrimaryChanged));
+                // One that is not served yet, or not here now with a journal that may come back, still has to be recovered without it.
+                open |= match known {
+                    true => {
+                        !matches!(self.info(*volume).await, Ok(info) if !matches!(info.health, Health::NeedsJournal | Health::PrimaryChanged))
+                    }
+                    false => {
+                        !matches!(self.fence(*volume), Ok(fence) if fence.as_ref().is_none_or(|fence| fence.state == FenceState::Detached))
+                    }
+                };
             }
             if !open {
                 let message = format!(

@@ -616,6 +616,15 @@ impl Device for Disk {
         })
     }
 
+    fn discard(&self, offset: u64, len: u64) -> LocalFuture<'static, io::Result<()>> {
+        let disk = self.clone();
+        Box::pin(async move {
+            // A device that cannot punch (a thin pool, a hard disk) keeps the bytes: zeroes written there would take the room that was to be given back.
+            let hole = FallocateFlags::FALLOC_FL_PUNCH_HOLE;
+            disk.allocate_zeroes(hole, &disk.shared.no_punch, offset, len).await.map(|_| ())
+        })
+    }
+
     fn sync(&self) -> LocalFuture<'static, io::Result<()>> {
         let disk = self.clone();
         Box::pin(async move {

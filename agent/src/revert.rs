@@ -93,6 +93,7 @@ impl Control {
             .into_iter()
             .map(|(volume, target)| OnShard { control: self, volume, request: request(target) })
             .collect();
+        let _alone = self.reverting.lock().await;
         group::revert(&members, self, Uuid::new_v4()).await
     }
 }

@@ -56,6 +56,11 @@ pub trait Device {
     fn write(&self, offset: u64, parts: Vec<Slice>) -> LocalFuture<'static, io::Result<()>>;
     /// Makes the range read as zeroes; `punch` allows (does not demand) a hole.
     fn write_zeroes(&self, offset: u64, len: u64, punch: bool) -> LocalFuture<'static, io::Result<()>>;
+    /// A hint that the content of the range is not needed any more: it may read as zeroes afterwards, or as before. Unless a device knows better the range is made
+    /// zero.
+    fn discard(&self, offset: u64, len: u64) -> LocalFuture<'static, io::Result<()>> {
+        self.write_zeroes(offset, len, true)
+    }
     /// Makes everything durable that had completed when this was called.
     fn sync(&self) -> LocalFuture<'static, io::Result<()>>;
     /// The same, and of a file its modification time too: a start compares it after a clean stop.

@@ -142,6 +142,76 @@ fn what_a_file_of_a_device_cannot_do_is_refused() {
     agent.stop();
 }
 
+/// How many syncs of the CDP disk the volume has waited for.
+fn syncs(agent: &Agent) -> u64 {
+    let address = fs::read_to_string(agent.file("metrics.addr")).unwrap();
+    let mut stream = std::net::TcpStream::connect(address.trim()).unwrap();
+    stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n").unwrap();
+    let mut text = String::new();
+    stream.read_to_string(&mut text).unwrap();
+    let of_syncs = |line: &&str| line.starts_with("cdp_volume_latency_seconds_count") && line.contains("\"sync\"");
+    let line = text.lines().find(of_syncs).unwrap_or_else(|| panic!("no count of syncs:\n{text}"));
+    line.rsplit(' ').next().unwrap().parse().unwrap()
+}
+
+/// Goal: a write through a handle that was opened with O_DSYNC is durable when it returns, of whole sectors and of parts. (The kernel asks for no sync of its
+/// own behind a write that it does not cache.)
+#[test]
+fn a_write_of_a_synchronous_handle_is_synced_before_it_returns() {
+    use std::os::unix::fs::OpenOptionsExt as _;
+    const WRITES: u64 = 40;
+    skip_unless_mountable!();
+    let agent = Agent::dev("16MiB", "1GiB");
+    let path = volume_file(&agent);
+    let synced = |flags: i32, len: usize| {
+        let file = OpenOptions::new().write(true).custom_flags(flags).open(&path).unwrap();
+        let before = syncs(&agent);
+        for number in 0..WRITES {
+            file.write_all_at(&vec![7; len], number * 8192).unwrap();
+        }
+        syncs(&agent) - before
+    };
+    assert!(synced(0, 4096) < WRITES / 2, "without the flag nothing is synced: else this shows nothing");
+    for len in [4096, 100] {
+        let count = synced(nix::fcntl::OFlag::O_DSYNC.bits(), len);
+        assert!(count >= WRITES, "{count} syncs for {WRITES} writes of {len} bytes");
+    }
+}
+
+/// Goal: a handle that was open when its volume grew has the new space: it takes writes there, and what is to be zero reads as zeroes.
+#[test]
+fn an_open_file_of_a_volume_that_grows_has_the_new_space() {
+    skip_unless_mountable!();
+    let mut agent = Agent::dev("16MiB", "1GiB");
+    let path = volume_file(&agent);
+    let file = open(&path, true).unwrap();
+    // As of a logical volume that is extended: what was there shows.
+    let primary = OpenOptions::new().write(true).open(agent.file("primary.img")).unwrap();
+    let (old, new) = (SIZE as u64, SIZE as u64 + (4 << 20));
+    primary.write_all_at(&vec![0xEE; 4 << 20], old).unwrap();
+    agent.ctl(&["volume", "resize", "demo"]);
+    let read = |at: u64| {
+        let mut bytes = vec![1; 8192];
+        file.read_exact_at(&mut bytes, at).unwrap();
+        bytes
+    };
+    assert!(read(old).iter().all(|byte| *byte == 0xEE));
+    let punch = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+    fallocate(&file, punch, old.cast_signed(), 8192).unwrap();
+    assert!(read(old).iter().all(|byte| *byte == 0), "a hole in the new space");
+    fallocate(&file, punch, (new - 8192).cast_signed(), 1 << 20).unwrap();
+    assert!(read(new - 8192).iter().all(|byte| *byte == 0), "a hole over its end");
+    file.write_all_at(&[5; 8192], old + 65536).unwrap();
+    assert!(read(old + 65536).iter().all(|byte| *byte == 5), "a write into the new space");
+    assert_eq!(code(file.write_at(&[1; 100], new)), Some(libc_errno::ENOSPC));
+    file.sync_all().unwrap();
+    drop(file);
+    agent.kill();
+    agent.start();
+    let after = image(&path);
+    assert!(after.len() as u64 == new && after[SIZE + 65536..][..8192] == [5; 8192], "after a kill");
+}
+
 /// Goal: nobody writes stale bytes over a reverted volume through a file either.
 #[test]
 fn a_revert_counts_open_files_as_clients() {

@@ -117,3 +117,29 @@ fn one_volume_that_refuses_keeps_the_others_as_they_are_and_writable() {
     change(&agent, &mut rng);
     agent.ctl(&["revert", "demo", "second", "third", "--at", &at]);
 }
+
+/// Goal: reverts of the same volumes at the same time, named in another order, all end.
+#[test]
+fn reverts_of_overlapping_groups_at_once_all_end() {
+    let agent = Agent::dev_with(&NAMES[1..], SIZE, "2GiB");
+    change(&agent, &mut Rng::new(seed()));
+    let at = now_ns().to_string();
+    let done = std::sync::atomic::AtomicU32::new(0);
+    std::thread::scope(|scope| {
+        for names in [["demo", "second"], ["second", "demo"], ["demo", "second"], ["second", "demo"]] {
+            let (agent, at, done) = (&agent, &at, &done);
+            scope.spawn(move || {
+                for _ in 0..15 {
+                    // It may be refused: another one is under way.
+                    let _ = agent.try_ctl(&["--timeout", "60", "revert", names[0], names[1], "--at", at]);
+                }
+                done.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+            });
+        }
+    });
+    assert_eq!(done.into_inner(), 4);
+    for name in NAMES {
+        assert_eq!(agent.info(name)["health"], "ok");
+        agent.connect(name).close();
+    }
+}

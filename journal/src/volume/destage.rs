@@ -43,6 +43,8 @@ const AHEAD: (usize, usize) = (1, 3);
 const BATCH_ZERO_BLOCKS: u64 = 1 << 28;
 /// Bytes of one read or write of the primary at the most.
 const IO_BLOCKS: u64 = 256;
+/// Bytes of one hole at the most: nothing is destaged, and the journal is not left, while one is made.
+const PUNCH_BYTES_MAX: u64 = 1 << 30;
 /// Ranges of a piece of a revert that are read at once.
 const RANGES: usize = 64;
 /// Eighths of the backlog's bound at which the destager begins without waiting for company, and below which it stops again.
@@ -228,12 +230,15 @@ impl Volume {
             Work::Punch(ranges) => {
                 let punched = ranges.len();
                 self.state.borrow_mut().punching = true;
+                let left = || disk.failure().is_some() || self.state.borrow().attach.is_none();
                 for (block, count) in ranges {
                     let (start, len) = self.bytes_of(block, count);
-                    let left = disk.failure().is_some() || self.state.borrow().attach.is_none();
-                    if len > 0 && !left {
+                    let mut at = 0;
+                    while at < len && !left() {
+                        let step = (len - at).min(PUNCH_BYTES_MAX);
                         // A hint: a device that cannot punch loses nothing.
-                        let _ = self.primary.write_zeroes(start, len, true).await;
+                        let _ = self.primary.discard(start + at, step).await;
+                        at += step;
                     }
                 }
                 let mut state = self.state.borrow_mut();

@@ -287,7 +287,7 @@ impl Volume {
                 ticket.wait().await
             }
             Admitted::Direct => {
-                let result = self.primary.write_zeroes(first * BLOCK, blocks * BLOCK, true).await;
+                let result = self.primary.discard(first * BLOCK, blocks * BLOCK).await;
                 self.leave_direct(first, blocks, result.is_ok());
                 result.map_err(|e| Error::device("discard on", self.path(), &e))
             }

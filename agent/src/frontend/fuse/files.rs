@@ -43,6 +43,8 @@ pub(crate) enum Request {
         len: u32,
         /// See [`payload_buf`].
         payload: IoBuf,
+        /// Durable before the answer.
+        fua: bool,
         /// To whom.
         reply: ReplyWrite,
     },
@@ -52,6 +54,8 @@ pub(crate) enum Request {
         offset: u64,
         /// What.
         bytes: Vec<u8>,
+        /// Durable before the answer.
+        fua: bool,
         /// To whom.
         reply: ReplyWrite,
     },
@@ -65,6 +69,8 @@ pub(crate) enum Request {
         len: u64,
         /// Keep the room on the primary.
         no_hole: bool,
+        /// All of it must be inside of the file.
+        within: bool,
         /// To whom.
         reply: ReplyEmpty,
     },
@@ -235,18 +241,21 @@ impl File {
                 },
                 Err(error) => reply.error(errno_of(&error)),
             },
-            Request::Write { offset, len, payload, reply } => {
+            Request::Write { offset, len, mut payload, fua, reply } => {
                 let _shared = self.gate.shared().await;
-                match export.write(offset, len, payload, false).await {
+                let Some(len) = self.inside(offset, len as usize) else { return reply.error(Errno::ENOSPC) };
+                payload[(offset % 4096) as usize + len..].fill(0);
+                let len = len as u32; // not more than was asked for
+                match export.write(offset, len, payload, fua).await {
                     Ok(()) => reply.written(len),
                     Err(error) => reply.error(errno_of(&error)),
                 }
             }
-            Request::WritePart { offset, bytes, reply } => {
+            Request::WritePart { offset, bytes, fua, reply } => {
                 let _alone = self.gate.exclusive().await;
-                let len = u32::try_from(bytes.len()).unwrap_or(u32::MAX); // a request has at most a megabyte
-                match self.write_part(offset, &bytes).await {
-                    Ok(()) => reply.written(len),
+                let Some(len) = self.inside(offset, bytes.len()) else { return reply.error(Errno::ENOSPC) };
+                match self.write_part(offset, &bytes[..len], fua).await {
+                    Ok(()) => reply.written(u32::try_from(len).unwrap_or(u32::MAX)), // a request has at most a megabyte
                     Err(error) => reply.error(errno_of(&error)),
                 }
             }
@@ -254,10 +263,15 @@ impl File {
                 Ok(()) => reply.ok(),
                 Err(error) => reply.error(errno_of(&error)),
             },
-            Request::Zero { offset, len, no_hole, reply } => match self.zero(offset, len, no_hole).await {
-                Ok(()) => reply.ok(),
-                Err(error) => reply.error(errno_of(&error)),
-            },
+            Request::Zero { offset, len, no_hole, within, reply } => {
+                if within && offset.saturating_add(len) > export.size() {
+                    return reply.error(Errno::EFBIG);
+                }
+                match self.zero(offset, len, no_hole).await {
+                    Ok(()) => reply.ok(),
+                    Err(error) => reply.error(errno_of(&error)),
+                }
+            }
             Request::Seek { offset, hole, reply } => match self.seek(offset, hole).await {
                 Ok(Some(found)) => reply.offset(i64::try_from(found).unwrap_or(i64::MAX)), // sizes are below 2^63
                 Ok(None) => reply.error(Errno::ENXIO),
@@ -265,6 +279,13 @@ impl File {
             },
             Request::Close => {}
         }
+    }
+
+    /// How much of a write lies inside of the file, whose size may have grown since it was opened: as at the end of a device what fits is written, and what begins behind
+    /// it has no space (`None`).
+    fn inside(&self, offset: u64, len: usize) -> Option<usize> {
+        let room = self.export.size().checked_sub(offset).filter(|room| *room > 0)?;
+        Some(len.min(usize::try_from(room).unwrap_or(usize::MAX)))
     }
 
     /// Exactly the bytes asked for, or fewer at the end.
@@ -281,7 +302,7 @@ impl File {
     }
 
     /// A write that begins or ends inside a sector; the caller is alone.
-    async fn write_part(&self, offset: u64, bytes: &[u8]) -> Result<()> {
+    async fn write_part(&self, offset: u64, bytes: &[u8], fua: bool) -> Result<()> {
         if bytes.is_empty() {
             return Ok(());
         }
@@ -306,7 +327,7 @@ impl File {
         }
         let at = base + (offset - first) as usize;
         payload[at..at + bytes.len()].copy_from_slice(bytes);
-        self.export.write(first, span, payload, false).await
+        self.export.write(first, span, payload, fua).await
     }
 
     async fn zero(&self, offset: u64, len: u64, no_hole: bool) -> Result<()> {
@@ -315,12 +336,12 @@ impl File {
         if first >= last {
             // Inside one sector, or around one border.
             let _alone = self.gate.exclusive().await;
-            return self.write_part(offset, &vec![0; end.saturating_sub(offset) as usize]).await;
+            return self.write_part(offset, &vec![0; end.saturating_sub(offset) as usize], false).await;
         }
         if offset < first || last < end {
             let _alone = self.gate.exclusive().await;
-            self.write_part(offset, &vec![0; (first - offset) as usize]).await?;
-            self.write_part(last, &vec![0; (end - last) as usize]).await?;
+            self.write_part(offset, &vec![0; (first - offset) as usize], false).await?;
+            self.write_part(last, &vec![0; (end - last) as usize], false).await?;
         }
         let mut at = first;
         while at < last {

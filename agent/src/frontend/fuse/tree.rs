@@ -60,7 +60,6 @@ struct Node {
 struct OpenFile<S: 'static> {
     shard: Arc<ShardHandle<S>>,
     ticket: u64,
-    size: u64,
     writable: bool,
 }
 
@@ -88,12 +87,6 @@ impl<S: ExportSource + Clone + 'static> OpenFile<S> {
     /// A shard that is gone drops the request, and so answers it with an I/O error.
     fn send(&self, request: files::Request) {
         let _ = self.shard.file_request(self.ticket, request);
-    }
-
-    /// What lies inside of the file; `None`: nothing does.
-    fn inside(&self, offset: u64, len: usize) -> Option<usize> {
-        let room = self.size.checked_sub(offset).filter(|room| *room > 0)?;
-        Some(len.min(usize::try_from(room).unwrap_or(usize::MAX)))
     }
 }
 
@@ -260,8 +253,7 @@ impl<S: ExportSource + Clone + 'static> Filesystem for Tree<S> {
                 false => FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_NOFLUSH,
             };
             let handle = shared.handle_next.fetch_add(1, Ordering::Relaxed);
-            let (size, shard) = (export.size, export.shard);
-            let file = OpenFile { shard, ticket: opened.ticket, size, writable: write };
+            let file = OpenFile { shard: export.shard, ticket: opened.ticket, writable: write };
             shared.handles.lock().insert(handle, Arc::new(file));
             reply.opened(FileHandle(handle), how);
         });
@@ -292,23 +284,23 @@ impl<S: ExportSource + Clone + 'static> Filesystem for Tree<S> {
         offset: u64,
         data: &[u8],
         _: WriteFlags,
-        _: OpenFlags,
+        flags: OpenFlags,
         _: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
         let Some(file) = self.handle(handle).filter(|file| file.writable) else { return reply.error(Errno::EBADF) };
-        // As at the end of a device: what fits is written, what begins behind it has no space.
-        let Some(len) = file.inside(offset, data.len()) else { return reply.error(Errno::ENOSPC) };
-        let data = &data[..len];
+        let len = data.len();
+        // The file is never cached, so no sync of the kernel's follows a write that is to be durable (O_SYNC has this bit, too; RWF_DSYNC sets it for one write).
+        let fua = flags.0 & libc::O_DSYNC != 0;
         let whole = offset.is_multiple_of(SECTOR) && (len as u64).is_multiple_of(SECTOR) && len > 0;
         file.send(match u32::try_from(len).ok().filter(|_| whole) {
             Some(len) => {
                 let mut payload = payload_buf(offset, len);
                 let at = (offset % 4096) as usize;
                 payload[at..at + data.len()].copy_from_slice(data);
-                files::Request::Write { offset, len, payload, reply }
+                files::Request::Write { offset, len, payload, fua, reply }
             }
-            None => files::Request::WritePart { offset, bytes: data.to_vec(), reply },
+            None => files::Request::WritePart { offset, bytes: data.to_vec(), fua, reply },
         });
     }
 
@@ -410,14 +402,8 @@ impl<S: ExportSource + Clone + 'static> Filesystem for Tree<S> {
             mode if mode & !KEEP_SIZE == libc::FALLOC_FL_ZERO_RANGE => true,
             _ => return reply.error(Errno::EOPNOTSUPP), // room is not promised: the primary may be thin
         };
-        let end = offset.saturating_add(len);
-        if end > file.size && mode & KEEP_SIZE == 0 {
-            return reply.error(Errno::EFBIG);
-        }
-        if offset >= file.size {
-            return reply.ok();
-        }
-        file.send(files::Request::Zero { offset, len: end.min(file.size) - offset, no_hole, reply });
+        let within = mode & KEEP_SIZE == 0;
+        file.send(files::Request::Zero { offset, len, no_hole, within, reply });
     }
 
     fn lseek(&self, _: &Request, _: INodeNo, handle: FileHandle, offset: i64, whence: i32, reply: ReplyLseek) {
