@@ -302,7 +302,10 @@ impl Export for ViewExport {
             if view.writable && view.scratch.borrow().intersects(first, count) {
                 return Ok(vec![BlockStatus { len, hole: false, zero: false }]);
             }
-            view.volume.status_at(&view.point(), offset, len).await
+            let told = view.volume.status_at(&view.point(), offset, len).await?;
+            // It may have lost its history meanwhile.
+            view.check(offset, len)?;
+            Ok(told)
         })
     }
     fn changed_since(&self, since: Instant) -> LocalFuture<'static, Result<Rc<Touched>>> {

@@ -68,14 +68,17 @@ type Layers = Vec<Layer>;
 /// The row of logs as a read sees it, pinned: segments are not reused while it lives.
 pub(crate) struct Row {
     logs: Vec<Rc<Log>>,
+    /// The first log that was not sealed when the row was taken: from there on before-images may come in.
+    unsealed_from: u64,
     _pins: Vec<ReadPin>,
 }
 
 impl Row {
     fn of(state: &State) -> Self {
         let logs: Vec<_> = state.logs.iter().cloned().collect();
+        let unsealed_from = logs.iter().find(|l| !l.state.borrow().sealed).map_or(u64::MAX, |l| l.seq);
         let _pins = logs.iter().map(|l| l.pin()).collect();
-        Self { logs, _pins }
+        Self { logs, unsealed_from, _pins }
     }
 
     fn position(&self, log: &Rc<Log>) -> Option<usize> {
@@ -208,7 +211,9 @@ impl Volume {
         let state = self.state.borrow();
         let overtaken = |block: u64, layer: &Layer| match layer.source {
             Source::Primary { unless_imaged_from: Some(from) } => {
-                let imaged = |l: &Rc<Log>| l.seq >= from && l.imaged(block) == Some(true);
+                // A log that was sealed meanwhile may have had to give up its set: then nobody knows, and the next row asks its index.
+                let forgotten = |l: &Rc<Log>| l.seq >= row.unsealed_from && l.state.borrow().sealed;
+                let imaged = |l: &Rc<Log>| l.seq >= from && l.imaged(block).unwrap_or_else(|| forgotten(l));
                 state.lost_before(block, from) || row.logs.iter().any(imaged) || state.logs.iter().any(imaged)
             }
             _ => false,
@@ -487,13 +492,18 @@ impl Volume {
         let end = (offset + len).min(offset - offset % BLOCK + STATUS_BLOCKS * BLOCK);
         let row = Row::of(&self.state.borrow());
         let (first, count) = blocks_of(offset, end - offset);
-        // The newest state is resolved before the map is asked: what moves from the overlay to the primary in between is in the map. An older state
-        // after it: what still rests on the primary then had not changed there before.
-        let mut live = Vec::new();
-        if matches!(point, Point::Live) {
-            for block in first..first + count {
-                live.push((block, self.resolve_live(&row, block).await?));
-            }
+        // Resolved before the map is asked: what moves from the overlay to the primary in between is in the map.
+        let mut resolved = Vec::with_capacity(count as usize);
+        for block in first..first + count {
+            let layers = match point {
+                Point::Live => self.resolve_live(&row, block).await?,
+                Point::At(instant, log) => {
+                    let h =
+                        row.position(log).ok_or_else(|| Error::Gone("the log of this instant was evicted".into()))?;
+                    self.resolve_at(&row, h, block, *instant, 0).await?
+                }
+            };
+            resolved.push((block, layers));
         }
         let primary_end = end.min(self.primary_bytes.get());
         let holes = if primary_end > offset {
@@ -501,22 +511,13 @@ impl Volume {
         } else {
             Vec::new()
         };
-        // A pending revert shows an older state as the newest: where that rested on the primary, and a before-image came in between, the map may be of
-        // what was written since.
-        let overtaken = self.overtaken(&row, &live);
-        let mut live = live.into_iter();
+        // An older state, and the newest one while a revert is pending, may have rested on the primary and no more, where a before-image came in between: the map
+        // may be of what was written since.
+        let overtaken = self.overtaken(&row, &resolved);
         let (mut piece, mut piece_end) = (0, offset + holes.first().map_or(0, |p| p.len));
-        for block in first..first + count {
+        for (block, layers) in resolved {
             let from = offset.max(block * BLOCK);
             let until = end.min((block + 1) * BLOCK);
-            let layers = match point {
-                Point::Live => live.next().expect("one for each block").1,
-                Point::At(instant, log) => {
-                    let h =
-                        row.position(log).ok_or_else(|| Error::Gone("the log of this instant was evicted".into()))?;
-                    self.resolve_at(&row, h, block, *instant, 0).await?
-                }
-            };
             while piece_end <= from && piece + 1 < holes.len() {
                 piece += 1;
                 piece_end += holes[piece].len;

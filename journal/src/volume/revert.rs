@@ -176,7 +176,9 @@ impl Volume {
         let attach = state.attach.as_ref().ok_or_else(|| Error::Gone("the CDP disk is offline".into()))?;
         let segment_size = attach.disk.geometry.segment_size;
         let first = state.logs.iter().rposition(|l| l.start <= request.target).unwrap_or(0);
-        let kept: u64 = state.logs.iter().skip(first).map(|l| l.segments_bound()).sum();
+        // What an earlier revert still has to copy takes room as well.
+        let pending = Self::revert_segments(&state, usable_bytes(segment_size));
+        let kept: u64 = pending + state.logs.iter().skip(first).map(|l| l.segments_bound()).sum::<u64>();
         let report = RevertReport {
             instant: now,
             target: request.target,
@@ -313,14 +315,15 @@ impl Volume {
                 let Some(attach) = state.attach.clone() else {
                     return Err(Error::Gone("the CDP disk is offline".into()));
                 };
-                if Self::total_bound(&state) + segments + 2 <= attach.capacity {
+                let usable = usable_bytes(attach.disk.geometry.segment_size);
+                let bound = Self::total_bound(&state) + Self::revert_segments(&state, usable);
+                if bound + segments + 2 <= attach.capacity {
                     return Ok(());
                 }
                 let older = state.logs.get(1).is_some_and(|second| second.start <= target);
                 if state.leaving.is_empty() {
                     if !older || !Self::oldest_can_go(&state) {
-                        let free = attach.capacity.saturating_sub(Self::total_bound(&state))
-                            * attach.disk.geometry.segment_size;
+                        let free = attach.capacity.saturating_sub(bound) * attach.disk.geometry.segment_size;
                         let needed = segments * attach.disk.geometry.segment_size;
                         return Err(Error::NoSpace { what: "revert", needed, free });
                     }
