@@ -68,17 +68,17 @@ type Layers = Vec<Layer>;
 /// The row of logs as a read sees it, pinned: segments are not reused while it lives.
 pub(crate) struct Row {
     logs: Vec<Rc<Log>>,
-    /// The first log that was not sealed when the row was taken: from there on before-images may come in.
-    unsealed_from: u64,
+    /// The logs of it that were not sealed when it was taken: in these, and in later ones, before-images may come in.
+    unsealed: Vec<u64>,
     _pins: Vec<ReadPin>,
 }
 
 impl Row {
     fn of(state: &State) -> Self {
         let logs: Vec<_> = state.logs.iter().cloned().collect();
-        let unsealed_from = logs.iter().find(|l| !l.state.borrow().sealed).map_or(u64::MAX, |l| l.seq);
+        let unsealed = logs.iter().filter(|l| !l.state.borrow().sealed).map(|l| l.seq).collect();
         let _pins = logs.iter().map(|l| l.pin()).collect();
-        Self { logs, unsealed_from, _pins }
+        Self { logs, unsealed, _pins }
     }
 
     fn position(&self, log: &Rc<Log>) -> Option<usize> {
@@ -212,7 +212,8 @@ impl Volume {
         let overtaken = |block: u64, layer: &Layer| match layer.source {
             Source::Primary { unless_imaged_from: Some(from) } => {
                 // A log that was sealed meanwhile may have had to give up its set: then nobody knows, and the next row asks its index.
-                let forgotten = |l: &Rc<Log>| l.seq >= row.unsealed_from && l.state.borrow().sealed;
+                let since = |seq: u64| row.unsealed.contains(&seq) || row.logs.last().is_none_or(|last| last.seq < seq);
+                let forgotten = |l: &Rc<Log>| since(l.seq) && l.state.borrow().sealed;
                 let imaged = |l: &Rc<Log>| l.seq >= from && l.imaged(block).unwrap_or_else(|| forgotten(l));
                 state.lost_before(block, from) || row.logs.iter().any(imaged) || state.logs.iter().any(imaged)
             }
