@@ -119,7 +119,7 @@ pub struct Control {
     engine_config: EngineConfig,
     pub(crate) registry: RwLock<Registry>,
     pub(crate) changing: tokio::sync::Mutex<()>,
-    /// One group is reverted at a time: each takes its members' locks in no order. Never taken while `changing` is waited for.
+    /// One group is reverted at a time: each takes its members' locks in no order. Whoever holds `changing` too took that first.
     pub(crate) reverting: tokio::sync::Mutex<()>,
     /// How fast reverts are copied.
     pub(crate) copying: Arc<Copying>,

@@ -3,6 +3,8 @@
 use std::ffi::OsString;
 use std::fmt;
 use std::fs::{self, File, OpenOptions};
+use std::io::{Read as _, Write as _};
+use std::net::{TcpStream, ToSocketAddrs};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -14,6 +16,19 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::nbd;
+
+/// What an agent's metrics are now.
+pub fn scrape(address: impl ToSocketAddrs) -> String {
+    let mut stream = TcpStream::connect(address).expect("connect to the metrics");
+    stream.set_read_timeout(Some(Duration::from_secs(10))).expect("a bound for reads");
+    stream
+        .write_all(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        .expect("ask for metrics");
+    let mut text = String::new();
+    stream.read_to_string(&mut text).expect("read metrics");
+    assert!(text.starts_with("HTTP/1.1 200"), "{text}");
+    text
+}
 
 /// An agent that is not up, or does not end, within this time hangs.
 pub const PATIENCE: Duration = Duration::from_secs(60);

@@ -1,7 +1,6 @@
 //! An agent whose disks and state folder are on a [`FaultFs`]: what faults and power cuts are tried on.
 
-use std::io::{Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpListener;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -11,7 +10,7 @@ use crate::faultfs::FaultFs;
 use crate::load::{Load, Plan};
 use crate::now_ns;
 use crate::oracle::Oracle;
-use crate::process::Agent;
+use crate::process::{Agent, scrape};
 use crate::tools;
 
 /// The CDP disk that is in use from the start.
@@ -175,12 +174,7 @@ reserve_capacity = "{reserve}MiB"
 
     /// The sample of a metric whose line contains all of `words`.
     pub fn metric(&self, words: &[&str]) -> f64 {
-        let mut stream = TcpStream::connect(self.metrics).expect("connect to the metrics");
-        stream
-            .write_all(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
-            .expect("ask for metrics");
-        let mut text = String::new();
-        stream.read_to_string(&mut text).expect("read metrics");
+        let text = scrape(self.metrics);
         let found = text.lines().find(|line| !line.starts_with('#') && words.iter().all(|word| line.contains(word)));
         let line = found.unwrap_or_else(|| panic!("no metric with {words:?}:\n{text}"));
         let value = line.rsplit(' ').next().expect("a value");

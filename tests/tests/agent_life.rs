@@ -2,15 +2,14 @@
 //! primary that somebody else has written, never without a journal that holds acked writes.
 
 use std::fs::{self, OpenOptions};
-use std::io::{Read, Seek, SeekFrom, Write};
-use std::net::TcpStream;
+use std::io::{Seek, SeekFrom, Write};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use cdp_tests::load::{Load, Plan};
 use cdp_tests::nbd::Client;
 use cdp_tests::oracle::Oracle;
-use cdp_tests::process::{Agent, CONFIG, exit};
+use cdp_tests::process::{Agent, CONFIG, exit, scrape};
 use cdp_tests::{now_ns, tools};
 use nix::sys::signal::Signal;
 
@@ -417,21 +416,12 @@ fn metrics_are_served_over_http() {
     for block in 0..10_u64 {
         client.write(block * 4096, &[1; 4096]).unwrap();
     }
-    let scrape = || {
-        let mut stream = TcpStream::connect(address).unwrap();
-        stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n").unwrap();
-        stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
-        let mut text = String::new();
-        stream.read_to_string(&mut text).unwrap();
-        assert!(text.starts_with("HTTP/1.1 200"), "{text}");
-        text
-    };
     let shows = |text: &str, words: &[&str]| {
         text.lines().any(|line| !line.starts_with('#') && words.iter().all(|word| line.contains(word)))
     };
     let begun = std::time::Instant::now();
     loop {
-        let text = scrape();
+        let text = scrape(address);
         let counted = text.lines().any(|line| line.ends_with(" 10") && shows(line, &["write", "demo"]));
         if counted {
             break;
@@ -444,6 +434,6 @@ fn metrics_are_served_over_http() {
     // A volume that cannot be opened is in the metrics as well: an alert must not miss it.
     fs::rename(&primary, agent.file("elsewhere.img")).unwrap();
     agent.start_unserved();
-    let text = scrape();
+    let text = scrape(address);
     assert!(shows(&text, &["cdp_volume_health{", "\"demo\"", "\"primary_failing\"", "} 1"]), "{text}");
 }

@@ -9,7 +9,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use cdp_tests::local::{self, Loop, Mounted, assert_nothing_attached, mounts_under, run};
-use cdp_tests::process::Agent;
+use cdp_tests::process::{Agent, scrape};
 use cdp_tests::{Rng, seed, skip_unless_mountable};
 use nix::fcntl::{FallocateFlags, fallocate};
 
@@ -145,10 +145,7 @@ fn what_a_file_of_a_device_cannot_do_is_refused() {
 /// How many syncs of the CDP disk the volume has waited for.
 fn syncs(agent: &Agent) -> u64 {
     let address = fs::read_to_string(agent.file("metrics.addr")).unwrap();
-    let mut stream = std::net::TcpStream::connect(address.trim()).unwrap();
-    stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n").unwrap();
-    let mut text = String::new();
-    stream.read_to_string(&mut text).unwrap();
+    let text = scrape(address.trim());
     let of_syncs = |line: &&str| line.starts_with("cdp_volume_latency_seconds_count") && line.contains("\"sync\"");
     let line = text.lines().find(of_syncs).unwrap_or_else(|| panic!("no count of syncs:\n{text}"));
     line.rsplit(' ').next().unwrap().parse().unwrap()
