@@ -12,6 +12,9 @@ use crate::buf::{IoBuf, Slice};
 use crate::frame;
 use crate::types::{BLOCK, Instant, SECTOR, SECTORS_PER_BLOCK};
 
+/// Bytes that a range of zeroes counts for: its entry, its place in the queue and their share of a tree's nodes, rounded up.
+pub const RANGE_BYTES: u64 = 256;
+
 /// What an overlay entry holds.
 #[derive(Clone, Debug)]
 pub enum Content {
@@ -72,9 +75,10 @@ pub struct Overlay {
 }
 
 impl Overlay {
-    /// Bytes of data held.
+    /// Bytes of memory held: data, and what ranges of zeroes take ([`RANGE_BYTES`] each, or each request that waits, where those are more).
     pub fn bytes(&self) -> u64 {
-        self.data_blocks * BLOCK
+        let ranges = (self.entries.len() as u64).max(self.queue.len() as u64).saturating_sub(self.data_blocks);
+        self.data_blocks * BLOCK + ranges * RANGE_BYTES
     }
 
     /// Nothing in it and nothing being destaged.
@@ -192,17 +196,17 @@ impl Overlay {
         self.find(block).is_some() || self.entries.range(block..block + count).next().is_some()
     }
 
-    /// Takes the oldest work: up to about `blocks_max` blocks of data, and zero ranges of up to `zero_blocks_max` blocks in all.
+    /// Takes the oldest work: up to about `blocks_max` blocks of data and ranges of zeroes, these of up to `zero_blocks_max` blocks in all.
     /// Batches are completed in the order in which they were taken: of a block that is in two, the later holds the newer version.
     pub fn take(&mut self, blocks_max: u64, zero_blocks_max: u64) -> Batch {
         let mut batch = Batch { oldest: self.queue.front().map(|d| d.instant), ..Batch::default() };
-        let (mut data_blocks, mut zero_blocks) = (0, 0);
-        while data_blocks < blocks_max && zero_blocks < zero_blocks_max {
+        let (mut items, mut zero_blocks) = (0, 0);
+        while items < blocks_max && zero_blocks < zero_blocks_max {
             let Some(dirty) = self.queue.pop_front() else { break };
             let end = dirty.block + dirty.count;
             let mut at = dirty.block;
             while at < end {
-                if data_blocks >= blocks_max || zero_blocks >= zero_blocks_max {
+                if items >= blocks_max || zero_blocks >= zero_blocks_max {
                     self.queue.push_front(Dirty { block: at, count: end - at, ..dirty });
                     break;
                 }
@@ -216,7 +220,6 @@ impl Overlay {
                 let (content, instant) = (entry.content.clone(), entry.instant);
                 match content {
                     Content::Data(..) => {
-                        data_blocks += 1;
                         self.entries.get_mut(&start).expect("just found").queued = false;
                     }
                     Content::Zero => {
@@ -226,6 +229,7 @@ impl Overlay {
                         self.entries.insert(from, taken);
                     }
                 }
+                items += 1;
                 batch.newest = batch.newest.max(instant);
                 batch.items.push(Item { block: from, count: until - from, content, instant });
                 at = until;

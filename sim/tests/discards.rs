@@ -1,4 +1,4 @@
-//! What discards may not cost: room, time, and what is written after them. In virtual time.
+//! What discards and zeroes may not cost: room, memory, time, and what is written after them. In virtual time.
 
 mod common;
 
@@ -91,4 +91,41 @@ fn nothing_discarded_is_punched_over_what_was_written_since() {
     };
     assert_eq!(executor.run(Box::pin(root)), Outcome::Done);
     assert_eq!(lost.get(), Some(0), "blocks that were written after they had been discarded are zeroes");
+}
+
+/// Goal: zeroes, which carry no payload, take no more memory than the backlog may: at its bound they wait for the primary as writes do.
+/// Method: a primary that takes an hour for each request; zeroes for every second block, again and again over the same ones, as long as they are acked.
+#[test]
+fn zeroes_wait_for_room_in_the_backlog() {
+    const BACKLOG: u64 = 256 << 10;
+    let executor = Executor::new(Shared::new(7, 1_700_000_000 * SECOND));
+    let place = Place::new(160, 16);
+    let found = Rc::new(Cell::new((0, 0)));
+    let (exec, tell) = (Rc::clone(&executor), Rc::clone(&found));
+    let root = async move {
+        let host = SimHost(Rc::clone(&exec));
+        let config = EngineConfig { backlog_bytes_max: BACKLOG, ..EngineConfig::default() };
+        let (engine, volume) = place.start(&exec, config).await;
+        let slow = FaultKind::Slow(3600 * SECOND);
+        place.primary.fault(Fault { on: FaultOn::Write, kind: slow, times: None, after: 0, within: None });
+        let acked = Cell::new(0u64);
+        let export = volume.export();
+        let zeroes = async {
+            for number in 0..100_000u64 {
+                export.write_zeroes(number % 1024 * 2 * BLOCK, BLOCK as u32, false, false).await.unwrap();
+                acked.set(acked.get() + 1);
+            }
+        };
+        let waited = std::pin::pin!(host.sleep(600 * SECOND));
+        futures::future::select(std::pin::pin!(zeroes), waited).await;
+        tell.set((acked.get(), volume.info().backlog_bytes));
+        place.primary.heal();
+        host.sleep(4000 * SECOND).await;
+        assert_eq!(volume.info().backlog_bytes, 0, "all of it is on the primary in the end");
+        engine.stop().await.unwrap();
+    };
+    assert_eq!(executor.run(Box::pin(root)), Outcome::Done);
+    let (acked, backlog) = found.get();
+    assert!((512..2048).contains(&acked), "{acked} requests were acked");
+    assert!(backlog <= BACKLOG, "{backlog} bytes in the backlog");
 }

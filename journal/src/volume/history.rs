@@ -18,8 +18,11 @@ use crate::types::Instant;
 
 /// Fewest segments of a `reserve_capacity`: eight logs of four.
 pub(crate) const CAPACITY_SEGMENTS_MIN: u64 = 32;
-/// Most markers of a volume.
+/// Most markers of a volume, those that may be thinned out aside.
 const MARKERS_MAX: usize = 16384;
+/// Most markers of a volume that the agent set by itself: beyond them, every second one of the older half goes. At one a minute that is every minute of the newest day,
+/// every second minute of the day before, and so on.
+const AUTO_MARKERS_MAX: usize = 4096;
 /// Most bytes of a marker's name.
 const MARKER_NAME_MAX: usize = 255;
 /// Time between two rounds of the caretaker, nanoseconds.
@@ -238,7 +241,9 @@ impl Volume {
             if state.mode != Mode::Journal || !state.on {
                 return Err(Error::State(format!("volume {:?} is not protected: `enable` it first", state.name)));
             }
-            if state.markers.len() >= MARKERS_MAX {
+            if !thinned(auto, kind)
+                && state.markers.values().filter(|m| !thinned(m.auto, m.kind)).count() >= MARKERS_MAX
+            {
                 return Err(Error::NoSpace { what: "markers of a volume", needed: 1, free: 0 });
             }
             if let Some(found) = state.markers.values().find(|m| m.name == name) {
@@ -288,11 +293,27 @@ impl Volume {
         let marker = Marker { name: name.to_owned(), time: instant, kind, auto };
         self.open_frame(state, &log, 0, false).builder.push_marker(&marker);
         state.markers.insert((instant, name.to_owned()), marker.clone());
+        Self::thin_markers(state);
         if auto {
             state.marker_last = instant;
             state.wrote_since_marker = false;
         }
         Some(marker)
+    }
+
+    /// Keeps automatic markers to [`AUTO_MARKERS_MAX`], the newest of them all, older ones ever farther apart: each is in memory, in every answer of `info` and in the
+    /// carry of each log. Nothing is recorded: the next carry lacks them, and until then recovery thins what it finds in the same way.
+    pub(super) fn thin_markers(state: &mut State) {
+        while state.markers.len() > AUTO_MARKERS_MAX {
+            let auto: Vec<_> =
+                state.markers.iter().filter(|(_, m)| thinned(m.auto, m.kind)).map(|(key, _)| key.clone()).collect();
+            if auto.len() <= AUTO_MARKERS_MAX {
+                break;
+            }
+            for key in auto[..auto.len() / 2].iter().skip(1).step_by(2) {
+                state.markers.remove(key);
+            }
+        }
     }
 
     /// Markers whose instants cannot be viewed any more go.
@@ -1436,6 +1457,11 @@ fn auto_name(instant: Instant) -> String {
 /// Names that an automatic marker of an instant may have, in the order to try them. The last one is nobody else's: instants are unique.
 pub fn auto_names(instant: Instant) -> [String; 2] {
     [auto_name(instant), format!("{}.{:09}", auto_name(instant), instant.0 % 1_000_000_000)]
+}
+
+/// Whether a marker may go when there are too many: nobody named it, and no guest was held for it.
+fn thinned(auto: bool, kind: MarkerKind) -> bool {
+    auto && kind != MarkerKind::Application
 }
 
 fn covered(coverage: &[Interval], instant: Instant) -> bool {

@@ -434,6 +434,8 @@ impl Volume {
         self.viewable(after, now)?;
         self.viewable(upto, now)?;
         self.completed_up_to(upto).await;
+        // What came in meanwhile may have evicted it.
+        self.viewable(after, now)?;
         let parts = {
             let state = self.state.borrow();
             let ends = state.logs.iter().skip(1).map(|l| l.start).chain([Instant::MAX]);
@@ -495,6 +497,8 @@ impl Volume {
         self.viewable(from, now)?;
         self.viewable(to, now)?;
         self.completed_up_to(to).await;
+        // What came in meanwhile may have evicted it.
+        self.viewable(from, now)?;
         let row: Vec<(Rc<Log>, ReadPin, Instant)> = {
             let state = self.state.borrow();
             let ends = state.logs.iter().skip(1).map(|l| l.start).chain([Instant::MAX]);

@@ -8,7 +8,7 @@
 //! 4. Writes past the watermark go back into the overlay; pending reverts go on; a new log starts.
 
 use std::cell::{Cell, RefCell};
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::rc::Rc;
 
 use uuid::Uuid;
@@ -568,6 +568,7 @@ impl Volume {
         }
         state.sizes = control.sizes.clone();
         state.markers = control.markers.iter().map(|m| ((m.time, m.name.clone()), m.clone())).collect();
+        Self::thin_markers(&mut state);
         for (seq, block, count, instant) in &control.hints {
             if let Some(log) = logs.iter().find(|l| l.seq == *seq) {
                 log.state.borrow_mut().hints.insert(*block, *count, *instant);
@@ -966,6 +967,7 @@ fn base_last_instant(control: &Control) -> u64 {
 fn fold(side: &[Descriptor], base_seq: u64, place: &str, undecided: &[Uuid]) -> Result<Control> {
     let bad = || Error::Damaged { what: "control record", place: place.to_owned() };
     let mut settings = None;
+    let mut names = HashSet::new();
     let mut control = Control {
         settings: frame::body(&[0; size_of::<ControlSettings>()], place)?,
         logs: BTreeMap::new(),
@@ -980,7 +982,7 @@ fn fold(side: &[Descriptor], base_seq: u64, place: &str, undecided: &[Uuid]) -> 
         match descriptor.kind {
             DescriptorKind::Marker => {
                 let marker = descriptor.marker().ok_or_else(bad)?;
-                if !control.markers.iter().any(|m| m.name == marker.name) {
+                if names.insert(marker.name.clone()) {
                     control.markers.push(marker);
                 }
             }

@@ -18,6 +18,7 @@ use crate::frame::{self, DESCRIPTOR_BYTES_MAX, FrameBuilder};
 use crate::info::EventKind;
 use crate::log::{Log, Placed, VolumePoint, frame_blocks_max, usable_bytes};
 use crate::mutation::{Mutation, active};
+use crate::overlay::RANGE_BYTES;
 use crate::signal::yield_now;
 use crate::types::{BLOCK, Instant, SECTOR};
 
@@ -557,8 +558,10 @@ impl Volume {
         let backlog = Self::backlog(state);
         let backlog_max = engine.config().backlog_bytes_max;
         // From three quarters on, a guest gets as much room as the destager has under way and nearly done.
-        let even = backlog.saturating_sub(self.landing.get()) + wanted.payload > backlog_max / 4 * 3;
-        if wanted.payload > 0 && backlog > 0 && (even || backlog + wanted.payload > backlog_max) {
+        // Zeroes carry nothing, and still take memory until they are on the primary. A discard is only a hint: no blocks.
+        let takes = if wanted.blocks > 0 { wanted.payload.max(RANGE_BYTES) } else { 0 };
+        let even = backlog.saturating_sub(self.landing.get()) + takes > backlog_max / 4 * 3;
+        if takes > 0 && backlog > 0 && (even || backlog + takes > backlog_max) {
             if !state.backlog_full {
                 state.backlog_full = true;
                 self.event_later(EventKind::BacklogFull, "acks run at the destager's pace");
