@@ -1053,8 +1053,14 @@ impl Control {
                 let known = self.registry.read().volumes.contains_key(volume);
                 // One that is not served yet, or not here now with a journal that may come back, still has to be recovered without it.
                 open |= match known {
+                    // Nor is one settled that is on its way out of a CDP disk which failed since: cut off, it is recovered once more.
                     true => {
-                        !matches!(self.info(*volume).await, Ok(info) if !matches!(info.health, Health::NeedsJournal | Health::PrimaryChanged))
+                        let asked =
+                            self.on_volume(
+                                *volume,
+                                |volume| async move { Ok((volume.info().health, volume.is_leaving())) },
+                            );
+                        !matches!(asked.await, Ok((health, false)) if !matches!(health, Health::NeedsJournal | Health::PrimaryChanged))
                     }
                     false => {
                         !matches!(self.fence(*volume), Ok(fence) if fence.as_ref().is_none_or(|fence| fence.state == FenceState::Detached))

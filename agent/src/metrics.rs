@@ -245,7 +245,12 @@ fn render_disks(page: &mut Page, disks: &[DiskStatus]) {
         ("cdp_disk_size_bytes", "Bytes of the CDP disk.", "gauge", |d| d.size),
         ("cdp_disk_segments", "Segments.", "gauge", |d| d.segments),
         ("cdp_disk_segments_free", "Segments free.", "gauge", |d| d.segments_free),
-        ("cdp_disk_reserved_bytes", "Bytes promised to volumes.", "gauge", |d| d.reserved_bytes),
+        (
+            "cdp_disk_reserved_bytes",
+            "Bytes promised to volumes, or in use by volumes that are not served.",
+            "gauge",
+            |d| d.reserved_bytes,
+        ),
         ("cdp_disk_online", "1: there and healthy.", "gauge", |d| u64::from(d.online)),
         ("cdp_disk_errors_total", "I/O errors. The first one takes the disk out of service.", "counter", |d| d.errors),
     ];

@@ -383,6 +383,8 @@ struct FenceRecord {
     next_seq: u64,
     settings: Option<SettingsRecord>,
     on: bool,
+    #[serde(default)]
+    held: bool,
     created_ns: u64,
     #[serde(default)]
     lost_blocks: Vec<(u64, u64)>,
@@ -424,6 +426,7 @@ impl FenceRecord {
                 priority: priority_word(settings.priority).to_owned(),
             }),
             on: fence.on,
+            held: fence.held,
             created_ns: fence.created_ns,
             lost_blocks: fence.lost_blocks.clone(),
             reason: fence.reason.clone(),
@@ -453,6 +456,7 @@ impl FenceRecord {
             next_seq: self.next_seq,
             settings,
             on: self.on,
+            held: self.held,
             created_ns: self.created_ns,
             lost_blocks: self.lost_blocks,
             reason: self.reason,
@@ -734,6 +738,7 @@ mod tests {
             disk_clock_ns: u64::MAX,
             next_seq: 3,
             settings: Some(Settings { reserve_capacity: 1 << 40, reserve_duration_s: 86400, priority: Priority::High }),
+            held: true,
             on: true,
             created_ns: 9,
             lost_blocks: vec![(0, 1), (u64::MAX, 1)],

@@ -259,6 +259,22 @@ impl Slice {
         Slice { buf: Rc::clone(&self.buf), start: self.start + start, len }
     }
 
+    /// Whether the window is all of its buffer.
+    pub(crate) fn is_whole(&self) -> bool {
+        self.len == self.buf.len
+    }
+
+    /// Whether the buffer is more than so many times what all windows onto it show, if they are as long as this one.
+    pub(crate) fn keeps_more_than(&self, times: usize) -> bool {
+        self.buf.len > times * Rc::strong_count(&self.buf) * self.len
+    }
+
+    /// Which buffer, and its length.
+    #[cfg(test)]
+    pub(crate) fn buffer(&self) -> (*const IoBuf, usize) {
+        (Rc::as_ptr(&self.buf), self.buf.len)
+    }
+
     /// Length, bytes.
     pub fn len(&self) -> usize {
         self.len

@@ -81,6 +81,10 @@ pub struct Disk {
     cache: Rc<RefCell<PageCache>>,
     cache_id: u32,
     failed: RefCell<Option<String>>,
+    /// It failed by an error of a write or a sync.
+    failed_writing: Cell<bool>,
+    /// Starts under way that read it although it failed so.
+    recovering: Cell<u32>,
     changed: Signal,
     errors: Cell<u64>,
     /// Operations under way: stall slices counted so far, and whom to wake when the disk fails.
@@ -183,9 +187,14 @@ impl Disk {
             };
         let mut best: Option<Superblock> = None;
         let mut wrong_version = None;
+        let mut unreadable = None;
         for at in [format::SUPERBLOCK_A, format::SUPERBLOCK_B] {
             let (result, page) = timed(device.read(at, IoBuf::zeroed(4096))).await;
-            result.map_err(|e| fail("read superblock of", e))?;
+            // A torn rewrite may leave one copy that cannot be read.
+            if let Err(e) = result {
+                unreadable = Some(fail("read superblock of", e));
+                continue;
+            }
             let Some(found) = format::open_block::<Superblock>(&page, &Superblock::MAGIC, 8) else { continue };
             if found.version.get() != format::VERSION || found.flags.get() != 0 {
                 wrong_version = Some((found.version.get(), found.flags.get()));
@@ -201,7 +210,8 @@ impl Disk {
                     format!("{version} (flags {flags:#x})"),
                     format!("this agent reads version {} only", format::VERSION),
                 ),
-                None => Error::Damaged { what: "superblock (is it a CDP disk? see `disk init`)", place: path },
+                None => unreadable
+                    .unwrap_or(Error::Damaged { what: "superblock (is it a CDP disk? see `disk init`)", place: path }),
             });
         };
         let size = superblock.disk_size.get();
@@ -220,7 +230,11 @@ impl Disk {
         let mut clock: Option<(u64, u64)> = None;
         for at in [format::CLOCK_A, format::CLOCK_B] {
             let (result, page) = timed(device.read(at, IoBuf::zeroed(4096))).await;
-            result.map_err(|e| fail("read clock of", e))?;
+            // Where the newer copy is lost, the state directory and the records know a later mark, and the fence whether this is an older copy of the disk.
+            if let Err(e) = result {
+                unreadable = Some(fail("read clock of", e));
+                continue;
+            }
             if let Some(found) = format::open_block::<ClockPage>(&page, &ClockPage::MAGIC, 8)
                 && found.disk_id == superblock.disk_id
                 && found.version.get() == format::VERSION
@@ -231,7 +245,7 @@ impl Disk {
             }
         }
         let Some((clock_generation, high_water)) = clock else {
-            return Err(Error::Damaged { what: "clock page", place: path });
+            return Err(unreadable.unwrap_or(Error::Damaged { what: "clock page", place: path }));
         };
         let mut entries = Vec::with_capacity(geometry.segments as usize);
         let mut page_generation = vec![0u64; geometry.table_pages as usize];
@@ -256,6 +270,12 @@ impl Disk {
             entries.extend(list.into_iter().take((geometry.segments as usize).saturating_sub(entries.len())));
         }
         let free = (0u32..).zip(&entries).filter(|(_, e)| e.state == 0).map(|(i, _)| i).collect();
+        // What a killed agent wrote last may be in the drive's cache alone. Whatever is done by it from now on, such as overwriting the older copy of a page, must not become
+        // durable before it.
+        let synced = match select(device.sync(), host.sleep(stall_max_ns)).await {
+            Either::Left((done, _)) => done,
+            Either::Right(_) => Err(io::Error::from_raw_os_error(110)),
+        };
         let disk = Rc::new(Disk {
             id,
             path,
@@ -273,6 +293,8 @@ impl Disk {
             cache,
             cache_id,
             failed: RefCell::new(None),
+            failed_writing: Cell::new(false),
+            recovering: Cell::new(0),
             changed: Signal::default(),
             errors: Cell::new(0),
             running: RefCell::new(BTreeMap::new()),
@@ -291,6 +313,10 @@ impl Disk {
             size,
         });
         disk.host.spawn(Box::pin(watch_stalls(Rc::downgrade(&disk), Rc::clone(&disk.host), stall_max_ns)));
+        if let Err(error) = synced {
+            // What it holds can still be read, and brought to the primaries.
+            disk.fail_io("sync", &error);
+        }
         Ok(disk)
     }
 
@@ -369,11 +395,29 @@ impl Disk {
         result.map_err(|e| self.fail_io("write", &e))
     }
 
+    /// Whether all that failed is that it cannot be written: a start reads what it holds all the same.
+    pub fn can_be_read(&self) -> bool {
+        self.failure().is_none() || self.failed_writing.get()
+    }
+
+    /// While what this answers lives, a disk that failed in writing is read. Each read takes no longer than a stall may.
+    pub fn read_although_failed(self: &Rc<Self>) -> impl Drop + use<> {
+        self.recovering.set(self.recovering.get() + 1);
+        Recovering(Rc::clone(self))
+    }
+
     /// Reads `blocks` blocks; an error is the caller's alone.
     pub async fn read(&self, segment: u32, block: u32, blocks: u32) -> Result<IoBuf> {
         let at = self.geometry.at(segment, block);
-        let (result, buf) =
-            self.guard(self.device.read(at, IoBuf::for_overwrite(blocks as usize * BLOCK as usize))).await?;
+        let read = self.device.read(at, IoBuf::for_overwrite(blocks as usize * BLOCK as usize));
+        let (result, buf) = if self.recovering.get() > 0 && self.failed_writing.get() {
+            match select(read, self.host.sleep(self.stall_max_ns)).await {
+                Either::Left((done, _)) => done,
+                Either::Right(_) => return self.check().map(|()| IoBuf::zeroed(0)),
+            }
+        } else {
+            self.guard(read).await?
+        };
         match result {
             Ok(()) => Ok(buf),
             Err(e) => {
@@ -385,6 +429,9 @@ impl Disk {
 
     fn fail_io(&self, op: &'static str, e: &io::Error) -> Error {
         let error = Error::device(op, self.path.clone(), e);
+        if self.failure().is_none() {
+            self.failed_writing.set(true);
+        }
         self.fail(error.to_string());
         error
     }
@@ -596,19 +643,35 @@ impl Disk {
         self.pool.borrow().free.len() as u64
     }
 
-    /// Bytes promised to volumes.
+    /// Bytes that are not for a new volume: those promised to volumes, and those that volumes without a promise have in use (they are not served, or have gone; what they
+    /// left here may be wanted).
     pub fn reserved_bytes(&self) -> u64 {
-        self.pool.borrow().reserved.values().sum()
+        self.reserved_but_for(None)
+    }
+
+    /// Bytes that a volume could be promised: all but what is for others.
+    pub(crate) fn room_for(&self, volume: Uuid) -> u64 {
+        (self.geometry.segments * self.geometry.segment_size).saturating_sub(self.reserved_but_for(Some(volume)))
+    }
+
+    fn reserved_but_for(&self, volume: Option<Uuid>) -> u64 {
+        let pool = self.pool.borrow();
+        let others = |id: &Uuid| Some(*id) != volume;
+        let promised: u64 = pool.reserved.iter().filter(|(id, _)| others(id)).map(|(_, bytes)| bytes).sum();
+        let is_left = |e: &&TableEntry| {
+            let id = Uuid::from_bytes(e.volume_id);
+            e.state == 1 && others(&id) && !pool.reserved.contains_key(&id)
+        };
+        promised + pool.entries.iter().filter(is_left).count() as u64 * self.geometry.segment_size
     }
 
     /// Promises `bytes` to a volume (0: takes the promise back). Refused when the sum does not fit, unless `overcommit`.
     pub fn reserve(&self, volume: Uuid, bytes: u64, overcommit: bool) -> Result<()> {
-        let mut pool = self.pool.borrow_mut();
-        let others: u64 = pool.reserved.iter().filter(|(id, _)| **id != volume).map(|(_, bytes)| bytes).sum();
-        let total = self.geometry.segments * self.geometry.segment_size;
-        if bytes > 0 && !overcommit && others.saturating_add(bytes) > total {
-            return Err(Error::NoSpace { what: "reserve_capacity", needed: bytes, free: total.saturating_sub(others) });
+        let free = self.room_for(volume);
+        if bytes > 0 && !overcommit && bytes > free {
+            return Err(Error::NoSpace { what: "reserve_capacity", needed: bytes, free });
         }
+        let mut pool = self.pool.borrow_mut();
         if bytes == 0 {
             pool.reserved.remove(&volume);
         } else {
@@ -631,6 +694,15 @@ impl Disk {
             error: self.failure().unwrap_or_default(),
             errors: self.errors.get(),
         }
+    }
+}
+
+/// See [`Disk::read_although_failed`].
+struct Recovering(Rc<Disk>);
+
+impl Drop for Recovering {
+    fn drop(&mut self) {
+        self.0.recovering.set(self.0.recovering.get() - 1);
     }
 }
 

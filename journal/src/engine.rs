@@ -20,7 +20,7 @@ use crate::mutation::{Mutation, active};
 use crate::signal::Signal;
 use crate::types::Instant;
 use crate::view::View;
-use crate::volume::{self, DRAIN_PATIENCE_NS, Mode, Volume};
+use crate::volume::{self, AdminLock, DRAIN_PATIENCE_NS, Mode, Volume};
 
 /// Bounds and defaults of an engine (one per shard).
 #[derive(Clone, Debug)]
@@ -255,9 +255,9 @@ impl Engine {
         self.disks.borrow().clone()
     }
 
-    /// A healthy disk with the most room; `bytes`: that many must be unreserved (unless overcommitted).
-    pub(crate) fn pick_disk(&self, bytes: Option<u64>) -> Option<Rc<Disk>> {
-        let room = |d: &Rc<Disk>| (d.geometry.segments * d.geometry.segment_size).saturating_sub(d.reserved_bytes());
+    /// A healthy disk with the most room for a volume; `bytes`: that many must be unreserved (unless overcommitted).
+    pub(crate) fn pick_disk(&self, volume: Uuid, bytes: Option<u64>) -> Option<Rc<Disk>> {
+        let room = |d: &Rc<Disk>| d.room_for(volume);
         let disks = self.disks.borrow();
         let fits =
             |d: &&Rc<Disk>| d.failure().is_none() && bytes.is_none_or(|b| self.config.overcommit || room(d) >= b);
@@ -278,10 +278,16 @@ impl Engine {
 
     /// Stops one volume: drains, records the clean state, forgets it. Its history stays on the CDP disk.
     pub async fn close_volume(self: &Rc<Self>, id: Uuid) -> Result<()> {
-        let volume = self.volumes.borrow_mut().remove(&id);
-        let volume = volume.ok_or_else(|| Error::NotFound { what: "volume", name: id.to_string() })?;
+        let unknown = || Error::NotFound { what: "volume", name: id.to_string() };
+        let volume = self.volume(id).ok_or_else(unknown)?;
         self.closing.set(self.closing.get() + 1);
-        let result = volume.close().await;
+        // Whoever has the lock may need to find the volume, to give it back: a group's revert goes by ids from step to step.
+        let lock = volume.lock_admin().await;
+        let mine = self.volume(id).is_some_and(|found| Rc::ptr_eq(&found, &volume));
+        let result = match mine.then(|| self.volumes.borrow_mut().remove(&id)) {
+            Some(_) => volume.close(lock).await,
+            None => Err(unknown()),
+        };
         self.closing.set(self.closing.get() - 1);
         if let (Err(error), true) = (&result, self.stopping()) {
             self.not_closed.borrow_mut().get_or_insert_with(|| error.clone());
@@ -454,8 +460,7 @@ async fn feed_starving(engine: Weak<Engine>, disk: Weak<Disk>) {
 
 impl Volume {
     /// Drains, records the clean state, stops. With a primary that fails the fence stays dirty, and the next start redoes.
-    pub(crate) async fn close(self: &Rc<Self>) -> Result<()> {
-        let _lock = self.lock_admin().await;
+    pub(crate) async fn close(self: &Rc<Self>, _lock: AdminLock) -> Result<()> {
         self.disconnect_all();
         let (mode, disk) = {
             let mut state = self.state.borrow_mut();
@@ -539,12 +544,14 @@ impl Volume {
             ticket.wait().await?;
             self.sync_completed(disk).await?;
         }
-        // Logs on their way out may have ranges to punch.
         self.changed.until(|| (self.state.borrow().leaving.is_empty() || disk.failure().is_some()).then_some(())).await;
+        // Hints: a stop does not wait for what is not punched yet.
+        self.state.borrow_mut().punch.clear();
+        self.changed.until(|| (!self.state.borrow().punching || disk.failure().is_some()).then_some(())).await;
         // Before the sync: what it is to cover is on the primary by then. A revert that is copied to its end meanwhile leaves the fence dirty.
         let clean = {
             let state = self.state.borrow();
-            state.punch.is_empty()
+            !state.punching
                 && state.logs.iter().all(|l| {
                     let log = l.state.borrow();
                     log.sealed || (log.overlay.is_empty() && log.revert.is_none())

@@ -34,6 +34,8 @@ pub struct Fence {
     pub settings: Option<Settings>,
     /// The user's switch.
     pub on: bool,
+    /// Since a forced revert no client gets in, until `release`. While there is a journal, that knows better.
+    pub held: bool,
     /// When CDP was created, wall clock, nanoseconds.
     pub created_ns: u64,
     /// Blocks (first, how many) whose content was lost with a CDP disk while a revert was pending: they read as errors until overwritten.

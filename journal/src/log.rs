@@ -5,7 +5,7 @@
 //! (which is the destager) for the writes stream of a log that is closed.
 
 use std::cell::{Cell, RefCell};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::rc::Rc;
 
 use uuid::Uuid;
@@ -293,8 +293,8 @@ pub struct Log {
     pub disk: Rc<Disk>,
     /// What changes.
     pub state: RefCell<LogState>,
-    /// Reads under way that may touch its segments.
-    readers: Cell<u32>,
+    /// Reads under way that may touch its segments: each holds the newest epoch of when it began. The first one's number beside.
+    epochs: RefCell<(u64, VecDeque<Rc<()>>)>,
     /// Bytes appended, by kind of stream.
     pub appended: [Cell<u64>; 2],
     /// Counts of full segments of writes that were asked for, by number.
@@ -303,13 +303,16 @@ pub struct Log {
 }
 
 /// Keeps the segments of a log from being reused while it lives.
-pub struct ReadPin(Rc<Log>);
+pub struct ReadPin {
+    log: Rc<Log>,
+    epoch: Rc<()>,
+}
 
 impl Drop for ReadPin {
     fn drop(&mut self) {
-        self.0.readers.set(self.0.readers.get() - 1);
-        if self.0.readers.get() == 0 {
-            self.0.changed.notify();
+        // The last one of its epoch, which the log holds, too.
+        if Rc::strong_count(&self.epoch) == 2 {
+            self.log.changed.notify();
         }
     }
 }
@@ -384,7 +387,7 @@ impl Log {
                 writes_root: RunRoot::default(),
                 before_root: RunRoot::default(),
             }),
-            readers: Cell::new(0),
+            epochs: RefCell::new((0, VecDeque::from([Rc::default()]))),
             appended: [Cell::new(0), Cell::new(0)],
             counts: RefCell::default(),
             changed: Signal::default(),
@@ -393,13 +396,26 @@ impl Log {
 
     /// Segments are not reused while the pin lives.
     pub fn pin(self: &Rc<Self>) -> ReadPin {
-        self.readers.set(self.readers.get() + 1);
-        ReadPin(Rc::clone(self))
+        let epoch = Rc::clone(self.epochs.borrow().1.back().expect("there is always one"));
+        ReadPin { log: Rc::clone(self), epoch }
     }
 
-    /// Ends when nobody reads.
+    /// Ends when no read goes on that has begun before now. Later ones must know that segments are being freed, or they would be waited for for ever.
     pub async fn until_unread(&self) {
-        self.changed.until(|| (self.readers.get() == 0).then_some(())).await;
+        let mine = {
+            let (first, epochs) = &mut *self.epochs.borrow_mut();
+            epochs.push_back(Rc::default());
+            *first + epochs.len() as u64 - 1
+        };
+        let unread = || {
+            let (first, epochs) = &mut *self.epochs.borrow_mut();
+            while *first < mine && epochs.front().is_some_and(|epoch| Rc::strong_count(epoch) == 1) {
+                epochs.pop_front();
+                *first += 1;
+            }
+            (*first >= mine).then_some(())
+        };
+        self.changed.until(unread).await;
     }
 
     /// Segments that it holds.

@@ -63,6 +63,10 @@ const GROUP: usize = 16;
 const GROUPS: (usize, usize) = (1, 3);
 /// A guest that asked for nothing for this long does not notice how busy the disk is, nanoseconds.
 const QUIET_NS: u64 = 20_000_000;
+/// Ranges that are punched in one go.
+const PUNCHES: usize = 16;
+/// Batches, or pieces of a revert, for one such go at the least.
+const PIECES_A_PUNCH: u32 = 8;
 /// Blocks of old content in one append, for each request of a group: a guest's own append waits for one that is under way. Its header costs a block.
 const APPEND_BLOCKS: u64 = 4;
 
@@ -174,7 +178,7 @@ impl Volume {
             Destage(Rc<Log>),
             Copy(Rc<Log>),
             Seal(Rc<Log>),
-            Punch(Vec<(u64, u64)>),
+            Punch,
         }
         let work = self
             .work
@@ -186,10 +190,13 @@ impl Volume {
                 if disk.failure().is_some() {
                     return Some(Work::Stop);
                 }
-                if !state.punch.is_empty() {
-                    return Some(Work::Punch(state.punch.clone()));
+                let punch = !state.punch.is_empty();
+                if punch && self.punch_is_due(&state) {
+                    return Some(Work::Punch);
                 }
-                let log = state.logs.iter().find(|l| !l.state.borrow().sealed)?;
+                let Some(log) = state.logs.iter().find(|l| !l.state.borrow().sealed) else {
+                    return punch.then_some(Work::Punch);
+                };
                 if self.is_due(&state, log, BACKLOG_BEGINS_EIGHTHS) {
                     return Some(Work::Destage(Rc::clone(log)));
                 }
@@ -201,7 +208,8 @@ impl Volume {
                         Work::Seal(Rc::clone(log))
                     });
                 }
-                None
+                drop(inner);
+                punch.then_some(Work::Punch)
             })
             .await;
         match work {
@@ -227,28 +235,44 @@ impl Volume {
                     destaged?;
                 }
             }
-            Work::Punch(ranges) => {
-                let punched = ranges.len();
-                self.state.borrow_mut().punching = true;
-                let left = || disk.failure().is_some() || self.state.borrow().attach.is_none();
-                for (block, count) in ranges {
-                    let (start, len) = self.bytes_of(block, count);
-                    let mut at = 0;
-                    while at < len && !left() {
-                        let step = (len - at).min(PUNCH_BYTES_MAX);
-                        // A hint: a device that cannot punch loses nothing.
-                        let _ = self.primary.discard(start + at, step).await;
-                        at += step;
-                    }
-                }
-                let mut state = self.state.borrow_mut();
-                state.punching = false;
-                state.punch.drain(..punched);
-                drop(state);
-                self.changed.notify();
-            }
+            Work::Punch => self.punch_some(disk).await,
         }
         Ok(ControlFlow::Continue(()))
+    }
+
+    /// Punches a few of the ranges that wait for it. What is written meanwhile is destaged behind it, on this same task.
+    async fn punch_some(&self, disk: &Disk) {
+        self.pieces_since_punch.set(0);
+        let left = || disk.failure().is_some() || self.state.borrow().attach.is_none();
+        for _ in 0..PUNCHES {
+            let range = {
+                let mut state = self.state.borrow_mut();
+                let range = state.punch.pop_first();
+                state.punching = range.is_some();
+                range
+            };
+            let Some((block, count)) = range else { break };
+            let (start, len) = self.bytes_of(block, count);
+            let mut at = 0;
+            while at < len && !left() {
+                let step = (len - at).min(PUNCH_BYTES_MAX);
+                // A hint: a device that cannot punch loses nothing.
+                let _ = self.primary.discard(start + at, step).await;
+                at += step;
+            }
+        }
+        self.state.borrow_mut().punching = false;
+        self.changed.notify();
+    }
+
+    /// Whether ranges have waited to be punched for long enough, beside work that does not end.
+    fn punch_is_due(&self, state: &State) -> bool {
+        !state.punch.is_empty() && self.pieces_since_punch.get() >= PIECES_A_PUNCH
+    }
+
+    /// Counts a batch or a piece of a revert for [`Volume::punch_is_due`].
+    fn count_piece(&self) {
+        self.pieces_since_punch.set(self.pieces_since_punch.get().saturating_add(1));
     }
 
     /// Writes at or before this instant have waited long enough for company.
@@ -328,7 +352,7 @@ impl Volume {
         loop {
             let next = self.work.until(|| {
                 let state = self.state.borrow();
-                if !sealing.get() || state.attach.is_none() || disk.failure().is_some() || !state.punch.is_empty() {
+                if !sealing.get() || state.attach.is_none() || disk.failure().is_some() {
                     return Some(None);
                 }
                 let next = state.logs.iter().find(|l| l.seq > log.seq)?;
@@ -342,7 +366,7 @@ impl Volume {
     /// Takes a batch of a log, if one is due and nothing else comes first.
     fn next_batch(&self, disk: &Disk, log: &Log) -> Option<Batch> {
         let state = self.state.borrow();
-        let stop = state.attach.is_none() || disk.failure().is_some() || !state.punch.is_empty();
+        let stop = state.attach.is_none() || disk.failure().is_some() || self.punch_is_due(&state);
         // Once begun it goes on for a while: a pipeline that stops and starts again runs half empty.
         if stop || !self.is_due(&state, log, BACKLOG_ENDS_EIGHTHS) {
             return None;
@@ -353,6 +377,7 @@ impl Volume {
             let mut inner = log.state.borrow_mut();
             let batch = inner.overlay.take(blocks_max, BATCH_ZERO_BLOCKS);
             if !batch.items.is_empty() {
+                self.count_piece();
                 return Some(batch);
             }
             // All that the queue named is under way already, in a newer version.
@@ -967,9 +992,10 @@ impl Volume {
     /// The blocks of a pending revert that are copied next, from `next` on; none when there are none, or when something else comes first.
     fn next_piece(&self, disk: &Disk, log: &Log, next: u64) -> Vec<u64> {
         let state = self.state.borrow();
-        if state.attach.is_none() || disk.failure().is_some() || !state.punch.is_empty() {
+        if state.attach.is_none() || disk.failure().is_some() || self.punch_is_due(&state) {
             return Vec::new();
         }
+        self.count_piece();
         let blocks_max = self.engine.upgrade().map_or(BATCH_BLOCKS, |engine| engine.config().destage_blocks_max).max(1);
         let log = log.state.borrow();
         log.revert.iter().flat_map(|revert| revert.left.iter_from(next)).take(blocks_max as usize).collect()

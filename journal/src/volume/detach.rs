@@ -80,6 +80,10 @@ impl Volume {
             }
             if state.lost_blocks.is_some() {
                 state.health = Health::RevertIncomplete;
+            } else if !state.on && state.health == Health::Offline {
+                // Switched off: history is gone, but nobody waits for protection.
+                state.health = Health::Ok;
+                state.health_reason.clear();
             }
             (logs, tickets)
         };

@@ -125,7 +125,7 @@ impl Volume {
         push(state, ControlKind::End, log.start, log.seq, 0, &[]);
     }
 
-    fn settings_row(state: &State) -> ControlSettings {
+    pub(super) fn settings_row(state: &State) -> ControlSettings {
         let settings =
             state.settings.unwrap_or(Settings { reserve_capacity: 0, reserve_duration_s: 0, priority: Priority::Mid });
         ControlSettings {
@@ -186,8 +186,9 @@ impl Volume {
 
     /// Waits for a control record and makes it durable.
     pub(super) async fn durable(self: &Rc<Self>, ticket: &Ticket) -> Result<()> {
-        ticket.wait().await?;
+        // Of now: whoever leaves a failed disk answers all who wait, and what they wait for is recorded nowhere.
         let disk = self.state.borrow().attach.as_ref().map(|a| Rc::clone(&a.disk));
+        ticket.wait().await?;
         match disk {
             Some(disk) => self.sync_completed(&disk).await,
             None => Ok(()),
@@ -317,7 +318,7 @@ impl Volume {
     }
 
     /// Markers whose instants cannot be viewed any more go.
-    fn prune_markers(state: &mut State) {
+    pub(super) fn prune_markers(state: &mut State) {
         let coverage = Self::coverage(state);
         state.markers.retain(|(instant, _), _| covered(&coverage, *instant));
     }
@@ -569,7 +570,8 @@ impl Volume {
             let mut state = self.state.borrow_mut();
             let hints = std::mem::take(&mut log.state.borrow_mut().hints);
             if state.attach.as_ref().is_some_and(|attach| Rc::ptr_eq(&attach.disk, &log.disk)) {
-                state.punch.extend(hints.iter().map(|(block, count, _)| (block, count)));
+                // Without their instants neighbours are one range.
+                hints.iter().for_each(|(block, count, _)| state.punch.insert(block, count, Instant::ZERO));
             }
         }
         self.work.notify();
@@ -656,7 +658,12 @@ impl Volume {
         self.idle_frame().await;
         let off_and_empty = {
             let state = self.state.borrow();
-            !state.on && !self.admin.get() && state.logs.iter().all(|l| !l.state.borrow().recording)
+            // What is left to punch is punched while the guest goes on.
+            !state.on
+                && !self.admin.get()
+                && state.punch.is_empty()
+                && !state.punching
+                && state.logs.iter().all(|l| !l.state.borrow().recording)
         };
         if off_and_empty {
             let _lock = self.lock_admin().await;
@@ -786,20 +793,11 @@ impl Volume {
                 }
                 let ticket = self.store_settings();
                 self.durable(&ticket).await?;
-                // The fence knows the settings, too; but it must not revive an attachment that ended while this waited.
-                let attached = {
-                    let state = self.state.borrow();
-                    state.mode == Mode::Journal
-                        && attach.disk.failure().is_none()
-                        && state.attach.as_ref().is_some_and(|a| Rc::ptr_eq(&a.disk, &attach.disk))
-                };
-                if attached {
-                    self.put_fence(FenceState::Dirty, attach.disk.id, "").await?;
-                }
+                self.refence().await?;
                 self.shrink_within(capacity).await?;
             }
             None => {
-                let disk = self.engine()?.pick_disk(None);
+                let disk = self.engine()?.pick_disk(self.id, None);
                 if let Some(disk) = &disk {
                     Self::check_settings(&settings, disk)?;
                 }
@@ -869,10 +867,12 @@ impl Volume {
             (state.mode, state.on)
         };
         match (mode, on) {
-            (Mode::Journal, true) => return Ok(()),
+            (Mode::Journal, true) => return self.refence().await,
             (Mode::Journal, false) => {
                 let ticket = self.rotate_now(CloseReason::Switched, |state| state.on = true).await?;
                 self.durable(&ticket).await?;
+                // Whoever goes on without this journal goes on with the switch as it is now.
+                self.refence().await?;
             }
             _ => {
                 let settings = self.state.borrow().settings.unwrap_or(engine.config().default_settings);
@@ -887,15 +887,14 @@ impl Volume {
     pub(crate) async fn attach_to(self: &Rc<Self>, disk: Option<Rc<Disk>>, settings: Settings) -> Result<()> {
         let engine = self.engine()?;
         Self::check_duration(&settings)?;
-        let disk = match disk.or_else(|| engine.pick_disk(Some(settings.reserve_capacity))) {
+        let disk = match disk.or_else(|| engine.pick_disk(self.id, Some(settings.reserve_capacity))) {
             Some(disk) => disk,
             None => {
-                return Err(match engine.pick_disk(None) {
+                return Err(match engine.pick_disk(self.id, None) {
                     None => Error::State("no CDP disk is online: `disk init` one first; one that failed is used again after a restart of the agent".into()),
                     Some(disk) => {
                         Self::check_settings(&settings, &disk)?;
-                        let total = disk.geometry.segments * disk.geometry.segment_size;
-                        let free = total.saturating_sub(disk.reserved_bytes());
+                        let free = disk.room_for(self.id);
                         Error::NoSpace { what: "reserve_capacity", needed: settings.reserve_capacity, free }
                     }
                 });
@@ -959,6 +958,9 @@ impl Volume {
             state.completed = instant;
             state.instant_last = instant;
             state.recorded = (Instant::ZERO, Instant::ZERO);
+            // What was written without a journal, and what the last one knew of flushes, says nothing here.
+            state.wrote_since_flush = true;
+            state.flushes.clear();
             self.rotate(&mut state, instant, true, CloseReason::Switched);
             state.mode = Mode::Journal;
             state.health = if state.lost_blocks.is_some() { Health::RevertIncomplete } else { Health::Ok };
@@ -970,6 +972,7 @@ impl Volume {
         if let Some(ticket) = ticket {
             self.durable(&ticket).await?;
         }
+        self.drop_older(engine, disk).await;
         self.event(EventKind::Protected, format!("on {}", disk.path));
         Ok(())
     }
@@ -1035,11 +1038,12 @@ impl Volume {
             return Err(Error::State(format!("volume {:?} has no CDP", self.name())));
         }
         if !on {
-            return Ok(());
+            return self.refence().await;
         }
         if mode == Mode::Journal {
             let ticket = self.rotate_now(CloseReason::Switched, |state| state.on = false).await?;
             self.durable(&ticket).await?;
+            self.refence().await?;
         } else {
             self.state.borrow_mut().on = false;
             let disk = self.state.borrow().fence.as_ref().map_or(uuid::Uuid::nil(), |f| f.disk);
@@ -1072,10 +1076,10 @@ impl Volume {
             self.resume_journal();
             return Err(error);
         }
-        // Evictions under way end first: their segments are theirs to free, and their discards the destager's to punch.
+        // Evictions under way end first: their segments are theirs to free.
         let none_leaves = || {
             let state = self.state.borrow();
-            ((state.leaving.is_empty() && state.punch.is_empty()) || disk.failure().is_some()).then_some(())
+            (state.leaving.is_empty() || disk.failure().is_some()).then_some(())
         };
         self.changed.until(none_leaves).await;
         let lost: Vec<_> = {
@@ -1110,13 +1114,12 @@ impl Volume {
             self.resume_journal();
             return Err(error);
         }
-        // From the next step on requests go straight to the primary: nothing old may be on its way there.
+        // From the next step on requests go straight to the primary: nothing old may be on its way there. Hints: what is not punched only keeps its room.
+        self.state.borrow_mut().punch.clear();
         self.changed.until(|| (!self.state.borrow().punching).then_some(())).await;
         let (logs, leaving) = {
             let mut state = self.state.borrow_mut();
             state.attach = None;
-            // Hints: what is not punched only keeps its room.
-            state.punch.clear();
             state.markers.clear();
             state.sizes.clear();
             state.mode = Mode::Direct;
@@ -1202,8 +1205,7 @@ impl Volume {
             log.sealed || (log.overlay.is_empty() && log.revert.is_none())
         };
         let mut logs = state.logs.iter().take_while(|l| reverts || l.state.borrow().revert.is_none());
-        (state.open.is_empty() && state.inflight.is_empty() && state.punch.is_empty() && logs.all(on_primary))
-            .then_some(Ok(()))
+        (state.open.is_empty() && state.inflight.is_empty() && logs.all(on_primary)).then_some(Ok(()))
     }
 
     async fn try_protect_again(self: &Rc<Self>) {
@@ -1215,7 +1217,7 @@ impl Volume {
         };
         let Some(settings) = settings else { return };
         let Ok(engine) = self.engine() else { return };
-        if engine.pick_disk(Some(settings.reserve_capacity)).is_none() {
+        if engine.pick_disk(self.id, Some(settings.reserve_capacity)).is_none() {
             return;
         }
         let _lock = self.lock_admin().await;
@@ -1411,7 +1413,7 @@ impl Volume {
             let _pin = log.pin();
             let (memory, runs) = {
                 let state = log.state.borrow();
-                if state.thin {
+                if state.thin || state.gone {
                     continue;
                 }
                 (state.writes_index.in_memory(), state.writes_index.runs())
@@ -1422,7 +1424,7 @@ impl Volume {
                     return;
                 }
                 if let Some(bucket) = out.get_mut(((at - from.0) / width) as usize) {
-                    bucket.blocks += 1;
+                    bucket.blocks += entry.blocks();
                     if entry.kind() == EntryKind::Write {
                         bucket.bytes += u64::from(entry.mask.count_ones()) * 512;
                     }

@@ -40,6 +40,7 @@ use crate::host::{Device, LocalFuture};
 use crate::index::Touched;
 use crate::info::{CdpState, Event, EventKind, Health, Marker, Settings, ViewInfo, VolumeInfo, VolumeStats};
 use crate::log::Log;
+use crate::overlay::ExtentMap;
 use crate::signal::Signal;
 use crate::types::{BLOCK, Instant, SECTOR, SECTORS_PER_BLOCK};
 use crate::view::View;
@@ -138,6 +139,8 @@ pub(crate) struct State {
     pub on: bool,
     pub created_ns: u64,
     pub held: bool,
+    /// A forced revert has asked its clients to go: no other writer may come in their place.
+    pub turning_away: bool,
     /// A revert is prepared: writes wait.
     pub reverting: Option<revert::Reverting>,
     pub generation: u64,
@@ -183,9 +186,9 @@ pub(crate) struct State {
     pub stale_blocks: BTreeMap<u64, u64>,
     /// The fence does not know yet that some were overwritten.
     pub lost_changed: bool,
-    /// Ranges to punch on the primary, of discards whose log was evicted. Only where a journal is attached: there a later write of such a range waits in the overlay until
-    /// it is punched.
-    pub punch: Vec<(u64, u64)>,
+    /// Ranges to punch on the primary, of discards whose log was evicted, without what was written since. Only where a journal is attached: there a write that comes while a
+    /// range is punched waits in the overlay, and the destager does one after the other.
+    pub punch: ExtentMap,
     /// Some of them are on their way to the primary: requests must not go there directly.
     pub punching: bool,
     /// Somebody waits until everything is on the primary.
@@ -283,6 +286,8 @@ pub struct Volume {
     pub(crate) answered: Cell<(u64, u64)>,
     /// Bytes of the backlog that the destager has as good as done.
     pub(crate) landing: Cell<u64>,
+    /// Batches and pieces of reverts since ranges were punched last.
+    pub(crate) pieces_since_punch: Cell<u32>,
     /// Only one admin call at a time changes the row of logs.
     pub(crate) admin: Cell<bool>,
     /// A fence is on its way to the state directory.
@@ -535,6 +540,7 @@ impl Volume {
             next_seq: state.next_seq + if fence_state == FenceState::Detached { 0 } else { SEQS_AHEAD },
             settings: state.settings,
             on: state.on,
+            held: state.held,
             created_ns: state.created_ns,
             lost_blocks: {
                 let mut lost = state.lost_blocks.clone().unwrap_or_default();
@@ -631,6 +637,23 @@ impl Volume {
         self.put_fence_in_order(fence_state, disk, reason).await
     }
 
+    /// Lets the fence of a journal know the switch, the hold and the settings as they are. It must not revive an attachment that ended while this waited: asked for
+    /// when nobody else writes the fence.
+    pub(crate) async fn refence(&self) -> Result<()> {
+        let _order = self.fence_order().await;
+        let disk = {
+            let state = self.state.borrow();
+            let current =
+                |fence: &Fence| (fence.on, fence.held, fence.settings) == (state.on, state.held, state.settings);
+            let attached = state.attach.as_ref().filter(|a| state.mode == Mode::Journal && a.disk.failure().is_none());
+            attached.filter(|_| !state.fence.as_ref().is_some_and(current)).map(|a| a.disk.id)
+        };
+        match disk {
+            Some(disk) => self.put_fence_in_order(FenceState::Dirty, disk, "").await,
+            None => Ok(()),
+        }
+    }
+
     async fn fence_order(&self) -> Held<'_> {
         self.changed.until(|| (!self.fence_busy.replace(true)).then_some(())).await;
         Held(&self.fence_busy, &self.changed)
@@ -659,7 +682,7 @@ impl Volume {
     fn connect(self: &Rc<Self>, writable: bool, on_disconnect: Box<dyn FnOnce()>) -> Result<ClientGuard> {
         self.serving()?;
         let mut state = self.state.borrow_mut();
-        if state.reverting.is_some() && writable {
+        if (state.reverting.is_some() || state.turning_away) && writable {
             return Err(Error::State(format!("volume {:?} is being reverted: try again", state.name)));
         }
         if state.held {

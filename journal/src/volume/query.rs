@@ -27,10 +27,9 @@ const WALK_BLOCKS: u32 = 16;
 /// Most changes of one answer.
 const CHANGES_MAX: u32 = 10_000;
 
-/// A log whose writes can be asked for, pinned.
+/// A log whose writes can be asked for. It may be evicted between two questions, so that a long query costs history and never the guest: whoever reads holds it for as long.
 struct Part {
     log: Rc<Log>,
-    _pin: ReadPin,
     segments: Vec<SegmentRef>,
     /// Frames below this have completed; `None`: all of them.
     completed: Option<u64>,
@@ -54,9 +53,30 @@ impl Part {
             io_last: state.closed.then_some(state.io_last),
             end: next.map(|n| n.start),
             reverted: next.is_some() && state.close_reason == CloseReason::Reverted as u32,
-            _pin: log.pin(),
             log: Rc::clone(log),
         })
+    }
+
+    /// Whether its writes have left the history since.
+    fn has_left(&self) -> bool {
+        let state = self.log.state.borrow();
+        state.thin || state.gone
+    }
+
+    /// Keeps its segments while they are read.
+    fn hold(&self) -> Result<ReadPin> {
+        if self.has_left() {
+            return Err(Error::Gone(format!("log {} has left the history meanwhile", self.log.seq)));
+        }
+        Ok(self.log.pin())
+    }
+
+    /// What was found, or nothing where the log has left: the history is now without it.
+    fn unless_left<T>(&self, found: Result<T>) -> Result<Option<T>> {
+        match found {
+            Err(_) if self.has_left() => Ok(None),
+            found => found.map(Some),
+        }
     }
 
     fn segment_blocks(&self) -> u32 {
@@ -65,6 +85,7 @@ impl Part {
 
     /// The header of a segment; `None` where nothing of this log is written yet.
     async fn header(&self, i: usize) -> Result<Option<SegmentHeader>> {
+        let _held = self.hold()?;
         let stream = (self.log.seq, self.log.id, StreamKind::Writes);
         read_header(&self.log.disk, self.log.volume, stream, self.segments[i]).await
     }
@@ -81,6 +102,7 @@ impl Part {
 
     /// `instant_last` of the first frame of a segment; `None` where there is no frame.
     async fn first_instant(&self, i: usize) -> Result<Option<Instant>> {
+        let _held = self.hold()?;
         let s = self.segments[i];
         let bytes = self.log.disk.read(s.segment, 1, 1).await?;
         Ok(frame::peek_frame(&bytes, self.log.id, s, 1).map(|h| Instant(h.instant_last.get())))
@@ -109,6 +131,7 @@ impl Part {
 
     /// Calls `each` with the descriptors of a segment's frames, in order; payloads are skipped.
     async fn walk(&self, i: usize, limit: Option<u64>, mut each: impl FnMut(&Descriptor)) -> Result<()> {
+        let _held = self.hold()?;
         let s = self.segments[i];
         let Some(header) = self.header(i).await? else { return Ok(()) };
         let blocks = self.segment_blocks();
@@ -154,6 +177,7 @@ impl Part {
 
     /// The footer of a full segment, where it is the whole truth about it.
     async fn footer(&self, i: usize) -> Result<Option<(format::SegmentFooter, Vec<Descriptor>)>> {
+        let _held = self.hold()?;
         if i + 1 == self.segments.len() {
             return Ok(None);
         }
@@ -192,6 +216,7 @@ impl Part {
 
     /// The instants of the writes of a segment, ascending, each once.
     async fn instants(&self, i: usize) -> Result<Vec<Instant>> {
+        let _held = self.hold()?;
         let mut found = Vec::new();
         match self.footer(i).await? {
             Some((footer, _)) if footer.root.entries.get() == 0 => {}
@@ -259,6 +284,14 @@ impl Part {
     }
 }
 
+/// Keeps a log while it is read, if it is part of the history still.
+fn held(log: &Rc<Log>) -> Result<ReadPin> {
+    if log.state.borrow().gone {
+        return Err(Error::Gone(format!("log {} has left the history meanwhile", log.seq)));
+    }
+    Ok(log.pin())
+}
+
 fn is_write(entry: &IndexEntry) -> bool {
     matches!(entry.kind(), EntryKind::Write | EntryKind::Zero)
 }
@@ -309,9 +342,9 @@ impl Volume {
         }
         let clean = |d: &&Descriptor| d.kind == DescriptorKind::FlushPoint && d.header.count.get() == 1;
         'before: for part in parts.iter().rev().filter(|p| p.log.start <= at) {
-            let end = part.segments_upto(at).await?;
+            let Some(end) = part.unless_left(part.segments_upto(at).await)? else { continue };
             for i in (0..end).rev() {
-                let side = part.side(i).await?;
+                let Some(side) = part.unless_left(part.side(i).await)? else { break };
                 let found = side.iter().filter(clean).map(Descriptor::instant).filter(|instant| *instant <= at).max();
                 if found.is_some() {
                     near.before = near.before.max(found);
@@ -321,11 +354,14 @@ impl Volume {
         }
         'after: for part in parts.iter().filter(|p| !all_after && p.end.is_none_or(|end| end > at)) {
             let start = match part.log.start <= at {
-                true => part.segments_between(at.after(), Instant::MAX).await?.start,
-                false => 0,
+                true => {
+                    part.unless_left(part.segments_between(at.after(), Instant::MAX).await)?.map(|these| these.start)
+                }
+                false => Some(0),
             };
+            let Some(start) = start else { continue };
             for i in start..part.segments.len() {
-                let side = part.side(i).await?;
+                let Some(side) = part.unless_left(part.side(i).await)? else { break };
                 let found = side.iter().filter(clean).map(Descriptor::instant).filter(|instant| *instant > at).min();
                 if let Some(found) = found {
                     near.after = Some(near.after.map_or(found, |known| known.min(found)));
@@ -354,8 +390,10 @@ impl Volume {
             each(*instant, *clean);
         }
         for part in parts.iter().filter(|p| p.log.start < to && p.end.is_none_or(|end| end > from)) {
-            for i in part.segments_between(from, to).await? {
-                for d in part.side(i).await?.iter().filter(|d| d.kind == DescriptorKind::FlushPoint) {
+            let Some(segments) = part.unless_left(part.segments_between(from, to).await)? else { continue };
+            for i in segments {
+                let Some(side) = part.unless_left(part.side(i).await)? else { break };
+                for d in side.iter().filter(|d| d.kind == DescriptorKind::FlushPoint) {
                     if inside(&d.instant()) && !told.contains(&d.instant()) {
                         each(d.instant(), d.header.count.get() == 1);
                     }
@@ -403,7 +441,7 @@ impl Volume {
             if let (None, Some(part)) = (target, parts.iter().find(|p| Rc::ptr_eq(&p.log, &pair[0]))) {
                 // It is the last event of its log.
                 for i in (0..part.segments.len()).rev() {
-                    let side = part.side(i).await?;
+                    let Some(side) = part.unless_left(part.side(i).await)? else { break };
                     let revert =
                         side.iter().rfind(|d| d.kind == DescriptorKind::Revert && d.instant() == pair[1].start);
                     if let Some(revert) = revert {
@@ -499,14 +537,16 @@ impl Volume {
         self.completed_up_to(to).await;
         // What came in meanwhile may have evicted it.
         self.viewable(from, now)?;
-        let row: Vec<(Rc<Log>, ReadPin, Instant)> = {
+        let row: Vec<(Rc<Log>, Instant)> = {
             let state = self.state.borrow();
             let ends = state.logs.iter().skip(1).map(|l| l.start).chain([Instant::MAX]);
             let row = state.logs.iter().zip(ends).filter(|(l, end)| l.start <= to && *end > from);
-            row.map(|(l, end)| (Rc::clone(l), l.pin(), end)).collect()
+            row.map(|(l, end)| (Rc::clone(l), end)).collect()
         };
         let mut changed = Touched::default();
-        for (log, _pin, end) in row {
+        for (log, end) in row {
+            // One at a time: the guest may need the room of the others.
+            let _pin = held(&log)?;
             let (whole, by_writes) = {
                 let state = log.state.borrow();
                 let reverted = state.close_reason == CloseReason::Reverted as u32 && end <= to;
@@ -541,14 +581,14 @@ impl Volume {
 
     /// The blocks that may differ between an instant and the end of log `last`, or now.
     pub(super) async fn touched_since(self: &Rc<Self>, from: Instant, last: Option<u64>) -> Result<Touched> {
-        let row: Vec<(Rc<Log>, ReadPin)> = {
+        let row: Vec<Rc<Log>> = {
             let state = self.state.borrow();
             let first = state.logs.iter().rposition(|l| l.start <= from).unwrap_or(0);
-            let row = state.logs.iter().skip(first).filter(|l| last.is_none_or(|last| l.seq <= last));
-            row.map(|l| (Rc::clone(l), l.pin())).collect()
+            state.logs.iter().skip(first).filter(|l| last.is_none_or(|last| l.seq <= last)).cloned().collect()
         };
         let mut changed = Touched::default();
-        for (log, _pin) in row {
+        for log in row {
+            let _pin = held(&log)?;
             self.add_touched(&log, &mut changed).await?;
         }
         Ok(changed)

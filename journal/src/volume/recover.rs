@@ -8,7 +8,7 @@
 //! 4. Writes past the watermark go back into the overlay; pending reverts go on; a new log starts.
 
 use std::cell::{Cell, RefCell};
-use std::collections::{BTreeMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::rc::Rc;
 
 use uuid::Uuid;
@@ -65,7 +65,8 @@ pub(crate) async fn open(engine: &Rc<Engine>, spec: VolumeSpec) -> Result<Rc<Vol
             settings,
             on: fence.as_ref().is_some_and(|f| f.on),
             created_ns: fence.as_ref().map_or(0, |f| f.created_ns),
-            held: false,
+            held: fence.as_ref().is_some_and(|f| f.held),
+            turning_away: false,
             reverting: None,
             generation: fence.as_ref().map_or(0, |f| f.generation),
             next_seq: fence.as_ref().map_or(0, |f| f.next_seq),
@@ -95,7 +96,7 @@ pub(crate) async fn open(engine: &Rc<Engine>, spec: VolumeSpec) -> Result<Rc<Vol
             lost_blocks: None,
             lost_changed: false,
             stale_blocks: BTreeMap::new(),
-            punch: Vec::new(),
+            punch: Default::default(),
             punching: false,
             drain_waiters: 0,
             backlog_full: false,
@@ -119,6 +120,7 @@ pub(crate) async fn open(engine: &Rc<Engine>, spec: VolumeSpec) -> Result<Rc<Vol
         requests: Cell::new((0, 0)),
         answered: Cell::new((0, 0)),
         landing: Cell::new(0),
+        pieces_since_punch: Cell::new(0),
         admin: Cell::new(false),
         fence_busy: Cell::new(false),
         left_in_order: Cell::new(false),
@@ -152,8 +154,11 @@ impl Volume {
         let accepted = |health: Health| spec.accept == Some(health);
         let lost = |fence: &Fence| lost_of(fence).filter(|_| !accepted(Health::RevertIncomplete));
         let Some(fence) = fence else {
-            let found = engine.disk_list().into_iter().find(|d| !d.segments_of(self.id).is_empty());
-            let Some(disk) = found else { return Ok(()) };
+            // Of several the one with the newest log: what others have was left there when the journal moved.
+            let newest = |d: &Rc<Disk>| d.segments_of(self.id).iter().map(|(_, entry)| entry.log_seq.get()).max();
+            let found =
+                engine.disk_list().into_iter().filter_map(|d| Some((newest(&d)?, d))).max_by_key(|(seq, _)| *seq);
+            let Some((_, disk)) = found else { return Ok(()) };
             if spec.attach_journal {
                 return self.attach_found(engine, &disk).await;
             }
@@ -164,11 +169,12 @@ impl Volume {
                 );
                 return self.refuse(Health::NeedsJournal, EventKind::NeedsJournal, reason);
             }
-            return self.drop_leftovers(engine).await;
+            self.drop_leftovers(engine).await;
+            return Ok(());
         };
         match fence.state {
             FenceState::Detached => {
-                self.drop_leftovers(engine).await?;
+                self.drop_leftovers(engine).await;
                 if accepted(Health::RevertIncomplete) && !fence.lost_blocks.is_empty() {
                     self.put_fence(FenceState::Detached, fence.disk, "lost blocks were given up").await?;
                 }
@@ -181,7 +187,8 @@ impl Volume {
             }
             FenceState::Clean | FenceState::Dirty | FenceState::Detaching => {
                 let clean = fence.state == FenceState::Clean;
-                let disk = engine.disk_list().into_iter().find(|d| d.id == fence.disk && d.failure().is_none());
+                // One that failed in writing, perhaps for another volume, is read; then this one leaves it, too.
+                let disk = engine.disk_list().into_iter().find(|d| d.id == fence.disk && d.can_be_read());
                 let Some(disk) = disk else {
                     if clean || accepted(Health::NeedsJournal) {
                         let why = format!("CDP disk {} is missing", fence.disk);
@@ -197,7 +204,8 @@ impl Volume {
                     if accepted(Health::PrimaryChanged) {
                         // What is on the primary is what the admin wants, in blocks that were lost, too.
                         self.go_on_without(&what, None).await?;
-                        return self.drop_leftovers(engine).await;
+                        self.drop_leftovers(engine).await;
+                        return Ok(());
                     }
                     return self.refuse(Health::PrimaryChanged, EventKind::PrimaryChanged, what);
                 }
@@ -210,11 +218,14 @@ impl Volume {
                     );
                     if accepted(Health::NeedsJournal) {
                         self.go_on_without(&reason, lost(&fence)).await?;
-                        return self.drop_leftovers(engine).await;
+                        self.drop_leftovers(engine).await;
+                        return Ok(());
                     }
                     return self.refuse(Health::NeedsJournal, EventKind::NeedsJournal, reason);
                 }
+                let _read = disk.read_although_failed();
                 let Err(error) = self.recover(engine, &disk, &fence, &spec.undecided_reverts).await else {
+                    self.drop_older(engine, &disk).await;
                     return Ok(());
                 };
                 let (health, event) = match error {
@@ -224,7 +235,8 @@ impl Volume {
                 if accepted(health) {
                     let lost = lost(&fence).filter(|_| health != Health::PrimaryChanged);
                     self.go_on_without(&error.to_string(), lost).await?;
-                    return self.drop_leftovers(engine).await;
+                    self.drop_leftovers(engine).await;
+                    return Ok(());
                 }
                 self.refuse(health, event, error.to_string())
             }
@@ -240,7 +252,10 @@ impl Volume {
             self.make_fence(&state, FenceState::Dirty, disk.id, "attached")
         };
         match self.recover(engine, disk, &fence, &[]).await {
-            Ok(()) => Ok(()),
+            Ok(()) => {
+                self.drop_older(engine, disk).await;
+                Ok(())
+            }
             Err(error @ Error::State(_)) => {
                 self.refuse(Health::PrimaryChanged, EventKind::PrimaryChanged, error.to_string())
             }
@@ -287,12 +302,26 @@ impl Volume {
     }
 
     /// Frees what dead generations left on the disks that are here.
-    async fn drop_leftovers(self: &Rc<Self>, engine: &Rc<Engine>) -> Result<()> {
+    async fn drop_leftovers(self: &Rc<Self>, engine: &Rc<Engine>) {
         for disk in engine.disk_list() {
             let old: Vec<_> = disk.segments_of(self.id).into_iter().map(|(s, _)| s).collect();
-            disk.release(&old).await?;
+            // What stays is never redone: it is freed before anything of this volume is written there.
+            if let Err(error) = disk.release(&old).await {
+                tracing::warn!(volume = %self.id, disk = %disk.path, %error, "what a dead journal left there stays");
+            }
         }
-        Ok(())
+    }
+
+    /// Frees what the journal left on other disks before it came to this one. What is newer than its oldest log stays: the fence may be an old copy of itself.
+    pub(super) async fn drop_older(self: &Rc<Self>, engine: &Rc<Engine>, disk: &Rc<Disk>) {
+        let Some(oldest) = self.state.borrow().logs.front().map(|log| log.seq) else { return };
+        for other in engine.disk_list().iter().filter(|d| d.id != disk.id && d.failure().is_none()) {
+            let segments = other.segments_of(self.id).into_iter();
+            let old: Vec<_> = segments.filter(|(_, entry)| entry.log_seq.get() < oldest).map(|(s, _)| s).collect();
+            if let Err(error) = other.release(&old).await {
+                tracing::warn!(volume = %self.id, disk = %other.path, %error, "what an older journal left there stays");
+            }
+        }
     }
 
     /// Whether somebody wrote past the agent, as far as the fence tells. That it is the same primary under another identity may be vouched for.
@@ -362,6 +391,9 @@ impl Volume {
             }
             // A journal that never got its first frame: nothing was acked into it.
             disk.release(&dead).await?;
+            if fence.generation == ANY_GENERATION {
+                self.state.borrow_mut().generation = 0;
+            }
             self.go_on_without("the journal was not begun", lost_of(fence)).await?;
             return match fence.settings {
                 // The call that switched protection on was cut off: it is brought to its end.
@@ -514,7 +546,6 @@ impl Volume {
         }
         dead.sort_by_key(|s| s.segment);
         dead.dedup();
-        disk.release(&dead).await?;
         engine.clock().past(instant_last.max(Instant(base_last_instant(&control))));
         self.assume(disk, &control, logs, instant_last, next_seq)?;
         self.restore_overlay(watermark).await?;
@@ -524,6 +555,10 @@ impl Volume {
         if !detaching {
             // A way out that was cut off wrote to the primary what the journal may have lost.
             self.check_destaged(watermark).await?;
+        }
+        // Before anything is appended: a segment that was cut off must not follow the new one. On a disk that cannot be written nothing will be.
+        if let Err(error) = disk.release(&dead).await {
+            tracing::warn!(volume = %self.id, disk = %disk.path, %error, "recovered from a CDP disk that cannot be written");
         }
         self.resume_journal_after_recovery(engine, disk, control.reverted_at, detaching).await?;
         self.event(
@@ -589,6 +624,7 @@ impl Volume {
             last.state.borrow_mut().touched = touched;
         }
         state.logs = logs;
+        Self::prune_markers(&mut state);
         for (instant, clean) in &control.flushes {
             state.note_flush(*instant, *clean);
         }
@@ -967,7 +1003,9 @@ fn base_last_instant(control: &Control) -> u64 {
 fn fold(side: &[Descriptor], base_seq: u64, place: &str, undecided: &[Uuid]) -> Result<Control> {
     let bad = || Error::Damaged { what: "control record", place: place.to_owned() };
     let mut settings = None;
-    let mut names = HashSet::new();
+    // As they were before the newest ones: a revert comes behind settings that say who is held for it.
+    let mut settings_before: Option<ControlSettings> = None;
+    let mut named = HashMap::new();
     let mut control = Control {
         settings: frame::body(&[0; size_of::<ControlSettings>()], place)?,
         logs: BTreeMap::new(),
@@ -982,8 +1020,13 @@ fn fold(side: &[Descriptor], base_seq: u64, place: &str, undecided: &[Uuid]) -> 
         match descriptor.kind {
             DescriptorKind::Marker => {
                 let marker = descriptor.marker().ok_or_else(bad)?;
-                if names.insert(marker.name.clone()) {
-                    control.markers.push(marker);
+                // A name comes again only where the first of that name went with its history: the last one counts.
+                match named.get(&marker.name) {
+                    Some(at) => control.markers[*at] = marker,
+                    None => {
+                        named.insert(marker.name.clone(), control.markers.len());
+                        control.markers.push(marker);
+                    }
                 }
             }
             DescriptorKind::Size => control.sizes.push((descriptor.instant(), descriptor.header.start.get())),
@@ -996,7 +1039,13 @@ fn fold(side: &[Descriptor], base_seq: u64, place: &str, undecided: &[Uuid]) -> 
             }
             DescriptorKind::Revert
                 if undecided.iter().any(|group| descriptor.extra.starts_with(group.as_bytes()))
-                    && !active(Mutation::UndecidedCounts) => {}
+                    && !active(Mutation::UndecidedCounts) =>
+            {
+                if let (Some(settings), Some(before)) = (&mut settings, settings_before) {
+                    let settings: &mut ControlSettings = settings;
+                    settings.held = before.held;
+                }
+            }
             DescriptorKind::Revert => {
                 let target = Instant(descriptor.header.start.get());
                 control.hints.retain(|(_, _, _, instant)| *instant <= target);
@@ -1012,7 +1061,9 @@ fn fold(side: &[Descriptor], base_seq: u64, place: &str, undecided: &[Uuid]) -> 
                 control.reverted_at = Some(descriptor.instant());
             }
             DescriptorKind::Control => match ControlKind::from_byte(descriptor.header.sub).ok_or_else(bad)? {
-                ControlKind::Settings => settings = Some(frame::body::<ControlSettings>(&descriptor.extra, place)?),
+                ControlKind::Settings => {
+                    settings_before = settings.replace(frame::body::<ControlSettings>(&descriptor.extra, place)?);
+                }
                 ControlKind::Log => {
                     let row = frame::body::<ControlLog>(&descriptor.extra, place)?;
                     if row.flags.get() & !log_flags::KNOWN != 0 {
@@ -1187,7 +1238,20 @@ pub(super) async fn read_header(
 async fn has_frames(disk: &Rc<Disk>, s: SegmentRef, log_id: u64) -> Result<bool> {
     let segment_size = disk.geometry.segment_size;
     let end = (second_frame_at_most(segment_size) + 1).min((segment_size / BLOCK) as u32);
-    let bytes = disk.read(s.segment, 1, end - 1).await?;
+    let bytes = match disk.read(s.segment, 1, end - 1).await {
+        Err(Error::Device { .. }) => {
+            // Where a block cannot be read, the others tell.
+            for block in 1..end {
+                match disk.read(s.segment, block, 1).await {
+                    Ok(bytes) if frame::peek_frame(&bytes, log_id, s, block).is_some() => return Ok(true),
+                    Ok(_) | Err(Error::Device { .. }) => {}
+                    Err(error) => return Err(error),
+                }
+            }
+            return Ok(false);
+        }
+        read => read?,
+    };
     Ok((1..end)
         .zip(bytes.chunks(BLOCK as usize))
         .any(|(block, bytes)| frame::peek_frame(bytes, log_id, s, block).is_some()))
@@ -1199,8 +1263,21 @@ async fn durable_claim(disk: &Rc<Disk>, s: SegmentRef, log_id: u64) -> Result<(u
     let mut claim = (0, 0);
     let mut block = 1;
     while block < segment_blocks {
-        let n = WINDOW_BLOCKS.min(segment_blocks - block);
-        let bytes = disk.read(s.segment, block, n).await?;
+        let mut n = WINDOW_BLOCKS.min(segment_blocks - block);
+        let bytes = match disk.read(s.segment, block, n).await {
+            Err(Error::Device { .. }) => {
+                // Past a block that cannot be read the claims of others are found.
+                n = u32::from(FrameHeader::HEADER_BLOCKS_MAX).min(segment_blocks - block);
+                match disk.read(s.segment, block, n).await {
+                    Err(Error::Device { .. }) => {
+                        block += 1;
+                        continue;
+                    }
+                    read => read?,
+                }
+            }
+            read => read?,
+        };
         let mut at = 0;
         while at < n {
             let here = &bytes[(at * BLOCK as u32) as usize..];
@@ -1397,7 +1474,11 @@ impl Window {
         let have = self.start + (self.bytes.len() as u64 / BLOCK) as u32;
         if block < self.start || block + blocks > have || self.bytes.is_empty() {
             let n = blocks.max(WINDOW_BLOCKS).min(segment_blocks - block);
-            self.bytes = self.disk.read(self.segment, block, n).await?;
+            self.bytes = match self.disk.read(self.segment, block, n).await {
+                // A bad sector further on is not this reader's.
+                Err(Error::Device { .. }) if n > blocks => self.disk.read(self.segment, block, blocks).await?,
+                read => read?,
+            };
             self.start = block;
         }
         let at = ((block - self.start) as u64 * BLOCK) as usize;

@@ -9,15 +9,18 @@ use std::rc::Rc;
 
 use futures::future::{Either, select};
 use uuid::Uuid;
+use zerocopy::IntoBytes as _;
 
 use super::history::CloseReason;
 use super::{AdminLock, Mode, State, Ticket, Volume};
 use crate::engine::{Engine, RevertRequest};
 use crate::error::{Error, Result};
+use crate::fence::FenceState;
+use crate::format::ControlKind;
 use crate::group::MEMBERS_MAX;
 use crate::index::Touched;
 use crate::info::{EventKind, RevertReport};
-use crate::log::{PendingRevert, usable_bytes};
+use crate::log::{Log, PendingRevert, usable_bytes};
 use crate::mutation::{Mutation, active};
 use crate::types::{BLOCK, Instant};
 
@@ -92,9 +95,7 @@ impl Volume {
             let (target, total) = (reverting.report.target, reverting.changed.len());
             state.instant_last = instant;
             let ids: Vec<u8> = [group].iter().chain(members).flat_map(|id| *id.as_bytes()).collect();
-            let frame = self.open_frame(&mut state, &log, 0, true);
-            frame.builder.push_revert(instant, target, total, &ids);
-            Rc::clone(&frame.ticket)
+            self.push_revert(&mut state, &log, instant, target, total, &ids)
         };
         self.kick.notify();
         self.durable(&ticket).await
@@ -149,7 +150,8 @@ impl Volume {
                 state.name
             )));
         }
-        Ok(())
+        // A disk that has failed is left as soon as the destager comes to it: what is reverted until then would be lost.
+        state.attach.as_ref().map_or(Ok(()), |attach| attach.disk.check())
     }
 
     /// What the revert would change, and the room that it needs.
@@ -214,6 +216,7 @@ impl Volume {
         if ready.is_err() {
             let mut state = self.state.borrow_mut();
             state.held = held_before;
+            state.turning_away = false;
             state.reverting = None;
         }
         ready
@@ -222,6 +225,8 @@ impl Volume {
     /// Clients go, writes wait, room is made.
     async fn settle(self: &Rc<Self>, engine: &Rc<Engine>, request: &RevertRequest, reverting: Reverting) -> Result<()> {
         if request.force {
+            // One that comes back before the last request of its old connection has ended would be waited for in vain.
+            self.state.borrow_mut().turning_away = true;
             self.disconnect_all();
             self.until_writers_gone(engine.config().stall_max_ns).await?;
         }
@@ -231,6 +236,7 @@ impl Volume {
             self.in_journal(&state)?;
             // From here on no write is admitted, and the target's log stays.
             state.reverting = Some(reverting);
+            state.turning_away = false;
         }
         // Capacity or age may have taken the target's log meanwhile.
         self.viewable(request.target, estimated_at)?;
@@ -255,7 +261,7 @@ impl Volume {
     /// The revert happens, in one step. The next log begins at the revert's own instant, so every instant from the revert on resolves in it.
     fn switch(self: &Rc<Self>, instant: Instant) -> Result<(RevertReport, Option<Rc<Ticket>>)> {
         let mut state = self.state.borrow_mut();
-        if state.mode != Mode::Journal {
+        if state.mode != Mode::Journal || state.disk_failed() {
             if let Some(reverting) = state.reverting.take() {
                 state.held = reverting.held_before;
             }
@@ -268,9 +274,11 @@ impl Volume {
             log.state.borrow_mut().hints.remove_since(target.after());
         }
         state.instant_last = state.instant_last.max(instant);
+        // What the target shows need not be what a flush has left.
+        state.wrote_since_flush = true;
         let total = left.len();
         if reverting.group.is_none() {
-            self.open_frame(&mut state, &closing, 0, true).builder.push_revert(instant, target, total, &[]);
+            self.push_revert(&mut state, &closing, instant, target, total, &[]);
         }
         if total > 0 {
             let pending = PendingRevert { instant, target, left, total, done: 0, next_block: 0 };
@@ -279,6 +287,26 @@ impl Volume {
         self.rotate(&mut state, instant, true, CloseReason::Reverted);
         let ticket = state.open.back().map(|f| Rc::clone(&f.ticket));
         Ok((RevertReport { instant, ..reverting.report }, ticket))
+    }
+
+    /// The revert's record, the last event of a log. That the export is held goes into the same frame: a crash before the next log must not let in a guest whose caches
+    /// are of before the revert.
+    fn push_revert(
+        &self,
+        state: &mut State,
+        log: &Rc<Log>,
+        instant: Instant,
+        target: Instant,
+        blocks: u64,
+        ids: &[u8],
+    ) -> Rc<Ticket> {
+        let settings = state.held.then(|| Self::settings_row(state));
+        let frame = self.open_frame(state, log, 0, true);
+        if let Some(row) = settings {
+            frame.builder.push_control(ControlKind::Settings, Instant::ZERO, 0, 0, row.as_bytes());
+        }
+        frame.builder.push_revert(instant, target, blocks, ids);
+        Rc::clone(&frame.ticket)
     }
 
     /// Ends when the next log is durable.
@@ -312,6 +340,7 @@ impl Volume {
         loop {
             {
                 let mut state = self.state.borrow_mut();
+                self.in_journal(&state)?;
                 let Some(attach) = state.attach.clone() else {
                     return Err(Error::Gone("the CDP disk is offline".into()));
                 };
@@ -333,7 +362,7 @@ impl Volume {
             self.changed
                 .until(|| {
                     let state = self.state.borrow();
-                    (state.leaving.is_empty() || state.mode != Mode::Journal).then_some(())
+                    (state.leaving.is_empty() || state.mode != Mode::Journal || state.disk_failed()).then_some(())
                 })
                 .await;
         }
@@ -359,14 +388,19 @@ impl Volume {
     pub async fn release(self: &Rc<Self>) -> Result<()> {
         let _lock = self.lock_admin().await;
         self.settled().await?;
-        if !std::mem::replace(&mut self.state.borrow_mut().held, false) || self.state.borrow().mode == Mode::Direct {
-            return Ok(());
+        if std::mem::replace(&mut self.state.borrow_mut().held, false) && self.state.borrow().mode == Mode::Journal {
+            let ticket = self.store_settings();
+            match self.durable(&ticket).await {
+                // The journal that held the volume is being left; the fence of that says how it is now, or is told below.
+                Err(Error::Gone(_) | Error::Device { .. }) => self.settled().await?,
+                result => result?,
+            }
         }
-        let ticket = self.store_settings();
-        match self.durable(&ticket).await {
-            // The journal that held the volume is being left: nothing says any more that it is held.
-            Err(Error::Gone(_) | Error::Device { .. }) => self.settled().await,
-            result => result,
+        self.refence().await?;
+        let fence = self.state.borrow().fence.clone();
+        match fence.filter(|fence| fence.held && fence.state == FenceState::Detached) {
+            Some(fence) => self.put_fence(FenceState::Detached, fence.disk, &fence.reason).await,
+            None => Ok(()),
         }
     }
 }

@@ -22,6 +22,9 @@ use crate::overlay::RANGE_BYTES;
 use crate::signal::yield_now;
 use crate::types::{BLOCK, Instant, SECTOR};
 
+/// Most discards of a volume that are remembered, neighbours of one request as one.
+const HINTS_MAX: usize = 32768;
+
 /// What admission decided.
 enum Admitted {
     /// Goes into the open frame with this instant, at once.
@@ -279,7 +282,10 @@ impl Volume {
                 let ticket = {
                     let mut state = self.state.borrow_mut();
                     let log = self.record(&mut state, wanted, instant);
-                    log.state.borrow_mut().hints.insert(first, blocks, instant);
+                    // Each is in memory and in the carry of every log; without it only room on the primary is not given back.
+                    if state.logs.iter().map(|log| log.state.borrow().hints.len()).sum::<usize>() < HINTS_MAX {
+                        log.state.borrow_mut().hints.insert(first, blocks, instant);
+                    }
                     let frame = self.open_frame(&mut state, &log, 0, true);
                     frame.builder.push_discard(first * (BLOCK / SECTOR), blocks * (BLOCK / SECTOR), instant);
                     Rc::clone(&frame.ticket)
@@ -638,6 +644,9 @@ impl Volume {
         let active = Rc::clone(state.logs.back().expect("journal mode has an active log"));
         if state.lost_blocks.is_some() {
             Self::overwrite_lost(state, wanted, active.seq);
+        }
+        if wanted.blocks > 0 && !state.punch.is_empty() {
+            state.punch.remove(wanted.first, wanted.blocks);
         }
         for log in state.logs.iter().chain(&state.leaving) {
             let mut log = log.state.borrow_mut();

@@ -31,6 +31,16 @@ impl Place {
 
     /// Starts an engine and opens the volume; the first start makes the CDP disk and switches protection on.
     pub async fn start(&self, executor: &Rc<Executor>, config: EngineConfig) -> (Rc<Engine>, Rc<Volume>) {
+        self.start_with(executor, config, &[]).await
+    }
+
+    /// The same, with other CDP disks beside.
+    pub async fn start_with(
+        &self,
+        executor: &Rc<Executor>,
+        config: EngineConfig,
+        others: &[&Rc<SimDisk>],
+    ) -> (Rc<Engine>, Rc<Volume>) {
         let (disk, id) = (Uuid::from_u128(1), Uuid::from_u128(2));
         let fence = self.folder.fence(id);
         let first = fence.is_none();
@@ -41,7 +51,9 @@ impl Place {
             let options = InitOptions { segment_size: 1 << 20, force: false };
             Engine::init_disk(self.cdp.attach(executor), options, disk, 0).await.unwrap();
         }
-        engine.add_disk(self.cdp.attach(executor), "cdp".into()).await.unwrap();
+        for disk in [&self.cdp].into_iter().chain(others.iter().copied()) {
+            engine.add_disk(disk.attach(executor), disk.name.clone()).await.unwrap();
+        }
         let spec = VolumeSpec {
             id,
             name: "vol".into(),
