@@ -129,3 +129,53 @@ fn zeroes_wait_for_room_in_the_backlog() {
     assert!((512..2048).contains(&acked), "{acked} requests were acked");
     assert!(backlog <= BACKLOG, "{backlog} bytes in the backlog");
 }
+
+/// Goal: what old discards become on the primary costs the guest no wait.
+/// Method: a thousand scattered ranges, each of which takes the primary 10 ms; a backlog for 64 blocks; 200 writes a second.
+#[test]
+fn a_guest_does_not_wait_for_old_discards_to_be_punched() {
+    const RANGES: u64 = 1000;
+    let executor = Executor::new(Shared::new(103, 1_700_000_000 * SECOND));
+    let place = Place::new(160, 64);
+    let found = Rc::new(Cell::new((0, 0)));
+    let (exec, tell) = (Rc::clone(&executor), Rc::clone(&found));
+    let root = async move {
+        let host = SimHost(Rc::clone(&exec));
+        let config = EngineConfig { backlog_bytes_max: 256 << 10, ..EngineConfig::default() };
+        let (engine, volume) = place.start(&exec, config).await;
+        let export = volume.export();
+        let write = async |offset: u64| {
+            let mut data = payload_buf(offset, BLOCK as u32);
+            data.fill(1);
+            export.write(offset, BLOCK as u32, data, false).await.unwrap();
+        };
+        for range in 0..RANGES {
+            write(range * 2 * BLOCK).await;
+        }
+        host.sleep(5 * SECOND).await;
+        for range in 0..RANGES {
+            export.trim(range * 2 * BLOCK, BLOCK as u32).await.unwrap();
+        }
+        host.sleep(5 * SECOND).await;
+        let slow = FaultKind::Slow(SECOND / 100);
+        place.primary.fault(Fault { on: FaultOn::Write, kind: slow, times: None, after: 0, within: None });
+        let first = volume.info().logs[0].seq;
+        volume.clean(Some(first)).await.unwrap();
+        let mut longest = 0;
+        for number in 0..4000u64 {
+            let began = host.boot_ns();
+            write((8192 + number % 4096) * BLOCK).await;
+            longest = longest.max(host.boot_ns() - began);
+            host.sleep(SECOND / 200).await;
+        }
+        host.sleep(30 * SECOND).await;
+        let left = (0..RANGES).filter(|range| place.primary.peek(range * 2 * BLOCK, 1)[0] == 1).count();
+        tell.set((longest, left));
+        place.primary.heal();
+        engine.stop().await.unwrap();
+    };
+    assert_eq!(executor.run(Box::pin(root)), Outcome::Done);
+    let (longest, left) = found.get();
+    assert!(longest < SECOND, "a write took {} ms", longest / 1_000_000);
+    assert_eq!(left, 0, "ranges are not punched");
+}

@@ -153,3 +153,121 @@ fn a_client_that_comes_back_at_once_does_not_stop_a_forced_revert() {
     };
     assert_eq!(executor.run(Box::pin(root)), Outcome::Done);
 }
+
+/// Goal: a revert on a CDP disk that has failed is refused and changes nothing, also in the moment before that disk is left.
+/// Method: the primary takes 10 s for a write, so that the destager does not see for so long that an append failed.
+#[test]
+fn a_revert_on_a_failed_disk_loses_nothing() {
+    let executor = Executor::new(Shared::new(43, 1_700_000_000 * SECOND));
+    let place = Place::new(160, 16);
+    let exec = Rc::clone(&executor);
+    let root = async move {
+        let host = SimHost(Rc::clone(&exec));
+        let (engine, volume) = place.start(&exec, EngineConfig::default()).await;
+        let export = volume.export();
+        let write = async |offset: u64, byte: u8| {
+            let mut data = payload_buf(offset, BLOCK as u32);
+            data.fill(byte);
+            export.write(offset, BLOCK as u32, data, false).await.unwrap();
+        };
+        write(0, 1).await;
+        let target = engine.tick().await.unwrap();
+        write(0, 2).await;
+        host.sleep(5 * SECOND).await;
+        let every = |on, kind| Fault { on, kind, times: None, after: 0, within: None };
+        place.primary.fault(every(FaultOn::Write, FaultKind::Slow(10 * SECOND)));
+        write(8 * BLOCK, 3).await;
+        host.sleep(3 * SECOND).await;
+        place.cdp.fault(every(FaultOn::Write, FaultKind::Eio));
+        let late = write(16 * BLOCK, 4);
+        let reverts = async {
+            while !volume.is_leaving() {
+                host.sleep(SECOND / 1000).await;
+            }
+            assert!(volume.revert(forced(target, true)).await.is_err(), "it cannot be kept");
+        };
+        futures::future::join(late, reverts).await;
+        place.primary.heal();
+        host.sleep(30 * SECOND).await;
+        for (offset, byte) in [(0, 2), (8 * BLOCK, 3), (16 * BLOCK, 4)] {
+            let parts = export.read(offset, BLOCK as u32).await.unwrap();
+            assert!(parts.iter().all(|part| part.iter().all(|found| *found == byte)), "at {offset}");
+        }
+        engine.stop().await.unwrap();
+    };
+    assert_eq!(executor.run(Box::pin(root)), Outcome::Done);
+}
+
+/// Goal: a CDP disk that fails while a revert waits for room ends that wait, and the guest goes on.
+/// Method: on a thread of its own, since what this is about never came back.
+#[test]
+fn a_disk_that_fails_while_a_revert_makes_room_stops_nobody() {
+    let (done, over) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        let executor = Executor::new(Shared::new(47, 1_700_000_000 * SECOND));
+        let place = Place::new(160, 64);
+        let exec = Rc::clone(&executor);
+        let waited = Rc::new(Cell::new(false));
+        let told = Rc::clone(&waited);
+        let root = async move {
+            let host = SimHost(Rc::clone(&exec));
+            let (engine, volume) = place.start(&exec, EngineConfig::default()).await;
+            let export = volume.export();
+            let fill = async |from: u64, count: u64| {
+                for number in from..from + count {
+                    let (offset, len) = (number % 16 * (64 << 10), 64 << 10);
+                    export.write(offset, len, payload_buf(offset, len), false).await.unwrap();
+                }
+            };
+            // A reservation of 40 segments.
+            fill(0, 480).await;
+            host.sleep(10 * SECOND).await;
+            let target = engine.tick().await.unwrap();
+            fill(0, 60).await;
+            host.sleep(10 * SECOND).await;
+            engine.tick().await.unwrap();
+            place.cdp.fault(Fault { on: FaultOn::Sync, kind: FaultKind::Hang, times: None, after: 0, within: None });
+            let reverted = volume.revert(forced(target, true)).await;
+            told.set(reverted.is_err());
+            fill(0, 1).await;
+            place.cdp.heal();
+            engine.stop().await.unwrap();
+        };
+        let outcome = executor.run(Box::pin(root));
+        done.send((outcome, waited.get())).unwrap();
+    });
+    let (outcome, refused) = over.recv_timeout(std::time::Duration::from_secs(120)).expect("it never came back");
+    assert_eq!(outcome, Outcome::Done);
+    assert!(refused, "it needed no room: this shows nothing");
+}
+
+/// Goal: a group's revert that was never decided leaves nothing behind, nor a volume that is held for it.
+#[test]
+fn an_undecided_revert_holds_nobody() {
+    let place = Rc::new(Place::new(160, 16));
+    let shared = Shared::new(53, 1_700_000_000 * SECOND);
+    let group = uuid::Uuid::from_u128(5);
+    for undecided in [Vec::new(), vec![group]] {
+        let executor = Executor::new(Rc::clone(&shared));
+        let (exec, place, first) = (Rc::clone(&executor), Rc::clone(&place), undecided.is_empty());
+        let root = async move {
+            if !first {
+                let (engine, volume) = place.start_undecided(&exec, undecided).await;
+                assert!(!volume.info().held);
+                engine.stop().await.unwrap();
+                return;
+            }
+            let (engine, volume) = place.start(&exec, EngineConfig::default()).await;
+            let export = volume.export();
+            export.write(0, BLOCK as u32, payload_buf(0, BLOCK as u32), false).await.unwrap();
+            let target = engine.tick().await.unwrap();
+            obedient(&export);
+            volume.prepare_revert(group, forced(target, false)).await.unwrap();
+            assert!(volume.info().held);
+            let instant = engine.tick().await.unwrap();
+            volume.record_revert(group, instant, &[uuid::Uuid::from_u128(2)]).await.unwrap();
+        };
+        assert_eq!(executor.run(Box::pin(root)), Outcome::Done);
+        executor.kill();
+    }
+}

@@ -1,11 +1,11 @@
-//! What markers may not cost: a bound on those that nobody named.
+//! Markers: what they may not cost, and what they may not say.
 
 mod common;
 
 use std::rc::Rc;
 
 use cdp_journal::info::MarkerKind;
-use cdp_journal::{EngineConfig, Host as _};
+use cdp_journal::{BLOCK, EngineConfig, Host as _, RevertRequest, payload_buf};
 use cdp_sim::executor::{Executor, Outcome, Shared, SimHost};
 use common::{Place, SECOND};
 
@@ -44,4 +44,80 @@ fn automatic_markers_grow_fewer_with_age_and_named_ones_stay() {
         engine.stop().await.unwrap();
     };
     assert_eq!(executor.run(Box::pin(root)), Outcome::Done);
+}
+
+/// Goal: a marker says `flush` only of an instant at which the disk is what a flush has left.
+#[test]
+fn no_marker_says_flush_after_a_revert_or_a_time_without_a_journal() {
+    let executor = Executor::new(Shared::new(97, 1_700_000_000 * SECOND));
+    let place = Place::new(160, 16);
+    let exec = Rc::clone(&executor);
+    let root = async move {
+        let (engine, volume) = place.start(&exec, EngineConfig::default()).await;
+        let export = volume.export();
+        let write = async || export.write(0, BLOCK as u32, payload_buf(0, BLOCK as u32), false).await.unwrap();
+        let mark = async |name: &str| {
+            let now = engine.tick().await.unwrap();
+            volume.mark(name, MarkerKind::Crash, now).await.unwrap().kind
+        };
+        write().await;
+        let target = engine.tick().await.unwrap();
+        write().await;
+        export.flush().await.unwrap();
+        assert_eq!(mark("flushed").await, MarkerKind::Flush, "this shows nothing");
+        volume.revert(RevertRequest { target, force: false, release: false, dry_run: false }).await.unwrap();
+        assert_eq!(mark("reverted").await, MarkerKind::Crash);
+        volume.revert_done().await.unwrap();
+        write().await;
+        export.flush().await.unwrap();
+        let settings = volume.info().settings.unwrap();
+        volume.clean(None).await.unwrap();
+        write().await;
+        volume.edit(|_| settings).await.unwrap();
+        volume.enable().await.unwrap();
+        assert_eq!(mark("enabled").await, MarkerKind::Crash);
+        engine.stop().await.unwrap();
+    };
+    assert_eq!(executor.run(Box::pin(root)), Outcome::Done);
+}
+
+/// Goal: over a restart markers of history that is gone stay gone, and one whose name is used again is the new one.
+#[test]
+fn a_name_that_is_used_again_is_the_new_marker_after_a_start() {
+    let shared = Shared::new(101, 1_700_000_000 * SECOND);
+    let place = Rc::new(Place::new(160, 16));
+    let again = Rc::new(std::cell::Cell::new(cdp_journal::Instant::ZERO));
+    for start in 0..3 {
+        let executor = Executor::new(Rc::clone(&shared));
+        let (exec, place, again) = (Rc::clone(&executor), Rc::clone(&place), Rc::clone(&again));
+        let root = async move {
+            let (engine, volume) = place.start(&exec, EngineConfig::default()).await;
+            let export = volume.export();
+            let write = async || export.write(0, BLOCK as u32, payload_buf(0, BLOCK as u32), false).await.unwrap();
+            let mark = async |name: &str| {
+                let now = engine.tick().await.unwrap();
+                volume.mark(name, MarkerKind::Crash, now).await.unwrap().time
+            };
+            if start == 0 {
+                write().await;
+                mark("x").await;
+                mark("gone").await;
+                write().await;
+                // The new log carries them; then their own goes.
+                let first = volume.info().logs[0].seq;
+                volume.clean(Some(first)).await.unwrap();
+                again.set(mark("x").await);
+                return;
+            }
+            let found: Vec<_> =
+                volume.info().markers.iter().filter(|m| !m.auto).map(|m| (m.name.clone(), m.time)).collect();
+            assert_eq!(found, [("x".to_owned(), again.get())], "start {start}");
+            if start == 2 {
+                mark("gone").await;
+            }
+            engine.stop().await.unwrap();
+        };
+        assert_eq!(executor.run(Box::pin(root)), Outcome::Done);
+        executor.kill();
+    }
 }

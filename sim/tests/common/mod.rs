@@ -1,4 +1,5 @@
 //! One protected volume on simulated disks, for tests of a single thing.
+#![allow(dead_code, reason = "each test file uses a part of it")]
 
 use std::rc::Rc;
 use std::sync::Arc;
@@ -34,12 +35,27 @@ impl Place {
         self.start_with(executor, config, &[]).await
     }
 
+    /// The same, with reverts of groups that were not decided.
+    pub async fn start_undecided(&self, executor: &Rc<Executor>, undecided: Vec<Uuid>) -> (Rc<Engine>, Rc<Volume>) {
+        self.start_as(executor, EngineConfig::default(), &[], undecided).await
+    }
+
     /// The same, with other CDP disks beside.
     pub async fn start_with(
         &self,
         executor: &Rc<Executor>,
         config: EngineConfig,
         others: &[&Rc<SimDisk>],
+    ) -> (Rc<Engine>, Rc<Volume>) {
+        self.start_as(executor, config, others, Vec::new()).await
+    }
+
+    async fn start_as(
+        &self,
+        executor: &Rc<Executor>,
+        config: EngineConfig,
+        others: &[&Rc<SimDisk>],
+        undecided_reverts: Vec<Uuid>,
     ) -> (Rc<Engine>, Rc<Volume>) {
         let (disk, id) = (Uuid::from_u128(1), Uuid::from_u128(2));
         let fence = self.folder.fence(id);
@@ -63,7 +79,7 @@ impl Place {
             fence,
             accept: None,
             attach_journal: false,
-            undecided_reverts: Vec::new(),
+            undecided_reverts,
         };
         let volume = engine.open_volume(spec).await.unwrap();
         if first {
