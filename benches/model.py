@@ -25,7 +25,7 @@ class Figures:
     append_bytes_s: float
     # Random blocks read and written a second on the primary's disk, half of each, 64 in flight, beside the appends that come with so many.
     random: float
-    # Bytes a second that the primary's disk moves in both directions, 1 MiB at a time.
+    # Bytes a second that the primary's disk moves in both directions, 512 KiB at a time.
     both_bytes_s: float
     # What a request costs between guest and server, one in flight: a raw server's latency without that of its disk.
     path_s: float

@@ -108,7 +108,7 @@ type Stage = (&'static str, fn(&VolumeStats) -> &Histogram);
 
 fn render_volumes(page: &mut Page, volumes: &[&Row]) {
     let labels = |row: &Row| vec![("volume", row.0.name.clone()), ("volume_uuid", row.0.id.to_string())];
-    let counters: [Value<VolumeStats>; 14] = [
+    let counters: [Value<VolumeStats>; 16] = [
         ("cdp_volume_reads_total", "Reads served.", |s| s.reads),
         ("cdp_volume_read_bytes_total", "Bytes read.", |s| s.read_bytes),
         ("cdp_volume_writes_total", "Writes acked.", |s| s.writes),
@@ -122,9 +122,19 @@ fn render_volumes(page: &mut Page, volumes: &[&Row]) {
         ("cdp_volume_journal_bytes_total", "Bytes appended to the CDP disk for the guest's writes.", |s| {
             s.journal_bytes
         }),
+        (
+            "cdp_volume_index_bytes_total",
+            "Bytes of index written to the CDP disk besides, for the guest's writes.",
+            |s| s.index_bytes,
+        ),
         ("cdp_volume_before_image_bytes_total", "Bytes appended to the CDP disk for before-images.", |s| {
             s.before_image_bytes
         }),
+        (
+            "cdp_volume_before_index_bytes_total",
+            "Bytes of index written to the CDP disk besides, for before-images.",
+            |s| s.before_index_bytes,
+        ),
         ("cdp_volume_destaged_bytes_total", "Bytes written to the primary behind the ack.", |s| s.destaged_bytes),
         (
             "cdp_volume_throttled_total",

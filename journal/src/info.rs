@@ -358,10 +358,15 @@ pub struct VolumeStats {
     pub flushes: u64,
     /// Requests that ended in an error.
     pub errors: u64,
-    /// Bytes appended to the CDP disk for guest writes (headers and padding included).
+    /// Bytes of frames appended to the CDP disk for guest writes (headers and padding included).
     pub journal_bytes: u64,
-    /// Bytes appended for before-images.
+    /// Bytes written there besides for the index of these: of each full segment with its footer, and the merged one of a log that is sealed. Not in it, since
+    /// they are the CDP disk's: the table of its segments, a page for each segment that is taken or given back, and its clock.
+    pub index_bytes: u64,
+    /// Bytes of frames appended for before-images.
     pub before_image_bytes: u64,
+    /// Bytes written besides for their index.
+    pub before_index_bytes: u64,
     /// Bytes written to the primary by the destager.
     pub destaged_bytes: u64,
     /// Times that a request waited for room (backlog, capacity).

@@ -279,6 +279,25 @@ pub struct SegmentCount {
     pub last: Instant,
 }
 
+/// Bytes of index that the logs of a volume have appended beside the frames that carry payload: indexes and footers of full segments, merged runs.
+#[derive(Default)]
+pub struct IndexBytes {
+    /// In the streams of writes.
+    pub writes: Cell<u64>,
+    /// In the streams of before-images.
+    pub before: Cell<u64>,
+}
+
+impl IndexBytes {
+    fn add(&self, kind: StreamKind, bytes: u64) {
+        let sum = match kind {
+            StreamKind::Writes => &self.writes,
+            StreamKind::Before => &self.before,
+        };
+        sum.set(sum.get() + bytes);
+    }
+}
+
 /// See the module's text.
 pub struct Log {
     /// Seq, never used twice.
@@ -295,8 +314,7 @@ pub struct Log {
     pub state: RefCell<LogState>,
     /// Reads under way that may touch its segments: each holds the newest epoch of when it began. The first one's number beside.
     epochs: RefCell<(u64, VecDeque<Rc<()>>)>,
-    /// Bytes appended, by kind of stream.
-    pub appended: [Cell<u64>; 2],
+    index_bytes: Rc<IndexBytes>,
     /// Counts of full segments of writes that were asked for, by number.
     pub counts: RefCell<BTreeMap<u32, SegmentCount>>,
     changed: Signal,
@@ -353,8 +371,16 @@ pub struct Appended {
 }
 
 impl Log {
-    /// A new, empty log.
-    pub fn new(seq: u64, id: u64, start: Instant, volume: Uuid, disk: Rc<Disk>, recording: bool) -> Rc<Self> {
+    /// A new, empty log. What it appends of indexes is added to `index_bytes`.
+    pub fn new(
+        seq: u64,
+        id: u64,
+        start: Instant,
+        volume: Uuid,
+        disk: Rc<Disk>,
+        recording: bool,
+        index_bytes: Rc<IndexBytes>,
+    ) -> Rc<Self> {
         Rc::new(Self {
             seq,
             id,
@@ -388,7 +414,7 @@ impl Log {
                 before_root: RunRoot::default(),
             }),
             epochs: RefCell::new((0, VecDeque::from([Rc::default()]))),
-            appended: [Cell::new(0), Cell::new(0)],
+            index_bytes,
             counts: RefCell::default(),
             changed: Signal::default(),
         })
@@ -554,10 +580,7 @@ impl Log {
     /// Sends a placed frame to the disk; ends when it has completed there.
     pub async fn write_placed(&self, placed: &mut Placed) -> Result<()> {
         let parts = std::mem::take(&mut placed.sealed.parts);
-        self.disk.write(placed.segment, placed.first, parts).await?;
-        let appended = &self.appended[placed.kind as usize - 1];
-        appended.set(appended.get() + placed.bytes);
-        Ok(())
+        self.disk.write(placed.segment, placed.first, parts).await
     }
 
     /// Indexes a frame that has completed. Called in the order in which frames were placed: whoever counts them takes all earlier ones for completed.
@@ -682,12 +705,14 @@ impl Log {
         host.spawn(Box::pin(async move {
             let _pin = pin;
             let (parts, footer, root) = writes;
+            let bytes = parts.iter().map(|part| part.len() as u64).sum::<u64>() + BLOCK;
             if !parts.is_empty() && log.disk.write(place.segment, position, parts).await.is_err() {
                 return;
             }
             if log.disk.write(place.segment, segment_blocks - 1, vec![footer]).await.is_err() {
                 return;
             }
+            log.index_bytes.add(kind, bytes);
             let mut state = log.state.borrow_mut();
             let (_, index) = Self::stream(&mut state, kind);
             index.thaw(place.number, Run { root, log_id: log.id, kind });
@@ -861,6 +886,7 @@ impl PageSink for StreamSink {
             let mut frame = FrameBuilder::default();
             let base = frame.push_index(pages.into_iter().map(IoBuf::share).collect());
             let at = self.log.append(&self.host, self.kind, frame, self.point).await?;
+            self.log.index_bytes.add(self.kind, at.bytes);
             Ok((0..count).map(|i| (at.segment, at.payload_at + base + i)).collect())
         })
     }

@@ -59,7 +59,8 @@ impl Volume {
         }
         let seq = state.next_seq;
         state.next_seq += 1;
-        let log = Log::new(seq, self.host.random_u64(), instant, self.id, Rc::clone(&attach.disk), recording);
+        let (id, disk, index_bytes) = (self.host.random_u64(), Rc::clone(&attach.disk), Rc::clone(&self.index_bytes));
+        let log = Log::new(seq, id, instant, self.id, disk, recording, index_bytes);
         state.logs.push_back(Rc::clone(&log));
         state.instant_last = state.instant_last.max(instant);
         self.carry(state, &log);

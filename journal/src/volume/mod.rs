@@ -39,7 +39,7 @@ use crate::frame::FrameBuilder;
 use crate::host::{Device, LocalFuture};
 use crate::index::Touched;
 use crate::info::{CdpState, Event, EventKind, Health, Marker, Settings, ViewInfo, VolumeInfo, VolumeStats};
-use crate::log::Log;
+use crate::log::{IndexBytes, Log};
 use crate::overlay::ExtentMap;
 use crate::signal::Signal;
 use crate::types::{BLOCK, Instant, SECTOR, SECTORS_PER_BLOCK};
@@ -272,6 +272,8 @@ pub struct Volume {
     /// The destager has work.
     pub(crate) work: Signal,
     pub(crate) stats: RefCell<VolumeStats>,
+    /// What its logs add to the stats.
+    pub(crate) index_bytes: Rc<IndexBytes>,
     /// Raised whenever a before-image was added (invariant I6).
     pub(crate) image_epoch: Cell<u64>,
     /// Requests that wait for room.
@@ -354,7 +356,8 @@ impl Volume {
 
     /// Counters since start.
     pub fn stats(&self) -> VolumeStats {
-        *self.stats.borrow()
+        let IndexBytes { writes, before } = &*self.index_bytes;
+        VolumeStats { index_bytes: writes.get(), before_index_bytes: before.get(), ..*self.stats.borrow() }
     }
 
     /// Finds a marker.

@@ -113,6 +113,7 @@ pub(crate) async fn open(engine: &Rc<Engine>, spec: VolumeSpec) -> Result<Rc<Vol
         kick: Signal::default(),
         work: Signal::default(),
         stats: RefCell::new(VolumeStats::default()),
+        index_bytes: Rc::default(),
         image_epoch: Cell::new(0),
         throttled: Cell::new(0),
         syncs: RefCell::default(),
@@ -421,7 +422,9 @@ impl Volume {
             let (seq, id) = (row.seq.get(), row.id.get());
             let flags = row.flags.get();
             let has = |flag: u32| flags & flag != 0;
-            let log = Log::new(seq, id, Instant(row.start.get()), self.id, Rc::clone(disk), has(log_flags::RECORDING));
+            let (start, index_bytes) = (Instant(row.start.get()), Rc::clone(&self.index_bytes));
+            let recording = has(log_flags::RECORDING);
+            let log = Log::new(seq, id, start, self.id, Rc::clone(disk), recording, index_bytes);
             let segments = |kind| streams.get(&(seq, id, kind)).cloned().unwrap_or_default();
             if has(log_flags::SEALED) {
                 let mut state = log.state.borrow_mut();
