@@ -37,6 +37,7 @@ use crate::state::{DiskRecord, Saved, ShardStore, StateDir, ViewRecord, VolumeRe
 
 mod local;
 mod signature;
+mod unfenced;
 
 pub use local::{MountWish, Terms, ViewStatus};
 
@@ -54,6 +55,7 @@ pub struct Local {
     pub engine: Rc<Engine>,
     /// The primaries, kept so that a volume can be opened anew without losing their locks.
     primaries: Rc<RefCell<HashMap<Uuid, Rc<dyn Device>>>>,
+    asked: unfenced::Asked,
 }
 
 impl ExportSource for Local {
@@ -212,9 +214,15 @@ impl Control {
                 (Arc::clone(&clock), Arc::clone(&state), Arc::clone(&events), config.engine.clone());
             let shard = Shard::start(&format!("cdp-shard-{number}"), move |ring| {
                 let store = Rc::new(ShardStore(state));
-                let publish = Box::new(move |event| events.publish_engine(event));
+                let asked = unfenced::Asked::default();
+                let asking = Rc::clone(&asked);
+                let publish = Box::new(move |event| {
+                    if !unfenced::of_asking(&asking, &event) {
+                        events.publish_engine(event);
+                    }
+                });
                 let engine = Engine::new(Rc::new(ring), clock, store, engine_config, publish);
-                Local { engine, primaries: Rc::default() }
+                Local { engine, primaries: Rc::default(), asked }
             });
             shards.push(Arc::new(shard.with_context(|| format!("start shard {number}"))?));
         }
@@ -692,7 +700,14 @@ impl Control {
         deadline: tokio::time::Instant,
     ) -> Result<(usize, VolumeInfo)> {
         let fence = self.fence(record.uuid)?;
-        let shard = self.place(fence.as_ref().map(|fence| fence.disk)).await;
+        let beside_its_journal = match &fence {
+            Some(fence) => self.shard_of_disk(fence.disk),
+            None => self.find_journal(record).await?,
+        };
+        let shard = match beside_its_journal {
+            Some(shard) => shard,
+            None => self.roomiest_shard().await,
+        };
         let file = open_patiently(&record.path, deadline).await.map_err(open_error)?;
         let record = record.clone();
         let undecided_reverts = self.state.undecided_reverts();
@@ -739,14 +754,12 @@ impl Control {
         closed.await.unwrap_or_else(|_| Err(stopping()))
     }
 
-    /// The shard for a volume: that of the disk with its journal, else that of the disk with most room, else the first.
-    async fn place(&self, journal: Option<Uuid>) -> usize {
-        if let Some(disk) = journal {
-            let registry = self.registry.read();
-            if let Some(slot) = registry.disks.iter().find(|slot| slot.id == Some(disk)) {
-                return slot.shard;
-            }
-        }
+    fn shard_of_disk(&self, disk: Uuid) -> Option<usize> {
+        self.registry.read().disks.iter().find(|slot| slot.id == Some(disk)).map(|slot| slot.shard)
+    }
+
+    /// The shard for a volume that has no journal here: that of the disk with most room, else the first.
+    async fn roomiest_shard(&self) -> usize {
         let mut best = (0, 0);
         for (number, shard) in self.shards.iter().enumerate() {
             let disks = shard.call(|local, _| async move { local.engine.disks() }).await.unwrap_or_default();
