@@ -527,9 +527,12 @@ impl Control {
                 status.record.name
             )));
         }
-        self.drop_views_of(volume).await?;
         let slot = self.registry.write().volumes.remove(&volume);
-        if let Err(error) = self.record_volumes().await {
+        let recorded = match self.drop_views_of(volume).await {
+            Ok(()) => self.record_volumes().await,
+            failed => failed,
+        };
+        if let Err(error) = recorded {
             // It is not served any more; the record still says so until it can be written.
             self.registry.write().volumes.extend(slot.map(|slot| {
                 (
@@ -563,15 +566,31 @@ impl Control {
         Ok(fence.as_ref().is_some_and(only_in_journal).then_some("acked writes"))
     }
 
-    /// Forgets the views of a volume that is not served any more.
+    /// Forgets the views of a volume that is not served any more: those that waited for it, or that it lost when it was opened anew. What such a view was mounted
+    /// by goes first: nobody else knows of it once its record is gone. The caller holds `mounting` and `changing`.
     async fn drop_views_of(&self, volume: Uuid) -> Result<()> {
-        let before = {
-            let mut registry = self.registry.write();
-            let before = registry.views.len();
-            registry.views.retain(|_, slot| slot.record.volume != volume);
-            before - registry.views.len()
+        let views: Vec<Uuid> = {
+            let registry = self.registry.read();
+            registry.views.iter().filter(|(_, slot)| slot.record.volume == volume).map(|(id, _)| *id).collect()
         };
-        if before > 0 { self.record_views().await } else { Ok(()) }
+        for view in &views {
+            if let Err(error) = self.unmount(*view, true).await {
+                tracing::warn!(%view, %error, "a view of a volume that is removed could not be unmounted");
+            }
+        }
+        if views.is_empty() {
+            return Ok(());
+        }
+        let dropped: Vec<_> = {
+            let mut registry = self.registry.write();
+            views.iter().filter_map(|id| registry.views.remove_entry(id)).collect()
+        };
+        let recorded = self.record_views().await;
+        if recorded.is_err() {
+            // Still on record, so that whoever tries again takes them off it.
+            self.registry.write().views.extend(dropped);
+        }
+        recorded
     }
 
     /// Offers the primary's grown size to the guest.
