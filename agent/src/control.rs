@@ -30,7 +30,7 @@ use crate::copying::{self, Copying};
 use crate::device::{Disk, DiskFile, OpenError};
 use crate::events::{EventHub, wall_ns};
 use crate::frontend::nbd::{ExportDirectory, ExportEntry, ExportInfo, ExportKind, ExportSource};
-use crate::groups::Group;
+use crate::groups::{self, Group};
 use crate::mounts::nbd::NbdDevices;
 use crate::shard::ShardHandle;
 use crate::state::{DiskRecord, Saved, ShardStore, StateDir, ViewRecord, VolumeRecord};
@@ -829,6 +829,7 @@ impl Control {
             }
             records.push(record.clone());
         }
+        groups::check_names(&config.groups, &saved.groups, &records)?;
         // High priority first; the sort keeps the order of equals.
         records.sort_by_key(|record| {
             let settings = saved.fences.get(&record.uuid).and_then(|fence| fence.settings);
