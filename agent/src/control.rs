@@ -30,13 +30,14 @@ use crate::copying::{self, Copying};
 use crate::device::{Disk, DiskFile, OpenError};
 use crate::events::{EventHub, wall_ns};
 use crate::frontend::nbd::{ExportDirectory, ExportEntry, ExportInfo, ExportKind, ExportSource};
-use crate::groups::Group;
+use crate::groups::{self, Group};
 use crate::mounts::nbd::NbdDevices;
 use crate::shard::ShardHandle;
 use crate::state::{DiskRecord, Saved, ShardStore, StateDir, ViewRecord, VolumeRecord};
 
 mod local;
 mod signature;
+mod unfenced;
 
 pub use local::{MountWish, Terms, ViewStatus};
 
@@ -54,6 +55,7 @@ pub struct Local {
     pub engine: Rc<Engine>,
     /// The primaries, kept so that a volume can be opened anew without losing their locks.
     primaries: Rc<RefCell<HashMap<Uuid, Rc<dyn Device>>>>,
+    asked: unfenced::Asked,
 }
 
 impl ExportSource for Local {
@@ -212,9 +214,15 @@ impl Control {
                 (Arc::clone(&clock), Arc::clone(&state), Arc::clone(&events), config.engine.clone());
             let shard = Shard::start(&format!("cdp-shard-{number}"), move |ring| {
                 let store = Rc::new(ShardStore(state));
-                let publish = Box::new(move |event| events.publish_engine(event));
+                let asked = unfenced::Asked::default();
+                let asking = Rc::clone(&asked);
+                let publish = Box::new(move |event| {
+                    if !unfenced::of_asking(&asking, &event) {
+                        events.publish_engine(event);
+                    }
+                });
                 let engine = Engine::new(Rc::new(ring), clock, store, engine_config, publish);
-                Local { engine, primaries: Rc::default() }
+                Local { engine, primaries: Rc::default(), asked }
             });
             shards.push(Arc::new(shard.with_context(|| format!("start shard {number}"))?));
         }
@@ -519,9 +527,12 @@ impl Control {
                 status.record.name
             )));
         }
-        self.drop_views_of(volume).await?;
         let slot = self.registry.write().volumes.remove(&volume);
-        if let Err(error) = self.record_volumes().await {
+        let recorded = match self.drop_views_of(volume).await {
+            Ok(()) => self.record_volumes().await,
+            failed => failed,
+        };
+        if let Err(error) = recorded {
             // It is not served any more; the record still says so until it can be written.
             self.registry.write().volumes.extend(slot.map(|slot| {
                 (
@@ -555,15 +566,31 @@ impl Control {
         Ok(fence.as_ref().is_some_and(only_in_journal).then_some("acked writes"))
     }
 
-    /// Forgets the views of a volume that is not served any more.
+    /// Forgets the views of a volume that is not served any more: those that waited for it, or that it lost when it was opened anew. What such a view was mounted
+    /// by goes first: nobody else knows of it once its record is gone. The caller holds `mounting` and `changing`.
     async fn drop_views_of(&self, volume: Uuid) -> Result<()> {
-        let before = {
-            let mut registry = self.registry.write();
-            let before = registry.views.len();
-            registry.views.retain(|_, slot| slot.record.volume != volume);
-            before - registry.views.len()
+        let views: Vec<Uuid> = {
+            let registry = self.registry.read();
+            registry.views.iter().filter(|(_, slot)| slot.record.volume == volume).map(|(id, _)| *id).collect()
         };
-        if before > 0 { self.record_views().await } else { Ok(()) }
+        for view in &views {
+            if let Err(error) = self.unmount(*view, true).await {
+                tracing::warn!(%view, %error, "a view of a volume that is removed could not be unmounted");
+            }
+        }
+        if views.is_empty() {
+            return Ok(());
+        }
+        let dropped: Vec<_> = {
+            let mut registry = self.registry.write();
+            views.iter().filter_map(|id| registry.views.remove_entry(id)).collect()
+        };
+        let recorded = self.record_views().await;
+        if recorded.is_err() {
+            // Still on record, so that whoever tries again takes them off it.
+            self.registry.write().views.extend(dropped);
+        }
+        recorded
     }
 
     /// Offers the primary's grown size to the guest.
@@ -692,7 +719,14 @@ impl Control {
         deadline: tokio::time::Instant,
     ) -> Result<(usize, VolumeInfo)> {
         let fence = self.fence(record.uuid)?;
-        let shard = self.place(fence.as_ref().map(|fence| fence.disk)).await;
+        let beside_its_journal = match &fence {
+            Some(fence) => self.shard_of_disk(fence.disk),
+            None => self.find_journal(record).await?,
+        };
+        let shard = match beside_its_journal {
+            Some(shard) => shard,
+            None => self.roomiest_shard().await,
+        };
         let file = open_patiently(&record.path, deadline).await.map_err(open_error)?;
         let record = record.clone();
         let undecided_reverts = self.state.undecided_reverts();
@@ -739,14 +773,12 @@ impl Control {
         closed.await.unwrap_or_else(|_| Err(stopping()))
     }
 
-    /// The shard for a volume: that of the disk with its journal, else that of the disk with most room, else the first.
-    async fn place(&self, journal: Option<Uuid>) -> usize {
-        if let Some(disk) = journal {
-            let registry = self.registry.read();
-            if let Some(slot) = registry.disks.iter().find(|slot| slot.id == Some(disk)) {
-                return slot.shard;
-            }
-        }
+    fn shard_of_disk(&self, disk: Uuid) -> Option<usize> {
+        self.registry.read().disks.iter().find(|slot| slot.id == Some(disk)).map(|slot| slot.shard)
+    }
+
+    /// The shard for a volume that has no journal here: that of the disk with most room, else the first.
+    async fn roomiest_shard(&self) -> usize {
         let mut best = (0, 0);
         for (number, shard) in self.shards.iter().enumerate() {
             let disks = shard.call(|local, _| async move { local.engine.disks() }).await.unwrap_or_default();
@@ -797,6 +829,7 @@ impl Control {
             }
             records.push(record.clone());
         }
+        groups::check_names(&config.groups, &saved.groups, &records)?;
         // High priority first; the sort keeps the order of equals.
         records.sort_by_key(|record| {
             let settings = saved.fences.get(&record.uuid).and_then(|fence| fence.settings);

@@ -7,7 +7,7 @@ use uuid::Uuid;
 
 use crate::config::GroupConfig;
 use crate::control::{Control, Resolved, Terms, ViewStatus};
-use crate::state::GroupRecord;
+use crate::state::{GroupRecord, VolumeRecord};
 
 /// A group.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -22,6 +22,29 @@ pub struct Group {
 
 /// Most groups of a host.
 const GROUPS_MAX: usize = 4096;
+
+/// Refuses groups that have the name of a volume: a call that gives it would be about the group's volumes, where its caller may mean the other one. Within
+/// the configuration, and when one is added, this is refused there; here one was added before, and the configuration has the other by now.
+pub(crate) fn check_names(
+    configured: &[GroupConfig],
+    added: &[GroupRecord],
+    volumes: &[VolumeRecord],
+) -> anyhow::Result<()> {
+    let origin = |configured| if configured { "the configuration has" } else { "was added" };
+    let configured = configured.iter().map(|group| (&group.name, true));
+    for (name, from_file) in configured.chain(added.iter().map(|group| (&group.name, false))) {
+        if let Some(volume) = volumes.iter().find(|volume| volume.name == *name) {
+            anyhow::bail!(
+                "group {name:?}, which {}, and volume {name:?} (uuid {}), which {}, have one name: give the one in the configuration another name; \
+                 the one that was added can be removed then",
+                origin(from_file),
+                volume.uuid,
+                origin(volume.configured)
+            );
+        }
+    }
+    Ok(())
+}
 
 impl Control {
     /// The groups of the configuration, and those that were added before.

@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 
 use cdp_proto::v1::cdp_agent_client::CdpAgentClient;
 use cdp_proto::v1::{
-    AddVolumeRequest, EnableRequest, EventKind, InitDiskRequest, ListDisksRequest, ListRequest, MarkRequest,
-    StatusRequest, WatchEventsRequest,
+    AddGroupRequest, AddVolumeRequest, EnableRequest, EventKind, InitDiskRequest, ListDisksRequest, ListRequest,
+    MarkRequest, StatusRequest, WatchEventsRequest,
 };
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -303,6 +303,82 @@ async fn two_shards_share_disks_and_volumes_and_find_them_again() {
         kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGTERM).expect("signal");
         let ended = tokio::task::spawn_blocking(move || child.wait()).await.expect("waited").expect("ends");
         assert!(ended.success());
+    }
+}
+
+/// Goal: no volume and no group of one name are ever served together: a call that gives the name would be about the group's volumes (a forced revert, of
+/// disks that nobody meant), so a start ends with an error that names both. And within a call each volume is given once, whatever it is called by.
+/// Method: one of the two is added and so on record, the other comes by the configuration: both ways.
+#[tokio::test]
+async fn a_start_with_a_group_and_a_volume_of_one_name_ends_with_an_error_that_names_both() {
+    let dir = tempfile::tempdir_in("/var/tmp").expect("a temporary directory");
+    let file = |name: &str| dir.path().join(name).to_str().expect("ASCII").to_owned();
+    let agent = |more: &str| {
+        let config = format!(
+            "state_dir = {:?}\nlock_memory = false\n[grpc]\nunix = {:?}\n[nbd]\nunix = {:?}\n[metrics]\nlisten = \"off\"\n{more}",
+            file("state"),
+            file("agent.sock"),
+            file("nbd.sock")
+        );
+        std::fs::write(file("config.toml"), config).expect("write");
+        let mut agent = Command::new(env!("CARGO_BIN_EXE_cdp-agent"));
+        agent.args(["--config", &file("config.toml")]).stdin(Stdio::null()).stdout(Stdio::null());
+        agent
+    };
+    let mut child = agent("").stderr(Stdio::null()).spawn().expect("start the agent");
+    let begun = Instant::now();
+    let mut client = loop {
+        let endpoint = tonic::transport::Endpoint::from_shared(format!("unix:{}", file("agent.sock")));
+        match endpoint.expect("a URI").connect().await {
+            Ok(channel) => break CdpAgentClient::new(channel),
+            Err(error) => assert!(begun.elapsed() < PATIENCE, "the agent does not come up: {error}"),
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    };
+    let mut uuids = Vec::new();
+    for name in ["db", "log"] {
+        let volume = AddVolumeRequest {
+            name: name.into(),
+            path: file(&format!("{name}.img")),
+            size: 8 << 20,
+            create: true,
+            ..AddVolumeRequest::default()
+        };
+        let added = client.add_volume(volume).await.expect("a volume").into_inner().volume.expect("it");
+        uuids.push(added.volume_uuid);
+    }
+    let group = AddGroupRequest { name: "vm1".into(), volumes: vec!["db".into(), "log".into()] };
+    client.add_group(group).await.expect("a group");
+    for twice in [["db", "db"], ["db", &uuids[0]], ["vm1", "log"]] {
+        let mark = MarkRequest { volumes: twice.map(str::to_owned).into(), ..MarkRequest::default() };
+        let refusal = client.mark(mark).await.expect_err("one volume twice");
+        assert!(refusal.code() == tonic::Code::InvalidArgument && refusal.message().contains("once"), "{refusal}");
+    }
+    kill(Pid::from_raw(child.id().cast_signed()), Signal::SIGTERM).expect("signal");
+    let ended = tokio::task::spawn_blocking(move || child.wait()).await.expect("waited").expect("ends");
+    assert!(ended.success());
+
+    std::fs::write(file("vm1.img"), vec![0; 1 << 20]).expect("write");
+    let volume = format!("[[volume]]\nname = \"vm1\"\npath = {:?}\n", file("vm1.img"));
+    let group = "[[group]]\nname = \"db\"\nvolumes = [\"log\"]\n";
+    for (name, more) in [("vm1", volume.as_str()), ("db", group)] {
+        let mut child = agent(more).stderr(Stdio::piped()).spawn().expect("start the agent");
+        let (status, said) = tokio::task::spawn_blocking(move || {
+            let begun = Instant::now();
+            // One that starts would not end by itself.
+            while begun.elapsed() < PATIENCE / 4 && child.try_wait().expect("wait for the agent").is_none() {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            let _ = child.kill(); // it has ended, as it should
+            let output = child.wait_with_output().expect("what it said");
+            (output.status, String::from_utf8_lossy(&output.stderr).into_owned())
+        })
+        .await
+        .expect("waited");
+        assert_eq!(status.code(), Some(1), "{name}: {said}");
+        for words in [format!("group {name:?}"), format!("volume {name:?}"), "was added".to_owned()] {
+            assert!(said.contains(&words), "{name}: it should say {words:?}: {said}");
+        }
     }
 }
 

@@ -391,6 +391,30 @@ fn without_the_journal_that_holds_acked_writes_the_volume_is_not_served() {
     assert!(client.read(0, 4096).unwrap() == [9; 4096], "a journal that was given up was redone");
 }
 
+/// Goal: a volume that was closed to be removed, and whose removal could not be recorded, says that it is not served, and can be removed once the state
+/// directory takes it; nothing of it is left then.
+/// Method: a view waits for its volume, which waits for its journal; a folder stands where the new list of views would be written.
+#[test]
+fn a_volume_whose_removal_cannot_be_recorded_says_that_it_is_not_served() {
+    let mut agent = Agent::dev("8MiB", "512MiB");
+    some_writes(&agent, 10);
+    let view = agent.open_view("demo", now_ns());
+    agent.kill();
+    fs::rename(agent.file("cdp.img"), agent.file("hidden.img")).unwrap();
+    agent.start_unserved();
+    assert_eq!(health(&agent), "needs_journal");
+    let obstacle = agent.file("state/views.tmp");
+    fs::create_dir(&obstacle).unwrap();
+    agent.ctl_refused(&["volume", "remove", "demo", "--force"], &["views"]);
+    agent.ctl_refused(&["enable", "demo"], &["not served", "the record could not be written"]);
+    let recorded = || fs::read_to_string(agent.file("state/views")).unwrap().contains(&view.id);
+    assert!(recorded(), "the list was written: the test shows nothing");
+    fs::remove_dir(&obstacle).unwrap();
+    agent.ctl(&["volume", "remove", "demo", "--force"]);
+    assert!(agent.ctl(&["volume", "list"])["list"].as_array().is_some_and(Vec::is_empty));
+    assert!(!recorded(), "a view of a volume that is gone is on record");
+}
+
 fn some_more(agent: &Agent) {
     let mut client = agent.connect("demo");
     client.write(0, &[7; 65536]).unwrap();

@@ -325,6 +325,27 @@ fn a_view_ends_when_its_time_is_over() {
     disk.agent.stop();
 }
 
+/// Goal: what was made for the mount of a view goes with its volume, also when neither is served.
+/// Method: a start without the primary, and without local files, by which the mount would have been tried again.
+#[test]
+fn a_directory_made_for_a_mount_goes_with_a_volume_that_is_not_served() {
+    skip_unless_mountable!();
+    let mut disk = Disk::make("ext4", false);
+    let dir = disk.agent.file("looked-at");
+    disk.open(&["--at", "now", "--mount", text(&dir)]);
+    disk.agent.stop();
+    assert!(dir.exists(), "it is kept for the next start");
+    fs::rename(disk.agent.file("primary.img"), disk.agent.file("elsewhere.img")).unwrap();
+    for name in ["volumes", "views"] {
+        let _ = fs::remove_dir(disk.agent.file(name)); // removed at the stop, or empty
+        fs::write(disk.agent.file(name), "in the way").unwrap();
+    }
+    disk.agent.start_unserved();
+    assert!(dir.exists(), "the view waits for its volume, and its mount too");
+    disk.agent.ctl(&["volume", "remove", "demo", "--force"]);
+    assert!(!dir.exists(), "a directory that the agent made stays, and nobody knows of it any more");
+}
+
 /// Goal: views and their scratch have bounds over all volumes, and the error names them.
 #[test]
 fn views_and_scratch_are_bounded_over_all_volumes() {
