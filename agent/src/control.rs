@@ -55,7 +55,6 @@ pub struct Local {
     pub engine: Rc<Engine>,
     /// The primaries, kept so that a volume can be opened anew without losing their locks.
     primaries: Rc<RefCell<HashMap<Uuid, Rc<dyn Device>>>>,
-    asked: unfenced::Asked,
 }
 
 impl ExportSource for Local {
@@ -214,15 +213,9 @@ impl Control {
                 (Arc::clone(&clock), Arc::clone(&state), Arc::clone(&events), config.engine.clone());
             let shard = Shard::start(&format!("cdp-shard-{number}"), move |ring| {
                 let store = Rc::new(ShardStore(state));
-                let asked = unfenced::Asked::default();
-                let asking = Rc::clone(&asked);
-                let publish = Box::new(move |event| {
-                    if !unfenced::of_asking(&asking, &event) {
-                        events.publish_engine(event);
-                    }
-                });
+                let publish = Box::new(move |event| events.publish_engine(event));
                 let engine = Engine::new(Rc::new(ring), clock, store, engine_config, publish);
-                Local { engine, primaries: Rc::default(), asked }
+                Local { engine, primaries: Rc::default() }
             });
             shards.push(Arc::new(shard.with_context(|| format!("start shard {number}"))?));
         }

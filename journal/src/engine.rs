@@ -251,6 +251,12 @@ impl Engine {
         self.disks.borrow().iter().map(|d| d.info()).collect()
     }
 
+    /// The paths of the disks here that have history of a volume, open or not.
+    pub fn disks_with(&self, volume: Uuid) -> Vec<String> {
+        let disks = self.disks.borrow();
+        disks.iter().filter(|d| !d.segments_of(volume).is_empty()).map(|d| d.path.clone()).collect()
+    }
+
     pub(crate) fn disk_list(&self) -> Vec<Rc<Disk>> {
         self.disks.borrow().clone()
     }
