@@ -190,10 +190,13 @@ impl Volume {
         // Of now: whoever leaves a failed disk answers all who wait, and what they wait for is recorded nowhere.
         let disk = self.state.borrow().attach.as_ref().map(|a| Rc::clone(&a.disk));
         ticket.wait().await?;
-        match disk {
-            Some(disk) => self.sync_completed(&disk).await,
-            None => Ok(()),
+        let Some(disk) = disk else { return Ok(()) };
+        disk.check()?;
+        // Where it was left in order since, there is nothing to make durable any more, and what was begun elsewhere is not its.
+        if !self.state.borrow().attach.as_ref().is_some_and(|a| Rc::ptr_eq(&a.disk, &disk)) {
+            return Ok(());
         }
+        self.sync_completed(&disk).await
     }
 
     // -- markers -------------------------------------------------------------------------------------------------------
