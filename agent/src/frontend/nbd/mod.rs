@@ -64,8 +64,8 @@ pub struct NbdConfig {
     pub inflight_requests_max: u32,
     /// Most bytes of payload in flight on a connection. One request is always let in.
     pub inflight_bytes_max: u64,
-    /// Bytes of payload in flight on a shard, over all of its connections: each may hold as much as it leaves free. One request, and 128 KiB,
-    /// are let in always.
+    /// Bytes of payload in flight on a shard, over all of its connections: each may hold as much as it leaves free. 128 KiB are let in always, and a
+    /// larger request that has to be in pieces of that.
     pub shard_bytes_max: u64,
 }
 
