@@ -32,6 +32,7 @@ use crate::events::{EventHub, wall_ns};
 use crate::frontend::nbd::{ExportDirectory, ExportEntry, ExportInfo, ExportKind, ExportSource};
 use crate::groups::{self, Group};
 use crate::mounts::nbd::NbdDevices;
+use crate::quiesce::Quiesces;
 use crate::shard::ShardHandle;
 use crate::state::{DiskRecord, Saved, ShardStore, StateDir, ViewRecord, VolumeRecord};
 
@@ -124,6 +125,8 @@ pub struct Control {
     pub(crate) reverting: tokio::sync::Mutex<()>,
     /// How fast reverts are copied.
     pub(crate) copying: Arc<Copying>,
+    /// Guests that calls hold frozen.
+    pub(crate) quiesces: Arc<Quiesces>,
     /// Where views are files, while they are.
     local: RwLock<Option<PathBuf>>,
     /// The kernel's NBD devices, where views are mounted by them.
@@ -235,6 +238,7 @@ impl Control {
             views_max: config.views_max,
             views_scratch_bytes_max: config.views_scratch_bytes_max,
             copying: Arc::default(),
+            quiesces: Arc::default(),
         });
         let deadline = tokio::time::Instant::now() + PREDECESSOR_PATIENCE;
         control.open_disks(config, &saved.disks, deadline).await?;

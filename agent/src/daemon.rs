@@ -30,6 +30,8 @@ use crate::{listen, metrics, quiesce};
 const DRAIN_GRACE: Duration = Duration::from_secs(10);
 /// gRPC calls under way get so long to end.
 const CALLS_GRACE: Duration = Duration::from_secs(5);
+/// Guests that a call holds frozen get so long to be thawed: one whose freeze takes long takes the thaw only after it.
+const THAW_GRACE: Duration = Duration::from_secs(30);
 /// Between two looks at the shards' heartbeats, at most.
 const WATCH_INTERVAL: Duration = Duration::from_secs(5);
 /// The volume of `--dev`.
@@ -105,10 +107,11 @@ pub async fn run(config: Config, config_path: Option<&Path>, dev: Option<Dev>) -
     let (stop, stopping) = watch::channel(false);
     watch_signals(stop.clone())?;
     let (state, saved) = StateDir::open(&config.state_dir)?;
-    let files = take_files(&config, &saved.views).await;
     let events = Arc::new(EventHub::default());
-    let begun = std::time::Instant::now();
+    // Before anything that can take long: guests may stand still since the last agent ended.
     quiesce::thaw_left_behind(saved.frozen.clone(), &events, &state);
+    let files = take_files(&config, &saved.views).await;
+    let begun = std::time::Instant::now();
     let control = Control::start(&config, state, saved, events).await?;
     tracing::info!(ms = begun.elapsed().as_millis(), "recovered");
 
@@ -133,7 +136,11 @@ pub async fn run(config: Config, config_path: Option<&Path>, dev: Option<Dev>) -
     tracing::info!("stopping: no new clients; draining");
     watchdog.abort();
     expiry.abort();
-    // First of all: calls under way that wait for a disk, or the state directory, end with its error, and let go of what the rest of this needs.
+    // While the guests' disks are served as ever: a guest writes what it has before it can take a thaw.
+    if !control.quiesces.stop(THAW_GRACE).await {
+        tracing::warn!("guests may be frozen still: the next start thaws them");
+    }
+    // Then: calls under way that wait for a disk, or the state directory, end with its error, and let go of what the rest of this needs.
     control.will_stop().await;
     served.stop(&control).await;
     let result = control.stop(DRAIN_GRACE).await;

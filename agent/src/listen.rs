@@ -24,8 +24,8 @@ use crate::frontend::nbd;
 
 /// A TLS handshake that takes longer is dropped.
 const TLS_TIMEOUT: Duration = Duration::from_secs(10);
-/// TLS handshakes at a time on one listener.
-const TLS_HANDSHAKES_MAX: usize = 64;
+/// TLS handshakes at a time on one listener; the oldest makes room for one more.
+const TLS_HANDSHAKES_MAX: usize = if cfg!(test) { 8 } else { 256 };
 /// How long to wait when the process is out of descriptors, before accepting again.
 const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 
@@ -218,10 +218,10 @@ pub fn accept_unix(listener: UnixListener) -> ReceiverStream<io::Result<Connecti
     ReceiverStream::new(stream)
 }
 
-/// Accepts on TCP, with the TLS handshakes beside each other so that a slow client delays nobody.
+/// Accepts on TCP, with the TLS handshakes beside each other so that a slow client delays nobody, and silent ones however many keep nobody out.
 pub fn accept_tcp(listener: TcpListener, acceptor: Option<TlsAcceptor>) -> ReceiverStream<io::Result<Connection>> {
     let (accepted, stream) = mpsc::channel(16);
-    let handshakes = Arc::new(tokio::sync::Semaphore::new(TLS_HANDSHAKES_MAX));
+    let mut handshakes = nbd::tls::Handshakes::new(TLS_HANDSHAKES_MAX);
     tokio::spawn(async move {
         loop {
             let connection = tokio::select! {
@@ -244,10 +244,8 @@ pub fn accept_tcp(listener: TcpListener, acceptor: Option<TlsAcceptor>) -> Recei
                 }
                 continue;
             };
-            let Ok(permit) = Arc::clone(&handshakes).acquire_owned().await else { return };
             let accepted = accepted.clone();
-            tokio::spawn(async move {
-                let _permit = permit;
+            let handshake = tokio::spawn(async move {
                 match tokio::time::timeout(TLS_TIMEOUT, acceptor.accept(stream)).await {
                     Ok(Ok(stream)) => {
                         tracing::info!(%peer, "gRPC client connected with its certificate");
@@ -257,6 +255,7 @@ pub fn accept_tcp(listener: TcpListener, acceptor: Option<TlsAcceptor>) -> Recei
                     Err(_) => tracing::warn!(%peer, "TLS handshake of a gRPC client took too long"),
                 }
             });
+            handshakes.begun(handshake.abort_handle());
         }
     });
     ReceiverStream::new(stream)
@@ -425,5 +424,30 @@ mod tests {
         let mut hello = [0; 5];
         connection.read_exact(&mut hello).await.expect("read");
         assert_eq!(&hello, b"hello", "the first to come out is the first that was let in");
+    }
+
+    /// Goal: peers that connect and say nothing keep no client out, however many they are.
+    /// Method: more of them than there may be handshakes; a client with a certificate gets in all the same, and at once.
+    #[tokio::test]
+    async fn silent_peers_keep_no_client_out() {
+        use tokio_stream::StreamExt as _;
+        let ours = papers();
+        let acceptor = nbd::tls::acceptor(ours.certificate.as_bytes(), ours.key.as_bytes(), ours.authority.as_bytes());
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("listens");
+        let address = listener.local_addr().expect("an address");
+        let mut accepted = accept_tcp(listener, Some(acceptor.expect("they fit")));
+        let mut silent = Vec::new();
+        for _ in 0..TLS_HANDSHAKES_MAX + 8 {
+            silent.push(TcpStream::connect(address).await.expect("connect"));
+        }
+        let stream = TcpStream::connect(address).await.expect("connect");
+        let let_in = async {
+            let name = "localhost".try_into().expect("a name");
+            let _stream = connector(&ours, Some(&ours)).connect(name, stream).await.expect("let in");
+            accepted.next().await.expect("accepts").expect("no error")
+        };
+        let connection = tokio::time::timeout(TLS_TIMEOUT / 2, let_in).await;
+        assert!(matches!(connection, Ok(Connection::Tls(_))), "it waits for the silent ones");
+        drop(silent);
     }
 }

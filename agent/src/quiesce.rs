@@ -2,7 +2,8 @@
 //!
 //! Between freeze and thaw there is nothing but one look at the clock; the marker is written afterwards, under the instant that was taken. Invariants:
 //! * Once a freeze was sent, a thaw is sent, whatever comes: an error, a guest that does not answer, a caller who has gone.
-//! * It is sent at the latest when the bound on the frozen time has passed.
+//! * It is sent at the latest when the bound on the frozen time has passed, or the agent is told to stop; and the agent waits for it ([`Quiesces::stop`])
+//!   while it still serves the guest's disk: a guest that is not thawed then stays frozen until an agent starts again.
 //! * That a guest may be frozen is on record before it is, and until it is thawed: an agent that starts after a crash thaws it.
 //! * The instant counts only if each guest said that it froze something before, and that it thawed something after it: file systems that somebody else
 //!   thawed in between were not frozen at the instant.
@@ -19,6 +20,7 @@ use futures::future::join_all;
 use serde_json::Value;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::UnixStream;
+use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use crate::events::EventHub;
@@ -37,12 +39,80 @@ const THAW_TRIES: u32 = 4;
 const THAW_TRIES_BEHIND: u32 = 600;
 const THAW_PAUSE: Duration = Duration::from_secs(1);
 
+/// The quiescing that is under way, for the agent's stop to end and to wait for.
+#[derive(Debug, Default)]
+pub struct Quiesces {
+    stopping: watch::Sender<bool>,
+    /// Guests that may be frozen by this agent, those included that are still tried to be thawed.
+    open: watch::Sender<usize>,
+}
+
+impl Quiesces {
+    /// Ends the wait of all calls that hold guests frozen, lets none begin, and waits until all guests are thawed. `false`: some are not in `patience`;
+    /// they are on record for the next start.
+    ///
+    /// Called while the guests' disks are served still: a guest in the middle of its freeze writes what it has first, and takes the thaw afterwards.
+    pub async fn stop(&self, patience: Duration) -> bool {
+        self.stopping.send_replace(true);
+        let mut open = self.open.subscribe();
+        if *open.borrow() > 0 {
+            tracing::info!("stopping: guests are being thawed");
+        }
+        timeout(patience, open.wait_for(|open| *open == 0)).await.is_ok()
+    }
+
+    fn stopping(&self) -> bool {
+        *self.stopping.borrow()
+    }
+
+    fn open(self: &Arc<Self>) -> Open {
+        self.open.send_modify(|open| *open += 1);
+        Open(Arc::clone(self))
+    }
+}
+
+/// A guest that may be frozen; dropped when it is thawed, or given up.
+struct Open(Arc<Quiesces>);
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.0.open.send_modify(|open| *open -= 1);
+    }
+}
+
+/// How long guests may be frozen.
+struct Limit {
+    deadline: Instant,
+    stopping: watch::Receiver<bool>,
+}
+
+/// Why a wait ended early.
+enum Over {
+    Time,
+    Stopping,
+}
+
+impl Limit {
+    async fn hold<T>(&self, work: impl Future<Output = T>) -> std::result::Result<T, Over> {
+        let mut stopping = self.stopping.clone();
+        tokio::select! {
+            biased;
+            _ = stopping.wait_for(|stopping| *stopping) => Err(Over::Stopping),
+            ended = timeout_at(self.deadline, work) => ended.map_err(|_| Over::Time),
+        }
+    }
+}
+
 /// A connection to a guest agent.
 struct Guest {
     path: PathBuf,
     stream: UnixStream,
     /// Received and not looked at.
     received: Vec<u8>,
+}
+
+fn told_to_stop(words: &str) -> Error {
+    Error::Gone(format!("the agent is stopping: {words}"))
 }
 
 impl Guest {
@@ -122,11 +192,12 @@ fn failed(path: &Path, what: &str, why: impl std::fmt::Display) -> Error {
 /// Runs `inside` while all guests are frozen; answers what it gave and how long the guests were frozen.
 ///
 /// # Errors
-/// When a guest cannot be reached, frozen or thawed, or when `inside` took longer than `bound`. Then nothing may be said of the guests' state at any
-/// instant in between.
+/// When a guest cannot be reached, frozen or thawed, when `inside` took longer than `bound`, or when the agent is told to stop. Then nothing may be said
+/// of the guests' state at any instant in between.
 pub async fn while_frozen<T>(
     paths: &[PathBuf],
     bound: Duration,
+    quiesces: &Arc<Quiesces>,
     events: &Arc<EventHub>,
     state: &Arc<StateDir>,
     inside: impl Future<Output = Result<T>>,
@@ -139,20 +210,30 @@ pub async fn while_frozen<T>(
         }
     }));
     let guests: Vec<Guest> = greeted.await.into_iter().collect::<Result<_>>()?;
+    // Counted before the look: a stop that is not seen here waits for us.
+    let open: Vec<Open> = guests.iter().map(|_| quiesces.open()).collect();
+    if quiesces.stopping() {
+        return Err(told_to_stop("no guest was frozen"));
+    }
     state.note_frozen(paths).await.map_err(|error| Error::device("write", "the list of frozen guests", &error))?;
     // From here on a thaw follows.
     let began = Instant::now();
-    let deadline = began + bound;
-    let frozen = join_all(guests.into_iter().map(|guest| freeze(guest, deadline))).await;
+    let limit = Limit { deadline: began + bound, stopping: quiesces.stopping.subscribe() };
+    let frozen = join_all(guests.into_iter().map(|guest| freeze(guest, &limit))).await;
     let refused = frozen.iter().find_map(|(_, result)| result.as_ref().err().cloned());
     let inside = match refused {
         Some(error) => Err(error),
-        None => match timeout_at(deadline, inside).await {
+        None => match limit.hold(inside).await {
             Ok(result) => result,
-            Err(_) => Err(Error::State(format!("the guests were frozen for {bound:?}, and no instant was taken yet"))),
+            Err(Over::Time) => {
+                Err(Error::State(format!("the guests were frozen for {bound:?}, and no instant was taken yet")))
+            }
+            Err(Over::Stopping) => Err(told_to_stop("no instant was taken")),
         },
     };
-    let thawed = join_all(frozen.into_iter().map(|(guest, result)| thaw(guest, result.is_ok(), events, state))).await;
+    let thawed = frozen.into_iter().zip(open);
+    let thawed = thawed.map(|((guest, result), open)| thaw(guest, result.is_ok(), open, events, state));
+    let thawed = join_all(thawed).await;
     let spent = began.elapsed();
     let inside = inside?;
     thawed.into_iter().collect::<Result<Vec<()>>>()?;
@@ -160,18 +241,19 @@ pub async fn while_frozen<T>(
 }
 
 /// Answers the guest in any case, since it has to be thawed.
-async fn freeze(mut guest: Guest, deadline: Instant) -> (Guest, Result<()>) {
-    let result = match timeout_at(deadline, guest.count("guest-fsfreeze-freeze")).await {
+async fn freeze(mut guest: Guest, limit: &Limit) -> (Guest, Result<()>) {
+    let result = match limit.hold(guest.count("guest-fsfreeze-freeze")).await {
         Ok(Ok(0)) => Err(failed(&guest.path, "freeze", "it froze no file system")),
         Ok(Ok(_)) => Ok(()),
         Ok(Err(error)) => Err(failed(&guest.path, "freeze", error)),
-        Err(_) => Err(failed(&guest.path, "freeze", "no answer within the bound on the frozen time")),
+        Err(Over::Time) => Err(failed(&guest.path, "freeze", "no answer within the bound on the frozen time")),
+        Err(Over::Stopping) => Err(told_to_stop("the guests are thawed, and nothing is marked")),
     };
     (guest, result)
 }
 
 /// Thaws a guest. `clean`: its connection has no answer outstanding, so the very next one is that of the thaw.
-async fn thaw(mut guest: Guest, clean: bool, events: &Arc<EventHub>, state: &Arc<StateDir>) -> Result<()> {
+async fn thaw(mut guest: Guest, clean: bool, open: Open, events: &Arc<EventHub>, state: &Arc<StateDir>) -> Result<()> {
     let path = guest.path.clone();
     let mut why = String::new();
     if clean {
@@ -206,7 +288,11 @@ async fn thaw(mut guest: Guest, clean: bool, events: &Arc<EventHub>, state: &Arc
     }
     let message = format!("guest agent {}: thaw: {why}; it is tried again every second", path.display());
     events.publish_now(EventKind::ThawFailed, None, None, message);
-    tokio::spawn(thaw_behind(path.clone(), Arc::clone(events), Arc::clone(state)));
+    let behind = thaw_behind(path.clone(), Arc::clone(events), Arc::clone(state));
+    tokio::spawn(async move {
+        behind.await;
+        drop(open);
+    });
     Err(failed(&path, "thaw", format!("{why}; THE GUEST MAY BE FROZEN, thawing is tried on for ten minutes")))
 }
 

@@ -1,9 +1,11 @@
 //! The agent as its host sees it: readiness, watchdog, health, signals, sockets, the units that start it.
 
-use std::io::Read as _;
-use std::os::unix::net::{UnixDatagram, UnixStream};
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use cdp_proto::v1::cdp_agent_client::CdpAgentClient;
@@ -187,6 +189,65 @@ async fn an_event_stream_replays_follows_and_ends_with_the_agent() {
     while let Ok(Some(_)) = events.message().await {}
     let ended = tokio::task::spawn_blocking(move || agent.end()).await.expect("waited");
     assert!(ended.success());
+}
+
+/// A guest agent whose freeze takes so long. Whether its guest is frozen.
+fn slow_guest(socket: &Path, freeze_takes: Duration) -> Arc<AtomicBool> {
+    let listener = UnixListener::bind(socket).expect("listens");
+    let frozen = Arc::<AtomicBool>::default();
+    let guest = Arc::clone(&frozen);
+    std::thread::spawn(move || {
+        for stream in listener.incoming().flatten() {
+            let Ok(mut answers) = stream.try_clone() else { continue };
+            // Bytes, since a synchronisation begins with one that is no text.
+            for line in BufReader::new(stream).split(b'\n').map_while(Result::ok) {
+                let line = String::from_utf8_lossy(&line);
+                let answer = if line.contains("guest-sync-delimited") {
+                    let id: String = line.chars().filter(char::is_ascii_digit).collect();
+                    [&[0xff], format!("{{\"return\": {id}}}\n").as_bytes()].concat()
+                } else if line.contains("guest-fsfreeze-freeze") {
+                    guest.store(true, Ordering::SeqCst);
+                    std::thread::sleep(freeze_takes);
+                    b"{\"return\": 1}\n".to_vec()
+                } else {
+                    let was = guest.swap(false, Ordering::SeqCst);
+                    format!("{{\"return\": {}}}\n", u8::from(was)).into_bytes()
+                };
+                if answers.write_all(&answer).is_err() {
+                    break;
+                }
+            }
+        }
+    });
+    frozen
+}
+
+/// Goal: an agent that is told to stop while a guest is being frozen thaws it before it ends, though nobody waits for the call any more.
+/// Method: a freeze that takes three seconds; the caller goes and the stop comes in its middle.
+#[tokio::test]
+async fn a_stop_leaves_no_guest_frozen() {
+    let mut agent = Agent::start();
+    let socket = agent.file("qga.sock");
+    let frozen = slow_guest(&socket, Duration::from_secs(3));
+    let mut client = CdpAgentClient::new(agent.channel().await);
+    let mark = MarkRequest {
+        volumes: vec!["demo".to_owned()],
+        quiesce: vec![format!("qga:{}", socket.display())],
+        quiesce_ms: 60_000,
+        ..MarkRequest::default()
+    };
+    let call = tokio::spawn(async move { client.mark(mark).await });
+    let begun = Instant::now();
+    while !frozen.load(Ordering::SeqCst) {
+        assert!(begun.elapsed() < PATIENCE, "the guest is not frozen");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    call.abort();
+    let _ = call.await; // its connection is closed
+    agent.signal(Signal::SIGTERM);
+    let ended = tokio::task::spawn_blocking(move || agent.end()).await.expect("waited");
+    assert!(ended.success());
+    assert!(!frozen.load(Ordering::SeqCst), "the guest stays frozen");
 }
 
 #[test]

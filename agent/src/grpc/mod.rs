@@ -388,8 +388,9 @@ impl CdpAgent for Service {
                 false => {
                     // No guest is frozen for what can be seen to fail.
                     this.can_mark(&volumes, &mark.name).await.map_err(|error| status(&error))?;
-                    let (events, state) = (this.control.events(), this.control.state());
-                    quiesce::while_frozen(&mark.quiesce, mark.frozen_max, events, state, ticked)
+                    let (quiesces, events, state) =
+                        (&this.control.quiesces, this.control.events(), this.control.state());
+                    quiesce::while_frozen(&mark.quiesce, mark.frozen_max, quiesces, events, state, ticked)
                         .await
                         .map_err(|error| status(&error))?
                 }

@@ -8,7 +8,7 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError, channel};
 use std::time::{Duration, Instant};
 
 use cdp_journal::{Error, Result};
@@ -36,6 +36,8 @@ pub struct NbdDevices {
 #[derive(Debug)]
 struct Client {
     device: String,
+    /// `nbd-client`, as the kernel names it for the device.
+    pid: u32,
     /// How `nbd-client` ended.
     ended: Receiver<std::io::Result<Output>>,
 }
@@ -91,8 +93,8 @@ impl NbdDevices {
         let end = Instant::now() + PATIENCE;
         let pid = started.recv_timeout(PATIENCE).ok();
         while Instant::now() < end {
-            if pid.is_some() && connected_by(name) == pid && sectors(name) > 0 {
-                return Ok(Ok(Client { device, ended }));
+            if let Some(pid) = pid.filter(|pid| connected_by(name) == Some(*pid) && sectors(name) > 0) {
+                return Ok(Ok(Client { device, pid, ended }));
             }
             match ended.recv_timeout(Duration::from_millis(5)) {
                 Err(RecvTimeoutError::Timeout) => {}
@@ -111,13 +113,30 @@ impl NbdDevices {
         Ok(Err(format!("{device} was not connected in {} s", PATIENCE.as_secs())))
     }
 
-    /// Ends the device of a view, if it has one; what still uses it gets errors.
+    /// Ends the device of a view, if it has one; what still uses it gets errors. A device that was taken away from the view before (its export was
+    /// lost, or an admin disconnected it) may be somebody else's by now, and stays as it is.
     pub fn disconnect(&self, view: Uuid) {
-        let Some(client) = self.connected.lock().remove(&view) else { return };
+        // Held between the look and the deed, so that no other view of ours is given this device.
+        let mut connected = self.connected.lock();
+        let Some(client) = connected.remove(&view) else { return };
+        let name = client.device.trim_start_matches("/dev/");
+        if !client.holds(connected_by(name)) {
+            tracing::info!(device = client.device, %view, "the NBD device is not the view's any more: it is left alone");
+            return;
+        }
         disconnect(&client.device);
+        drop(connected);
         if matches!(client.ended.recv_timeout(PATIENCE), Err(RecvTimeoutError::Timeout)) {
             tracing::warn!(device = client.device, "the NBD device is still connected");
         }
+    }
+}
+
+impl Client {
+    /// Whether the device is still the one that was connected here: `nbd-client` runs, and the kernel names it as the one that has the device.
+    /// (Its number alone does not tell: the system gives it out anew.)
+    fn holds(&self, connected_by: Option<u32>) -> bool {
+        connected_by == Some(self.pid) && matches!(self.ended.try_recv(), Err(TryRecvError::Empty))
     }
 }
 
@@ -183,6 +202,26 @@ fn free_devices() -> Result<Vec<String>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Goal: the end of a view never ends the device of somebody who took it after the view had lost it.
+    /// Method: each combination of what the kernel says of the device and of how the view's own client fares.
+    #[test]
+    fn a_device_that_somebody_else_took_is_not_disconnected() {
+        let client = || {
+            let (tell, ended) = channel();
+            (tell, Client { device: "/dev/nbd0".to_owned(), pid: 7, ended })
+        };
+        let (_running, ours) = client();
+        assert!(ours.holds(Some(7)));
+        assert!(!ours.holds(None), "nobody has it: nothing is to be ended");
+        assert!(!ours.holds(Some(8)), "it is somebody else's");
+        let (tell, ended) = client();
+        tell.send(Err(std::io::ErrorKind::Other.into())).expect("somebody listens");
+        assert!(!ended.holds(Some(7)), "another process was given the number of ours");
+        let (tell, gone) = client();
+        drop(tell);
+        assert!(!gone.holds(Some(7)), "its thread is gone");
+    }
 
     #[test]
     fn a_node_belongs_to_its_device() {

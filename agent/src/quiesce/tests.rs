@@ -18,6 +18,8 @@ struct Habits {
     garbage: bool,
     /// The answer to a freeze never comes, although it froze.
     freeze_silent: bool,
+    /// The answer to a freeze takes so long.
+    freeze_takes: Duration,
     /// The freeze is refused.
     freeze_refused: bool,
     /// Nothing to freeze.
@@ -66,7 +68,8 @@ impl Fake {
     async fn ask(&self, bound: Duration) -> Result<(bool, Duration)> {
         let seen = Arc::clone(&self.seen);
         let inside = async move { Ok(seen.lock().expect("whole").frozen) };
-        while_frozen(std::slice::from_ref(&self.path), bound, &Arc::default(), &self.state, inside).await
+        let paths = std::slice::from_ref(&self.path);
+        while_frozen(paths, bound, &Arc::default(), &Arc::default(), &self.state, inside).await
     }
 
     fn assert_thawed(&self) {
@@ -130,6 +133,7 @@ async fn serve(stream: UnixStream, habits: Habits, seen: &Mutex<Seen>) -> io::Re
                     seen.freezes += 1;
                     seen.frozen = !habits.freeze_refused && !habits.freeze_none;
                 }
+                sleep(habits.freeze_takes).await;
                 match habits {
                     Habits { freeze_silent: true, .. } => continue,
                     Habits { freeze_hangup: true, .. } => return Ok(()),
@@ -211,7 +215,8 @@ async fn a_guest_that_never_answers_was_never_frozen() {
     }
     let state = Fake::start(Habits::default()).state;
     let nowhere = [PathBuf::from("/nonexistent/qga.sock")];
-    let error = while_frozen(&nowhere, BOUND, &Arc::default(), &state, async { Ok(()) }).await.expect_err("no socket");
+    let error = while_frozen(&nowhere, BOUND, &Arc::default(), &Arc::default(), &state, async { Ok(()) }).await;
+    let error = error.expect_err("no socket");
     assert!(error.to_string().contains("/nonexistent/qga.sock"), "{error}");
 }
 
@@ -223,8 +228,8 @@ async fn what_takes_too_long_inside_is_cut_and_the_guest_thawed() {
         Ok(())
     };
     let paths = std::slice::from_ref(&fake.path);
-    let error =
-        while_frozen(paths, BOUND, &Arc::default(), &fake.state, inside).await.expect_err("too long").to_string();
+    let error = while_frozen(paths, BOUND, &Arc::default(), &Arc::default(), &fake.state, inside).await;
+    let error = error.expect_err("too long").to_string();
     assert!(error.contains("no instant was taken"), "{error}");
     fake.assert_thawed();
 }
@@ -234,8 +239,8 @@ async fn one_guest_that_fails_thaws_all_of_them() {
     let (good, bad) =
         (Fake::start(Habits::default()), Fake::start(Habits { freeze_refused: true, ..Habits::default() }));
     let paths = [good.path.clone(), bad.path.clone()];
-    let error =
-        while_frozen(&paths, AMPLE, &Arc::default(), &good.state, async { Ok(()) }).await.expect_err("one is refused");
+    let error = while_frozen(&paths, AMPLE, &Arc::default(), &Arc::default(), &good.state, async { Ok(()) }).await;
+    let error = error.expect_err("one is refused");
     assert!(error.to_string().contains("no hooks"), "{error}");
     good.assert_thawed();
     assert!(good.noted() == "[]" && bad.seen.lock().expect("whole").thaws >= 1);
@@ -249,7 +254,8 @@ async fn a_guest_that_an_agent_left_frozen_is_thawed_by_the_next() {
     let paths = [fake.path.clone()];
     let (state, seen) = (Arc::clone(&fake.state), Arc::clone(&fake.seen));
     let cut = tokio::spawn(async move {
-        while_frozen(&paths, AMPLE, &Arc::default(), &state, std::future::pending::<Result<()>>()).await
+        let inside = std::future::pending::<Result<()>>();
+        while_frozen(&paths, AMPLE, &Arc::default(), &Arc::default(), &state, inside).await
     });
     until(|| seen.lock().expect("whole").frozen).await;
     cut.abort();
@@ -261,4 +267,49 @@ async fn a_guest_that_an_agent_left_frozen_is_thawed_by_the_next() {
     assert_eq!(saved.frozen.len(), 1);
     thaw_left_behind(saved.frozen, &Arc::default(), &state);
     until(|| !seen.lock().expect("whole").frozen && noted(&dir) == "[]").await;
+}
+
+/// Goal: an orderly stop leaves no guest frozen, however long its freeze or what is done meanwhile would have taken, and does not wait for that.
+/// Method: the stop comes in the middle of a freeze that is answered late, of one that never is, and of endless work inside; what the guest has seen when
+/// the stop goes on.
+#[tokio::test]
+async fn a_stop_thaws_the_guests_before_it_goes_on() {
+    let late = Habits { freeze_takes: Duration::from_secs(1), ..Habits::default() };
+    for habits in [late, Habits { freeze_silent: true, ..Habits::default() }, Habits::default()] {
+        let fake = Fake::start(habits);
+        let quiesces = Arc::<Quiesces>::default();
+        let (paths, state, open) = ([fake.path.clone()], Arc::clone(&fake.state), Arc::clone(&quiesces));
+        // As a call whose caller has gone: nobody waits for it.
+        let call = tokio::spawn(async move {
+            let inside = std::future::pending::<Result<()>>();
+            while_frozen(&paths, AMPLE, &open, &Arc::default(), &state, inside).await
+        });
+        until(|| fake.seen.lock().expect("whole").frozen).await;
+        let began = Instant::now();
+        assert!(quiesces.stop(AMPLE).await, "{habits:?}");
+        fake.assert_thawed();
+        assert!(began.elapsed() < AMPLE / 2, "{habits:?}: it waited for the call's own bound");
+        let error = call.await.expect("no panic").expect_err("no instant was taken");
+        assert!(matches!(error, Error::Gone(_)), "{habits:?}: {error}");
+    }
+}
+
+/// Goal: a guest that cannot be thawed does not hold the stop up for ever, and stays on record for the next start; and once the agent is stopping no
+/// guest is frozen any more.
+#[tokio::test]
+async fn a_stop_waits_for_a_thaw_so_long_and_no_longer() {
+    let fake = Fake::start(Habits { thaw_errors: u32::MAX, ..Habits::default() });
+    let quiesces = Arc::<Quiesces>::default();
+    let (paths, state, open) = ([fake.path.clone()], Arc::clone(&fake.state), Arc::clone(&quiesces));
+    let call =
+        tokio::spawn(
+            async move { while_frozen(&paths, AMPLE, &open, &Arc::default(), &state, async { Ok(()) }).await },
+        );
+    until(|| fake.seen.lock().expect("whole").thaws > 0).await;
+    assert!(!quiesces.stop(BOUND).await && fake.noted().contains("qga.sock"));
+    call.abort();
+    let fake = Fake::start(Habits::default());
+    let paths = std::slice::from_ref(&fake.path);
+    let error = while_frozen(paths, AMPLE, &quiesces, &Arc::default(), &fake.state, async { Ok(()) }).await;
+    assert!(matches!(error, Err(Error::Gone(_))) && fake.seen.lock().expect("whole").freezes == 0, "{error:?}");
 }

@@ -3,6 +3,8 @@
 //! Invariants:
 //! * A file's [`ClientGuard`] goes only when no request of the file is in the engine: whoever sees the client gone sees no more of
 //!   its writes.
+//! * Who wants a file gone, and a stop, wait for what is in the engine, which ends by the engine's own bounds: a request that is many of the engine's (zeroes
+//!   and holes of any length) asks for no more of them from then on, and fails.
 //! * A write of part of a sector reads, changes and writes that sector alone: no other write through a file of the same export is
 //!   in the engine meanwhile, so none is undone.
 
@@ -94,7 +96,7 @@ pub(crate) struct Files {
     gates: RefCell<HashMap<Uuid, Weak<Gate>>>,
     ticket_next: Cell<u64>,
     inflight: Rc<Cell<usize>>,
-    closing: Cell<bool>,
+    closing: Rc<Cell<bool>>,
 }
 
 /// What was opened.
@@ -111,6 +113,8 @@ struct File {
     guard: RefCell<Option<ClientGuard>>,
     /// The engine wants it gone, or it was closed.
     cut: Rc<Cell<bool>>,
+    /// The shard is being drained.
+    closing: Rc<Cell<bool>>,
     inflight: Cell<usize>,
 }
 
@@ -122,7 +126,7 @@ impl Files {
             gates: RefCell::default(),
             ticket_next: Cell::new(1),
             inflight: Rc::default(),
-            closing: Cell::new(false),
+            closing: Rc::default(),
         })
     }
 
@@ -166,7 +170,8 @@ impl Files {
                 }
             }
         };
-        let file = File { export, gate, guard: RefCell::new(Some(guard)), cut, inflight: Cell::new(0) };
+        let (guard, closing) = (RefCell::new(Some(guard)), Rc::clone(&self.closing));
+        let file = File { export, gate, guard, cut, closing, inflight: Cell::new(0) };
         self.open.borrow_mut().insert(ticket, Rc::new(file));
         Ok(Opened { ticket, read_only })
     }
@@ -185,11 +190,17 @@ impl Files {
         let Some(file) = file.filter(|file| !file.cut.get() && !self.closing.get()) else {
             return request.refuse(Errno::EIO);
         };
+        let worker = Rc::clone(&file);
+        self.run(file, async move { worker.execute(request).await });
+    }
+
+    /// Has work done with a file that counts as in flight until it ends.
+    fn run(&self, file: Rc<File>, work: impl Future<Output = ()> + 'static) {
         file.inflight.set(file.inflight.get() + 1);
         self.inflight.set(self.inflight.get() + 1);
         let all = Rc::clone(&self.inflight);
         self.ring.spawn(async move {
-            file.execute(request).await;
+            work.await;
             all.set(all.get() - 1);
             file.inflight.set(file.inflight.get() - 1);
             if file.cut.get() {
@@ -226,6 +237,14 @@ impl File {
         if self.inflight.get() == 0 {
             let guard = self.guard.take();
             drop(guard);
+        }
+    }
+
+    /// Before each step of what may take many: whether there is somebody for it still.
+    fn still_wanted(&self) -> Result<()> {
+        match self.cut.get() || self.closing.get() {
+            true => Err(Error::Gone("the file is being closed".to_owned())),
+            false => Ok(()),
         }
     }
 
@@ -347,6 +366,7 @@ impl File {
         while at < last {
             let step = (last - at).min(ZERO_BYTES_MAX);
             let _shared = self.gate.shared().await;
+            self.still_wanted()?;
             self.export.write_zeroes(at, step as u32, no_hole, false).await?;
             at += step;
         }
@@ -362,6 +382,7 @@ impl File {
         let mut at = offset / SECTOR * SECTOR;
         while at < size {
             let mut moved = false;
+            self.still_wanted()?;
             for piece in self.export.status(at, size - at).await? {
                 if (piece.hole || piece.zero) == hole && piece.len > 0 {
                     return Ok(Some(at.max(offset)));
@@ -460,3 +481,6 @@ impl Drop for Pass {
         waiting.into_iter().for_each(Waker::wake);
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,7 +1,8 @@
 //! The NBD server: <https://github.com/NetworkBlockDevice/nbd/blob/master/doc/proto.md>
 //!
 //! A connection is accepted and negotiated on tokio (`handshake.rs`), where a slow or hostile client costs nothing but its
-//! seat; then its socket moves to the shard of the export and is served there, on the ring (`transmission.rs`). A TLS connection
+//! seat, and one over TCP not even that: it has a seat when its handshake has ended, and handshakes over TCP have a bound of their own
+//! ([`tls::Handshakes`]), so whoever reaches the port cannot keep out the guests of this host; then its socket moves to the shard of the export and is served there, on the ring (`transmission.rs`). A TLS connection
 //! stays on tokio as a pump between the TLS stream and a socket pair, whose other end moves.
 //!
 //! Bounds: connections in total ([`NbdConfig::connections_max`]), time of a handshake, bytes of an option, requests and bytes
@@ -53,16 +54,18 @@ const TCP_USER_TIMEOUT_MS: u32 = 30_000;
 /// Bounds of the server.
 #[derive(Clone, Debug)]
 pub struct NbdConfig {
-    /// Most connections at a time, over all listeners.
+    /// Most connections at a time, over all listeners. Over TCP one counts from the end of its handshake on.
     pub connections_max: usize,
+    /// Most handshakes at a time on a TCP listener; the oldest makes room for one more.
+    pub tcp_handshakes_max: usize,
     /// A handshake that takes longer is dropped.
     pub handshake_timeout: Duration,
     /// Most requests in flight on a connection.
     pub inflight_requests_max: u32,
     /// Most bytes of payload in flight on a connection. One request is always let in.
     pub inflight_bytes_max: u64,
-    /// Bytes of payload in flight on a shard, over all of its connections: each may hold as much as it leaves free. One request, and 128 KiB,
-    /// are let in always.
+    /// Bytes of payload in flight on a shard, over all of its connections: each may hold as much as it leaves free. 128 KiB are let in always, and a
+    /// larger request that has to be in pieces of that.
     pub shard_bytes_max: u64,
 }
 
@@ -70,6 +73,7 @@ impl Default for NbdConfig {
     fn default() -> Self {
         Self {
             connections_max: 256,
+            tcp_handshakes_max: 256,
             handshake_timeout: Duration::from_secs(10),
             inflight_requests_max: 128,
             inflight_bytes_max: 64 << 20,
@@ -162,7 +166,7 @@ impl<S: ExportSource + Clone + 'static> NbdServer<S> {
         Arc::new(Self { config, directory, taken: Arc::default() })
     }
 
-    /// Connections that have a seat now, handshakes included.
+    /// Connections that have a seat now, handshakes over unix sockets included.
     pub fn connections(&self) -> usize {
         self.taken.load(Ordering::Acquire)
     }
@@ -171,6 +175,7 @@ impl<S: ExportSource + Clone + 'static> NbdServer<S> {
     /// that reached their shard live on until the shard drains them ([`ShardHandle::drain`]).
     pub async fn serve(self: Arc<Self>, listener: Listener) {
         let mut handshakes = JoinSet::new();
+        let mut strangers = tls::Handshakes::new(self.config.tcp_handshakes_max);
         let mut full = false;
         loop {
             while handshakes.try_join_next().is_some() {}
@@ -188,11 +193,19 @@ impl<S: ExportSource + Clone + 'static> NbdServer<S> {
                     continue;
                 }
             };
-            match self.seat() {
+            // The permissions of a unix socket's file let its clients in: they have their seat at once. Of a TCP peer nothing is known yet.
+            let (known, admitted) = match &stream {
+                Stream::Unix(_) => (true, self.seat().map(Some)),
+                Stream::Tcp(..) => (false, (self.connections() < self.config.connections_max).then_some(None)),
+            };
+            match admitted {
                 Some(seat) => {
                     full = false;
                     let server = Arc::clone(&self);
-                    handshakes.spawn(async move { server.welcome(stream, seat).await });
+                    let handshake = handshakes.spawn(async move { server.welcome(stream, seat).await });
+                    if !known {
+                        strangers.begun(handshake);
+                    }
                 }
                 None => {
                     if !full {
@@ -212,8 +225,8 @@ impl<S: ExportSource + Clone + 'static> NbdServer<S> {
     /// # Errors
     /// When the client broke off, broke the protocol or took too long, or all seats are taken.
     pub async fn welcome_unix(self: &Arc<Self>, stream: UnixStream) -> io::Result<bool> {
-        let seat = self.seat().ok_or_else(|| io::Error::other("all connections are taken"))?;
-        self.negotiate(Stream::Unix(stream), seat).await
+        let seat = self.seat().ok_or_else(all_taken)?;
+        self.negotiate(Stream::Unix(stream), Some(seat)).await
     }
 
     fn seat(&self) -> Option<Seat> {
@@ -222,14 +235,15 @@ impl<S: ExportSource + Clone + 'static> NbdServer<S> {
         Some(Seat { taken: Arc::clone(&self.taken) })
     }
 
-    async fn welcome(&self, stream: Stream, seat: Seat) {
+    async fn welcome(&self, stream: Stream, seat: Option<Seat>) {
         match self.negotiate(stream, seat).await {
             Ok(served) => tracing::debug!(served, "NBD handshake done"),
             Err(error) => tracing::debug!(%error, "NBD handshake failed"),
         }
     }
 
-    async fn negotiate(&self, stream: Stream, seat: Seat) -> io::Result<bool> {
+    /// Without a seat it takes one when the handshake has ended.
+    async fn negotiate(&self, stream: Stream, seat: Option<Seat>) -> io::Result<bool> {
         let directory = &*self.directory;
         let end = tokio::time::Instant::now() + self.config.handshake_timeout;
         // Either the socket itself moves to the shard, or the near end of a pair whose far end is pumped to and from it.
@@ -267,9 +281,15 @@ impl<S: ExportSource + Clone + 'static> NbdServer<S> {
                 }
             }
         };
+        // Dropped here, the socket ends its pump too.
+        let seat = seat.or_else(|| self.seat()).ok_or_else(all_taken)?;
         claim.adopt(socket, session.with_limits(&self.config, seat));
         Ok(true)
     }
+}
+
+fn all_taken() -> io::Error {
+    io::Error::other("all connections are taken")
 }
 
 /// Carries bytes between an encrypted stream and the shard, until the shard has closed its end: so the last replies reach the

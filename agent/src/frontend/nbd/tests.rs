@@ -4,6 +4,7 @@ mod bad_input;
 mod client;
 mod fixture;
 mod lifetime;
+mod pieces;
 mod requests;
 mod tls;
 mod tools;

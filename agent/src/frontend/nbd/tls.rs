@@ -1,8 +1,10 @@
-//! TLS for NBD over TCP: who the server is, and whose certificates it accepts.
+//! TLS for NBD over TCP: who the server is, and whose certificates it accepts; and how many strangers may be about to show theirs.
 
+use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
 
+use tokio::task::AbortHandle;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::rustls::crypto::aws_lc_rs;
 use tokio_rustls::rustls::pki_types::pem::PemObject as _;
@@ -39,6 +41,32 @@ pub fn acceptor(certificate: &[u8], key: &[u8], client_authorities: &[u8]) -> io
         .with_single_cert(chain, key)
         .map_err(|e| bad("certificate and key")(&e))?;
     Ok(TlsAcceptor::from(Arc::new(config)))
+}
+
+/// The handshakes of a TCP listener that are under way. Whoever reaches the port can begin one and say nothing more, so where there are too many the
+/// oldest is ended: an honest handshake takes a few round trips and is done long before it is the oldest. (Were the newest refused, or made to wait, a
+/// few silent peers would keep everybody else out.)
+pub struct Handshakes {
+    max: usize,
+    under_way: VecDeque<AbortHandle>,
+}
+
+impl Handshakes {
+    /// At most `max` at a time, and at least one.
+    pub fn new(max: usize) -> Self {
+        Self { max: max.max(1), under_way: VecDeque::new() }
+    }
+
+    /// One more has begun.
+    pub fn begun(&mut self, handshake: AbortHandle) {
+        self.under_way.retain(|handshake| !handshake.is_finished());
+        while self.under_way.len() >= self.max {
+            if let Some(oldest) = self.under_way.pop_front() {
+                oldest.abort();
+            }
+        }
+        self.under_way.push_back(handshake);
+    }
 }
 
 fn invalid(text: String) -> io::Error {

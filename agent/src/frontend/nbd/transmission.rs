@@ -5,6 +5,9 @@
 //!   goes to where it lies in its block, into the buffer that the engine keeps: what was read ahead is copied, the rest is received
 //!   there directly. With too much in flight it stops reading, and the socket slows the client down.
 //! * A **request** is checked once, at the door ([`check`]), and then is the engine's.
+//! * A read or write that the shard has no room for as a whole, of a connection that has nothing else in flight, is served by the reader itself, piece by
+//!   piece: whatever clients ask, and however little they take of the answers, a shard holds no more than [`NbdConfig::shard_bytes_max`] and, for each
+//!   connection, [`SHARE_MIN`], or [`STATUS_BYTES`] while extents are looked up.
 //! * The **writer** sends all replies that are ready with one call.
 //!
 //! Invariants:
@@ -53,6 +56,8 @@ const BATCH_BYTES: usize = 8 << 10;
 /// Payload that a connection may always have in flight, whatever the others of its shard hold: clients that take their answers slowly, or
 /// never, must not slow down the small requests of others.
 pub const SHARE_MIN: u64 = 128 << 10;
+/// What the engine needs to find the extents of a range; it is given back, but for the answer's own bytes, when it has them.
+const STATUS_BYTES: u64 = 512 << 10;
 /// How often a drain looks whether all have left.
 const DRAIN_LOOK_NS: u64 = 2_000_000;
 /// How long a TCP client that goes on sending may take to see that the connection has ended.
@@ -360,18 +365,40 @@ enum Command {
     Status { one: bool },
 }
 
-/// The answer to a request.
+/// The answer to a request, or a piece of it.
 struct Reply {
     cookie: u64,
     offset: u64,
     /// Bytes of in-flight room that go back with it.
     charge: u64,
+    /// Nothing more comes: the request is answered.
+    last: bool,
     body: Body,
+}
+
+/// What stands before data.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Head {
+    /// That of an answer that has so many bytes, here and in what follows right behind.
+    Answer(u32),
+    /// That of a chunk of its own (structured replies only), behind which others may come.
+    Chunk { last: bool },
+    /// Nothing: they go on where the last ones ended.
+    None,
+}
+
+/// How a request was let in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Entry {
+    /// With room for all of it.
+    Whole,
+    /// Without any: for each of its pieces there has to be room.
+    InPieces,
 }
 
 enum Body {
     Done,
-    Data(Vec<Slice>),
+    Data(Vec<Slice>, Head),
     /// Extents by the number of their context.
     Status(Vec<(u32, Vec<(u32, u32)>)>),
     Error(u32, String),
@@ -481,16 +508,17 @@ impl Connection {
             return (Ok(ControlFlow::Break(())), received);
         }
         let verdict = check(&request, self.export.size(), self.read_only, &self.session);
+        let divisible = matches!(&verdict, Ok(Command::Read | Command::Write));
         let charge = match &verdict {
             Ok(Command::Read | Command::Write) => u64::from(len),
-            // What its answer may take: a client that asks and never reads must not fill the memory with extents.
-            Ok(Command::Status { one: false }) => (self.session.contexts.len() * EXTENTS_MAX * 8) as u64,
+            Ok(Command::Status { .. }) => STATUS_BYTES,
             _ => 0,
         };
-        if !self.admit(charge).await {
+        let Some(entry) = self.admit(charge, divisible).await else {
             return (Ok(ControlFlow::Break(())), received);
-        }
+        };
         let (cookie, offset) = (request.cookie.get(), request.offset.get());
+        let fua = request.flags.get() & command::FLAG_FUA != 0;
         match verdict {
             Err((errno, words)) => {
                 if is_write {
@@ -505,7 +533,26 @@ impl Connection {
                         return (skipped.map(|_| ControlFlow::Break(())), received);
                     }
                 }
-                self.answer(Reply { cookie, offset, charge, body: Body::Error(errno, words) });
+                self.answer(Reply { cookie, offset, charge, last: true, body: Body::Error(errno, words) });
+            }
+            Ok(Command::Write) if entry == Entry::InPieces => {
+                let done;
+                (done, received) = self.write_in_pieces(offset, len, fua, received).await;
+                let body = match done {
+                    Ok(Some(body)) => body,
+                    ended => {
+                        self.release(1, 0);
+                        return (ended.map(|_| ControlFlow::Break(())), received);
+                    }
+                };
+                self.answer(Reply { cookie, offset, charge: 0, last: true, body });
+            }
+            Ok(Command::Read) if entry == Entry::InPieces => {
+                let one_chunk = !self.session.structured || request.flags.get() & command::FLAG_DF != 0;
+                if let Err(error) = self.read_in_pieces(cookie, offset, len, one_chunk).await {
+                    self.release(1, 0);
+                    return (Err(error), received);
+                }
             }
             Ok(command) => {
                 let mut payload = None;
@@ -519,45 +566,148 @@ impl Connection {
                     count(&self.stats.bytes_in, u64::from(len));
                 }
                 let connection = Rc::clone(self);
-                let fua = request.flags.get() & command::FLAG_FUA != 0;
                 self.ring.spawn(async move {
                     let body = connection.execute(command, offset, len, fua, payload).await;
-                    connection.answer(Reply { cookie, offset, charge, body });
+                    let mut charge = charge;
+                    if let Command::Status { one } = command {
+                        // What is left is what its answer may take: a client that asks and never reads must not fill the memory with extents.
+                        let extents = if one { 1 } else { EXTENTS_MAX };
+                        let kept = ((connection.session.contexts.len() * extents * 8) as u64).min(charge);
+                        connection.release(0, charge - kept);
+                        charge = kept;
+                    }
+                    connection.answer(Reply { cookie, offset, charge, last: true, body });
                 });
             }
         }
         (Ok(ControlFlow::Continue(())), received)
     }
 
-    /// Waits until the request fits what may be in flight. `false`: no more requests are taken.
-    async fn admit(self: &Rc<Self>, bytes: u64) -> bool {
+    /// Serves a read for which there is no room as a whole: a piece is read when there is room for it. Nothing else of this connection is in flight, so the
+    /// pieces follow each other. An error: the connection is cut, or has to be, since an answer that has begun cannot turn into an error.
+    async fn read_in_pieces(self: &Rc<Self>, cookie: u64, offset: u64, len: u32, one_chunk: bool) -> io::Result<()> {
+        let end = offset + u64::from(len);
+        let mut at = offset;
+        while at < end {
+            let step = piece(at, end);
+            let charge = u64::from(step);
+            // Also while this is drained: the answer may have begun.
+            if !self.piece_room(charge).await {
+                return Err(broken("it is cut off inside an answer".to_owned()));
+            }
+            let begins = at == offset;
+            let last = at + charge == end;
+            let body = match self.execute(Command::Read, at, step, false, None).await {
+                Body::Data(parts, _) if one_chunk => {
+                    Body::Data(parts, if begins { Head::Answer(len) } else { Head::None })
+                }
+                Body::Data(parts, _) => Body::Data(parts, Head::Chunk { last }),
+                _ if one_chunk && !begins => {
+                    self.release(0, charge);
+                    return Err(broken(format!("the read at {at} failed, and its answer has begun")));
+                }
+                error => {
+                    self.answer(Reply { cookie, offset: at, charge, last: true, body: error });
+                    return Ok(());
+                }
+            };
+            self.answer(Reply { cookie, offset: at, charge, last, body });
+            at += charge;
+        }
+        Ok(())
+    }
+
+    /// Receives and makes a write for which there is no room as a whole, piece by piece; after an error the rest is only received. `None`: no more requests
+    /// are taken.
+    async fn write_in_pieces(
+        self: &Rc<Self>,
+        offset: u64,
+        len: u32,
+        fua: bool,
+        mut received: Received,
+    ) -> (io::Result<Option<Body>>, Received) {
+        let end = offset + u64::from(len);
+        let mut at = offset;
+        while at < end {
+            let step = piece(at, end);
+            let charge = u64::from(step);
+            if !self.piece_room(charge).await {
+                return (Ok(None), received);
+            }
+            let (whole, payload);
+            (whole, payload, received) = self.payload(at, step, received).await;
+            if !matches!(whole, Ok(true)) {
+                self.release(0, charge);
+                return (whole.map(|_| None), received);
+            }
+            count(&self.stats.bytes_in, charge);
+            let body = self.execute(Command::Write, at, step, fua, payload).await;
+            self.release(0, charge);
+            at += charge;
+            if matches!(body, Body::Error(..)) {
+                let skipped;
+                (skipped, received) = self.skip(received, (end - at) as usize).await; // at most what a request has
+                return (skipped.map(|whole| whole.then_some(body)), received);
+            }
+        }
+        (Ok(Some(Body::Done)), received)
+    }
+
+    /// Waits until the request fits what may be in flight. `None`: no more requests are taken.
+    async fn admit(self: &Rc<Self>, bytes: u64, divisible: bool) -> Option<Entry> {
+        let alone = || self.inflight.get() == 0;
         let own = || {
             let all = self.inflight_bytes.get() + bytes;
-            self.inflight.get() == 0
+            alone()
                 || self.inflight.get() < self.session.inflight_requests_max && all <= self.session.inflight_bytes_max
         };
-        // A connection may hold as much as it leaves free: so a few that hold all they can leave something for the next.
-        let shared = || {
-            let all = self.inflight_bytes.get() + bytes;
-            let free = self.session.shard_bytes_max.saturating_sub(self.budget.bytes.get());
-            let fits = self.inflight.get() == 0 || all <= SHARE_MIN || all <= free;
+        let enter = || match own() {
+            false => None,
+            true if self.has_room(bytes) => Some(Entry::Whole),
+            true if alone() => Some(if divisible { Entry::InPieces } else { Entry::Whole }),
+            true => {
+                self.budget.waiting.borrow_mut().push(Rc::clone(self));
+                None
+            }
+        };
+        if enter().is_none() {
+            count(&self.stats.throttled, 1);
+        }
+        let entry = self.room.until(|| if self.reading.get() { enter().map(Some) } else { Some(None) }).await?;
+        self.inflight.set(self.inflight.get() + 1);
+        if entry == Entry::Whole {
+            self.take_room(bytes);
+        }
+        count(&self.stats.requests, 1);
+        Some(entry)
+    }
+
+    /// Whether the shard has room for so much more of this connection. A connection may hold as much as it leaves free: so a few that hold all they can leave
+    /// something for the next.
+    fn has_room(&self, bytes: u64) -> bool {
+        let all = self.inflight_bytes.get() + bytes;
+        all <= SHARE_MIN || all <= self.session.shard_bytes_max.saturating_sub(self.budget.bytes.get())
+    }
+
+    /// Waits for room for a piece of a request that was let in without, and takes it. `false`: the connection is cut.
+    async fn piece_room(self: &Rc<Self>, bytes: u64) -> bool {
+        let enter = || {
+            let fits = self.has_room(bytes);
             if !fits {
                 self.budget.waiting.borrow_mut().push(Rc::clone(self));
             }
             fits
         };
-        let fits = || own() && shared();
-        if !fits() {
-            count(&self.stats.throttled, 1);
-        }
-        let go_on = self.room.until(|| if self.reading.get() { fits().then_some(true) } else { Some(false) }).await;
+        let go_on = self.room.until(|| if self.sending.get() { enter().then_some(true) } else { Some(false) }).await;
         if go_on {
-            self.inflight.set(self.inflight.get() + 1);
-            self.inflight_bytes.set(self.inflight_bytes.get() + bytes);
-            self.budget.take(bytes);
-            count(&self.stats.requests, 1);
+            self.take_room(bytes);
         }
         go_on
+    }
+
+    fn take_room(&self, bytes: u64) {
+        self.inflight_bytes.set(self.inflight_bytes.get() + bytes);
+        self.budget.take(bytes);
     }
 
     fn release(&self, requests: u32, bytes: u64) {
@@ -658,7 +808,11 @@ impl Connection {
             Command::Read => export.read(offset, len).await.and_then(|parts| {
                 // A reply of another length would garble everything behind it.
                 let read: usize = parts.iter().map(Slice::len).sum();
-                if read == len as usize { Ok(Body::Data(parts)) } else { Err(wrong_length(read, len)) }
+                if read == len as usize {
+                    Ok(Body::Data(parts, Head::Answer(len)))
+                } else {
+                    Err(wrong_length(read, len))
+                }
             }),
             Command::Write => match payload {
                 Some(payload) => done(export.write(offset, len, payload, fua).await),
@@ -720,7 +874,7 @@ impl Connection {
             let (mut requests, mut bytes) = (0, 0);
             while batch.pieces() < BATCH_PIECES && batch.bytes() < BATCH_BYTES {
                 let Some(reply) = self.replies.borrow_mut().pop_front() else { break };
-                requests += 1;
+                requests += u32::from(reply.last);
                 bytes += reply.charge;
                 if matches!(reply.body, Body::Error(..)) {
                     count(&self.stats.errors, 1);
@@ -899,6 +1053,11 @@ fn changed_extents(changed: &Touched, offset: u64, len: u32, one: bool) -> Vec<(
     extents
 }
 
+/// How much of a request that ends at `end` is served at once, at `at`: pieces end where blocks do.
+fn piece(at: u64, end: u64) -> u32 {
+    (SHARE_MIN - at % SHARE_MIN).min(end - at) as u32 // at most SHARE_MIN
+}
+
 /// Appends a reply as the client expects it.
 fn encode(reply: Reply, structured: bool, batch: &mut SendBatch) {
     let Reply { cookie, offset, body, .. } = reply;
@@ -919,18 +1078,22 @@ fn encode(reply: Reply, structured: bool, batch: &mut SendBatch) {
     match body {
         // A request without an answer's payload may be answered simply in either case.
         Body::Done => simple(batch, 0),
-        Body::Data(parts) => {
-            if structured {
+        Body::Data(parts, head) => {
+            let announced = match head {
+                Head::None => None,
                 // One chunk for all, so the flag DF is honoured without being looked at.
-                chunk_head(
-                    batch,
-                    chunk::OFFSET_DATA,
-                    chunk::FLAG_DONE,
-                    8 + parts.iter().map(Slice::len).sum::<usize>(),
-                );
-                batch.push_head(&offset.to_be_bytes());
-            } else {
-                simple(batch, 0);
+                Head::Answer(len) => Some((len as usize, chunk::FLAG_DONE)),
+                Head::Chunk { last } => {
+                    Some((parts.iter().map(Slice::len).sum(), if last { chunk::FLAG_DONE } else { 0 }))
+                }
+            };
+            match announced {
+                Some((len, flags)) if structured => {
+                    chunk_head(batch, chunk::OFFSET_DATA, flags, 8 + len);
+                    batch.push_head(&offset.to_be_bytes());
+                }
+                Some(_) => simple(batch, 0),
+                None => {}
             }
             parts.into_iter().for_each(|part| batch.push_part(part));
         }

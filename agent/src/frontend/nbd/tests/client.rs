@@ -147,6 +147,34 @@ impl Client {
         }
     }
 
+    /// Takes the structured answer to a read, in however many chunks it comes: their number, and the data or the error. Data are written over `into`.
+    pub fn receive_chunks(&mut self, offset: u64, into: &mut [u8]) -> io::Result<(u32, Answer)> {
+        let mut chunks = 0;
+        loop {
+            let head = self.take(20)?;
+            assert_eq!(head[..4], wire::CHUNK_MAGIC.to_be_bytes());
+            let u16_at = |at: usize| u16::from_be_bytes(head[at..at + 2].try_into().unwrap());
+            let (flags, kind) = (u16_at(4), u16_at(6));
+            let data = self.take(u32::from_be_bytes(head[16..].try_into().unwrap()) as usize)?;
+            chunks += 1;
+            match kind {
+                chunk::OFFSET_DATA => {
+                    let at = (u64::from_be_bytes(data[..8].try_into().unwrap()) - offset) as usize;
+                    into[at..at + data.len() - 8].copy_from_slice(&data[8..]);
+                }
+                chunk::ERROR => {
+                    assert_eq!(flags, chunk::FLAG_DONE, "nothing follows an error");
+                    let errno = u32::from_be_bytes(data[..4].try_into().unwrap());
+                    return Ok((chunks, Answer::Error(errno, String::from_utf8(data[6..].to_vec()).unwrap())));
+                }
+                kind => panic!("chunk of kind {kind}"),
+            }
+            if flags & chunk::FLAG_DONE != 0 {
+                return Ok((chunks, Answer::Ok));
+            }
+        }
+    }
+
     fn take(&mut self, len: usize) -> io::Result<Vec<u8>> {
         let mut bytes = vec![0; len];
         self.stream.read_exact(&mut bytes)?;

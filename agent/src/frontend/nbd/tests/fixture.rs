@@ -26,6 +26,10 @@ pub struct Memory {
     pub running: Cell<u32>,
     pub running_max: Cell<u32>,
     pub flushes: Cell<u32>,
+    /// Reads and writes that begin here fail.
+    pub fails_at: Cell<u64>,
+    /// Bytes that were read.
+    pub read_bytes: Cell<u64>,
     pub disconnect: RefCell<Vec<Box<dyn FnOnce()>>>,
 }
 
@@ -81,7 +85,11 @@ impl Export for Shared {
             offset if offset == BROKEN + 512 => Err(Error::NoSpace { what: "view", needed: 2, free: 1 }),
             offset if offset == BROKEN + 1024 => Err(Error::Gone("the view is closed".to_owned())),
             offset if offset == BROKEN + 1536 => Ok(vec![]), // a bug of the engine
+            offset if offset == memory.fails_at.get() => {
+                Err(Error::device("read", "memory", &io::Error::from_raw_os_error(libc::EIO)))
+            }
             _ => {
+                memory.read_bytes.set(memory.read_bytes.get() + u64::from(len));
                 let bytes = &memory.bytes.borrow()[range(offset, len.into())];
                 // In pieces of different sizes, as overlays answer.
                 Ok(bytes
@@ -93,6 +101,9 @@ impl Export for Shared {
     }
     fn write(&self, offset: u64, len: u32, data: IoBuf, fua: bool) -> LocalFuture<'static, cdp_journal::Result<()>> {
         self.0.run(move |memory| {
+            if offset == memory.fails_at.get() {
+                return Err(Error::device("write", "memory", &io::Error::from_raw_os_error(libc::EIO)));
+            }
             let head = (offset % 4096) as usize;
             assert!(data.len().is_multiple_of(4096) && data.len() >= head + len as usize);
             memory.bytes.borrow_mut()[range(offset, len.into())].copy_from_slice(&data[head..head + len as usize]);
@@ -254,6 +265,8 @@ impl Fixture {
                     running: Cell::new(0),
                     running_max: Cell::new(0),
                     flushes: Cell::new(0),
+                    fails_at: Cell::new(u64::MAX),
+                    read_bytes: Cell::new(0),
                     disconnect: RefCell::default(),
                 })
             };

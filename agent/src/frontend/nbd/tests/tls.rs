@@ -11,7 +11,7 @@ use tokio_rustls::rustls::{ClientConfig, RootCertStore};
 
 use super::super::wire::{command, option, reply};
 use super::super::*;
-use super::client::{Client, info, request};
+use super::client::{Answer, Client, info, request};
 use super::fixture::{Fixture, SIZE};
 
 /// An authority, and a certificate with its key that it signed for "localhost".
@@ -211,6 +211,62 @@ fn a_client_without_the_right_certificate_gets_nothing() {
     });
     fixture.until(|fixture| fixture.server.connections() == 0);
     Client::open(&fixture.socket(), "disk", true).unwrap();
+}
+
+/// Goal: whoever reaches the TCP port and shows nothing can keep out neither this host's guests nor clients that have a certificate.
+/// Method: more silent TCP connections than there are seats, and than there may be handshakes; then one client of each kind.
+#[test]
+fn silent_tcp_peers_keep_nobody_out() {
+    let (timeout, papers) = (Duration::from_secs(600), papers());
+    let config =
+        NbdConfig { connections_max: 3, tcp_handshakes_max: 4, handshake_timeout: timeout, ..NbdConfig::default() };
+    let fixture = Fixture::with(config);
+    let port = listen(&fixture, Some(papers.acceptor()));
+    fixture.runtime.block_on(async {
+        let mut silent = Vec::new();
+        for _ in 0..12 {
+            let mut stream = TcpStream::connect(("127.0.0.1", port)).await.unwrap();
+            // Greeted: the server has it.
+            stream.read_exact(&mut [0; 18]).await.unwrap();
+            silent.push(stream);
+        }
+        let mut rest = vec![];
+        let ended = silent[0].read_to_end(&mut rest).await;
+        assert!(!matches!(ended, Ok(1..)), "the oldest made room");
+        let mut stream = TcpStream::connect(("127.0.0.1", port)).await.unwrap();
+        assert_eq!(first_option(&mut stream, option::STARTTLS, &[]).await.unwrap(), reply::ACK);
+        let name = ServerName::try_from("localhost").unwrap();
+        let mut stream = papers.connector(Some(&papers)).connect(name, stream).await.unwrap();
+        assert_eq!(an_option(&mut stream, option::GO, &info("disk", &[])).await.unwrap(), reply::ACK);
+        let socket = fixture.socket();
+        let guest = tokio::task::spawn_blocking(move || Client::open(&socket, "disk", true).unwrap().read(0, 512));
+        assert_eq!(guest.await.unwrap().unwrap(), Answer::Data(vec![0; 512]));
+        drop(silent);
+    });
+}
+
+/// Goal: the bound of connections holds also for those that began their handshake while there was room.
+#[test]
+fn a_tcp_peer_that_ends_its_handshake_too_late_finds_no_seat() {
+    let fixture = Fixture::with(NbdConfig { connections_max: 3, ..NbdConfig::default() });
+    let port = listen(&fixture, None);
+    let mut late = fixture.runtime.block_on(TcpStream::connect(("127.0.0.1", port))).unwrap();
+    fixture.runtime.block_on(late.readable()).unwrap(); // greeted
+    let clients: Vec<_> = (0..3).map(|_| Client::open(&fixture.socket(), "disk", false).unwrap()).collect();
+    fixture.runtime.block_on(async {
+        let _ = first_option(&mut late, option::GO, &info("disk", &[])).await; // told yes or no, it ends
+        let mut byte = [0; 1];
+        let ended = tokio::time::timeout(Duration::from_secs(20), late.read(&mut byte)).await;
+        assert!(!matches!(ended.expect("it is not served"), Ok(1)));
+        let mut refused = TcpStream::connect(("127.0.0.1", port)).await.unwrap();
+        assert!(!matches!(refused.read(&mut [0; 1]).await, Ok(1)), "closed without a word");
+    });
+    assert_eq!(fixture.server.connections(), 3);
+    drop(clients);
+    fixture.until(|fixture| fixture.server.connections() == 0);
+    let mut stream = fixture.runtime.block_on(TcpStream::connect(("127.0.0.1", port))).unwrap();
+    let go = info("disk", &[]);
+    assert_eq!(fixture.runtime.block_on(first_option(&mut stream, option::GO, &go)).unwrap(), reply::ACK);
 }
 
 #[test]
