@@ -351,6 +351,12 @@ pub async fn release(world: &World, vol: &Vol) {
             sleep(world, 20_000_000_000).await;
             Box::pin(release(world, vol)).await;
         }
+        // The fence has to know.
+        Err(error @ Error::Device { .. }) if world.store_faulty.get() => {
+            world.say(|| format!("volume {}: release: {error}; the state directory works again", vol.index));
+            world.folder.set_failing(false);
+            Box::pin(release(world, vol)).await;
+        }
         Err(error) => world.fail(format!("release of volume {}: {error}", vol.index)),
     }
 }

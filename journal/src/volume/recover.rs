@@ -1005,7 +1005,7 @@ fn base_last_instant(control: &Control) -> u64 {
 /// Folds the records of the newest log: the carry, then what changed since. Reverts of `undecided` groups do not count.
 fn fold(side: &[Descriptor], base_seq: u64, place: &str, undecided: &[Uuid]) -> Result<Control> {
     let bad = || Error::Damaged { what: "control record", place: place.to_owned() };
-    let mut settings = None;
+    let mut settings: Option<ControlSettings> = None;
     // As they were before the newest ones: a revert comes behind settings that say who is held for it.
     let mut settings_before: Option<ControlSettings> = None;
     let mut named = HashMap::new();
@@ -1044,8 +1044,8 @@ fn fold(side: &[Descriptor], base_seq: u64, place: &str, undecided: &[Uuid]) -> 
                 if undecided.iter().any(|group| descriptor.extra.starts_with(group.as_bytes()))
                     && !active(Mutation::UndecidedCounts) =>
             {
-                if let (Some(settings), Some(before)) = (&mut settings, settings_before) {
-                    let settings: &mut ControlSettings = settings;
+                // Settings that hold somebody, right before a revert, came with it.
+                if let (Some(settings), Some(before)) = (settings.as_mut().filter(|s| s.held == 1), settings_before) {
                     settings.held = before.held;
                 }
             }
