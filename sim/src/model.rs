@@ -120,6 +120,11 @@ struct Candidate {
     path: Vec<(usize, Time, Time)>,
 }
 
+/// Whether it certainly took place: it was acknowledged, or seen after a crash.
+fn existed(version: &Version, op: &Op) -> bool {
+    op.acked.is_some() || version.survived > 0
+}
+
 /// One possible history of one volume.
 #[derive(Clone)]
 pub struct Model {
@@ -190,10 +195,12 @@ impl Model {
         self.for_versions(op, |version| version.hi = version.hi.min(now));
     }
 
-    /// A flush that began when the model's counter stood at `began` was acknowledged.
+    /// A flush that began when the model's counter stood at `began` was acknowledged. It covers also what a crash before it cut off and left.
     pub fn flushed(&mut self, began: Time, now: Time) {
+        let crashed = self.crashes.last().map_or(0, |crash| crash.event);
         for op in &mut self.ops {
-            if op.durable.is_none() && !op.forgotten && op.acked.is_some_and(|acked| acked <= began.1) {
+            let covered = op.acked.is_some_and(|acked| acked <= began.1) || op.submitted < crashed;
+            if op.durable.is_none() && !op.forgotten && covered {
                 op.durable = Some(now.1);
             }
         }
@@ -294,6 +301,10 @@ impl Model {
         self.crashes.push(Crash { event: now.1, kind, after, before: now });
         if kind != CrashKind::Kill {
             self.damage_unprotected(physical_bytes, now);
+            // What this cut left is on the disks: no later one may take it, or damage it again.
+            for op in &mut self.ops {
+                op.durable.get_or_insert(now.1);
+            }
         }
     }
 
@@ -459,7 +470,7 @@ impl Model {
             return Fate::Alive;
         }
         let op = &self.ops[version.op as usize];
-        let mut fate = if op.acked.is_some() || version.survived > 0 { Fate::Alive } else { Fate::Maybe };
+        let mut fate = if existed(version, op) { Fate::Alive } else { Fate::Maybe };
         for crash in &self.crashes[version.survived..] {
             if crash.event <= op.submitted {
                 continue;
@@ -477,7 +488,7 @@ impl Model {
     fn survives(&self, version: &Version, op: &Op, crash: &Crash) -> bool {
         (crash.kind == CrashKind::Kill && op.acked.is_some_and(|acked| acked < crash.event))
             || op.durable.is_some_and(|durable| durable < crash.event)
-            || (!op.weak && op.acked.is_some() && version.hi <= crash.after)
+            || (!op.weak && existed(version, op) && version.hi <= crash.after)
     }
 
     fn shows(&self, block: usize, bit: u8, sector: u64, candidate: &Candidate, value: &Value, t2: Time) -> bool {
@@ -594,7 +605,7 @@ impl Model {
             self.blocks[block][i].lost |= bit;
             return Ok(());
         }
-        let existed = op.acked.is_some();
+        let existed = existed(version, op);
         let doubtful: Vec<usize> = (version.survived..self.crashes.len())
             .filter(|c| self.crashes[*c].event > op.submitted && !self.survives(version, op, &self.crashes[*c]))
             .collect();
