@@ -10,7 +10,7 @@ use crate::boot;
 use crate::disk::{Fault, FaultKind, FaultOn};
 use crate::executor::SimHost;
 use crate::group;
-use crate::guest::{barrier, read_view, sleep, submit, verify, watch, write_view};
+use crate::guest::{barrier, may_be_lost, read_view, sleep, submit, verify, watch, write_view};
 use crate::model::Kind;
 use crate::rng::Rng;
 use crate::stamp;
@@ -407,7 +407,14 @@ async fn try_view(world: &Rc<World>, vol: &Rc<Vol>, time: u64, writable: bool) -
     let after = Vol::covers(&info, time);
     match result {
         // One that was lost is answered again until it is closed.
-        Ok(view) if view.info().lost.is_some() => None,
+        Ok(view) if view.info().lost.is_some() => {
+            let why = view.info().lost.unwrap_or_default();
+            let closed = world.closed.borrow().contains(&view.id());
+            if !closed && !may_be_lost(world, vol, time, &why) {
+                world.fail(format!("volume {}: view at {time} is lost inside the coverage: {why}", vol.index));
+            }
+            None
+        }
         Ok(view) => {
             if !before && !after {
                 let text = format!("view at {time} was opened, outside the coverage {:?}", info.coverage);

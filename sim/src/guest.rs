@@ -235,6 +235,11 @@ pub async fn verify(world: &Rc<World>, vol: &Rc<Vol>) {
     watched.set(true);
 }
 
+/// Whether an open view may say that it is lost: its log is gone, and no interval tells of its instant any more. Age alone takes no log from it.
+pub fn may_be_lost(world: &World, vol: &Vol, time: u64, why: &str) -> bool {
+    world.journal_fault() || !why.contains("reserve_duration") && !Vol::covers(&vol.handle().info(), time)
+}
+
 /// Reads a part of a view and judges it. Answers whether the view still works.
 pub async fn read_view(world: &Rc<World>, view: &Rc<OpenView>, sector: u64, count: u64) -> bool {
     let vol = &world.volumes[view.vol];
@@ -248,12 +253,13 @@ pub async fn read_view(world: &Rc<World>, view: &Rc<OpenView>, sector: u64, coun
     let bytes = match result {
         Ok(parts) => join(&parts),
         Err(error) => {
-            let lost = handle.info().lost.is_some();
+            let lost = handle.info().lost;
             world.say(|| format!("view {} of volume {}: {error}", view.time, view.vol));
             let closed = world.closed.borrow().contains(&view.id);
             // What a view shows of blocks that no log has touched is on the primary.
             let of_primary = is_of_primary(world, &error) || is_of_revert(world, vol, &error);
-            if !lost && !closed && !of_primary && !world.journal_fault() {
+            let rightly = lost.is_some_and(|why| may_be_lost(world, vol, view.time, &why));
+            if !rightly && !closed && !of_primary && !world.journal_fault() {
                 world.fail(format!("view {} of volume {}: read {sector}+{count}: {error}", view.time, view.vol));
             }
             return false;
@@ -306,7 +312,8 @@ pub async fn write_view(world: &Rc<World>, view: &Rc<OpenView>, sector: u64, cou
             scratch.extend((sector..sector + count).map(|at| (at, stamp_number)));
         }
         Err(error) => {
-            let lost = handle.info().lost.is_some();
+            let vol = &world.volumes[view.vol];
+            let lost = handle.info().lost.is_some_and(|why| may_be_lost(world, vol, view.time, &why));
             let full = matches!(error, Error::NoSpace { .. });
             let closed = world.closed.borrow().contains(&view.id);
             if view.writable && !lost && !full && !closed && !world.any_fault() {
