@@ -166,7 +166,11 @@ async fn other(world: &Rc<World>, action: &Action) {
             world.count(|counts| counts.faults += 1);
         }
         Action::Fault { disk, on, kind, times, after } => {
-            fault_begins(world, disk);
+            if disk < world.cdp.len() && kind.is_mild() {
+                world.count(|counts| counts.faults += 1);
+            } else {
+                fault_begins(world, disk);
+            }
             world.slow.set(world.slow.get() || matches!(kind, FaultKind::Slow(_)));
             world.disk(disk).fault(Fault { on, kind, times, after, within: None });
         }
@@ -223,6 +227,7 @@ fn fault_begins(world: &World, disk: usize) {
         |vol: &&Rc<Vol>| world.folder.fence(vol.id).is_some_and(|fence| fence.disk != boot::disk_id(disk));
     for vol in world.volumes.iter().filter(|vol| !journaled_elsewhere(vol)) {
         vol.unprotect();
+        vol.distrusted.set(u64::MAX);
     }
 }
 
@@ -370,7 +375,7 @@ pub fn check_marks(world: &World, vol: &Vol, up_to: u64) -> bool {
     vol.marks.borrow_mut().retain(|(_, instant)| *instant <= up_to && Vol::covers(&info, *instant));
     for (name, instant) in vol.marks.borrow().iter() {
         let found = handle.marker(name).map(|marker| marker.time.0);
-        if found != Some(*instant) && !world.journal_fault() {
+        if found != Some(*instant) && !world.distrusts(vol, *instant) {
             world.fail(format!("volume {}: marker {name} of {instant} is not found: {found:?}", vol.index));
             return false;
         }
@@ -424,7 +429,7 @@ async fn try_view(world: &Rc<World>, vol: &Rc<Vol>, time: u64, writable: bool) -
             world.say(|| format!("view at {time} of volume {} is open", vol.index));
             let sectors = view.info().size / 512;
             world.closed.borrow_mut().remove(&view.id());
-            if !vol.had_size(time, sectors) && !world.journal_fault() {
+            if !vol.had_size(time, sectors) && !world.distrusts(vol, time) {
                 let sizes = vol.sizes.borrow().clone();
                 world.fail(format!("view at {time} of volume {} has {sectors} sectors; sizes: {sizes:?}", vol.index));
                 return None;
@@ -442,7 +447,7 @@ async fn try_view(world: &Rc<World>, vol: &Rc<Vol>, time: u64, writable: bool) -
         Err(error) => {
             world.count(|counts| counts.views_refused += 1);
             world.say(|| format!("view at {time} of volume {}: {error}", vol.index));
-            if before && after && !ending && !world.journal_fault() {
+            if before && after && !ending && !world.distrusts(vol, time) {
                 let text = format!("view at {time} was refused inside the coverage {:?}: {error}", info.coverage);
                 world.fail(format!("volume {}: {text}", vol.index));
             }
@@ -482,7 +487,7 @@ async fn revert(world: &Rc<World>, vol: &Rc<Vol>, at: u64, exact: Option<u64>, f
         barrier(world).await;
         vol.guard.take();
     }
-    vol.forced.set(vol.forced.get() + 1);
+    vol.revert_begins(force);
     let before = Vol::covers(&handle.info(), target);
     let now = world.now(vol);
     vol.oracle.borrow_mut().revert_begin(target, now);
@@ -519,6 +524,7 @@ async fn revert(world: &Rc<World>, vol: &Rc<Vol>, at: u64, exact: Option<u64>, f
                 vol.oracle.borrow_mut().revert_uncertain(now);
             } else {
                 vol.oracle.borrow_mut().revert_refused();
+                vol.revert_refused(force);
             }
             let held = !force && !leave_first;
             let expected = match error {
@@ -631,21 +637,23 @@ async fn status(world: &Rc<World>, vol: &Rc<Vol>, sector: u64, count: u64) {
 pub async fn enable(world: &Rc<World>, vol: &Rc<Vol>) {
     let gap = vol.gap_open.take();
     let began = world.clock();
+    // However the call ends, also by a crash.
+    if let Some(from) = gap.filter(|from| *from < began) {
+        vol.gaps.borrow_mut().push((from, began));
+    }
     let was = vol.expect_on.replace(None);
     let result = vol.handle().enable().await;
     match result {
         Ok(()) => {
             vol.expect_on.set(Some(true));
             world.count(|counts| counts.switches += 1);
-            if let Some(from) = gap.filter(|from| *from < began) {
-                vol.gaps.borrow_mut().push((from, began));
-            }
             let info = vol.handle().info();
             if info.state != CdpState::On {
                 return world.fail("the switch is off after enable");
             }
-            if info.health == Health::Ok && world.cdp.iter().all(|disk| !disk.is_faulty()) {
+            if info.health == Health::Ok && world.journal_is_sound(vol) {
                 vol.protect();
+                vol.trust(world.clock());
             }
             world.remember();
         }

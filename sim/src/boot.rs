@@ -131,6 +131,8 @@ async fn start(world: &Rc<World>, executor: &Rc<Executor>) -> bool {
     }
     watched.set(true);
     world.retries.set(0);
+    // What an admin was told and is not on record has been settled with what is.
+    world.store_faulty.set(false);
     !world.failed()
 }
 
@@ -223,9 +225,12 @@ pub async fn open(world: &Rc<World>, vol: &Rc<Vol>) -> bool {
         }
         _ => vol.expect_on.set(Some(info.state == CdpState::On)),
     }
-    let healthy = info.health == Health::Ok && world.cdp.iter().all(|disk| !disk.is_faulty());
+    let healthy = info.health == Health::Ok && world.journal_is_sound(vol);
+    if healthy {
+        vol.trust(world.clock());
+    }
     vol.cleaning.set(false);
-    if accepted.is_some() || world.journal_fault() {
+    if accepted.is_some() || world.distrusts(vol, vol.history.get().1) {
         vol.forget_history();
     }
     if let Some(instant) = vol.forgotten(&info, world.clock()) {
@@ -256,10 +261,15 @@ pub async fn open(world: &Rc<World>, vol: &Rc<Vol>) -> bool {
             vol.gaps.borrow_mut().push((from, world.clock()));
         }
     }
+    if info.state == CdpState::Off {
+        // A disable that a crash cut off, at the latest.
+        vol.gap_open.set(Some(vol.gap_open.get().unwrap_or_else(|| world.clock())));
+    }
     if vol.held.get().is_some_and(|held| held != info.held) && !world.record_fault() {
         world.fail(format!("volume {}: held: {} after a restart, expected {:?}", vol.index, info.held, vol.held.get()));
         return false;
     }
+    vol.held.set(Some(info.held));
     if info.held {
         release(world, vol).await;
     }
@@ -415,7 +425,7 @@ async fn reopen_views(world: &Rc<World>, vol: &Rc<Vol>) {
             }
             Err(error) => {
                 world.say(|| format!("view {} of volume {} is not back: {error}", view.time, view.vol));
-                if before && after && !world.journal_fault() {
+                if before && after && !world.distrusts(vol, view.time) {
                     return world.fail(format!("view {} does not come back after a restart: {error}", view.time));
                 }
                 world.views.borrow_mut().retain(|other| !Rc::ptr_eq(other, &view));
@@ -455,6 +465,20 @@ fn watch_bounds(world: &World) {
             && info.used_bytes <= settings.reserve_capacity
         {
             vol.capacity.set(settings.reserve_capacity);
+        }
+        if info.state == CdpState::On
+            && info.health == Health::Ok
+            && vol.distrusted.get() == u64::MAX
+            && world.journal_is_sound(vol)
+        {
+            // It came back by itself, on another disk; or the fault was healed before any call met it.
+            vol.protect();
+            vol.trust(world.clock());
+        }
+        let unrecorded = [Health::Offline, Health::NeedsJournal, Health::PrimaryChanged].contains(&info.health);
+        if (unrecorded || info.state == CdpState::Off) && info.coverage.iter().any(|interval| interval.end.is_none()) {
+            let text = format!("volume {} is {:?}, {:?}: {:?}", vol.index, info.state, info.health, info.coverage);
+            return world.fail(format!("history goes on while nothing is recorded: {text}"));
         }
         let now = world.clock();
         let open = vol.gap_open.get().filter(|from| *from < now).map(|from| (from, now));

@@ -11,6 +11,7 @@ use cdp_journal::info::{Health, VolumeInfo};
 use cdp_journal::{ClientGuard, Engine, View, Volume};
 use uuid::Uuid;
 
+use crate::boot;
 use crate::disk::SimDisk;
 use crate::executor::{Executor, Shared};
 use crate::model::{Oracle, Time};
@@ -105,6 +106,8 @@ pub struct Vol {
     pub history: Cell<(u64, u64)>,
     /// Bytes written since the first of these, with what reverts needed.
     pub history_bytes: Cell<u64>,
+    /// What its history holds of instants up to this one may be gone or unreadable: the CDP disk failed that held it, or may have. `u64::MAX`: so it is now.
+    pub distrusted: Cell<u64>,
     /// A log is being cleaned: what is acked meanwhile may lie in it.
     pub cleaning: Cell<bool>,
     /// When a log was cleaned last: what began before that may have lain in it.
@@ -135,8 +138,10 @@ pub struct Vol {
     pub marks: RefCell<Vec<(String, u64)>>,
     /// Held by a forced revert until the release; `None`: a call was cut off by a crash.
     pub held: Cell<Option<bool>>,
-    /// Forced reverts begun: calls that overlap one may be refused.
+    /// Forced reverts begun, but for those that were refused and sent nobody away: calls that overlap one may be refused.
     pub forced: Cell<u64>,
+    /// Reverts that happened, or may have.
+    pub reverts: Cell<u64>,
 }
 
 impl Vol {
@@ -166,6 +171,18 @@ impl Vol {
     /// Whether an instant lies in an interval that can be viewed.
     pub fn covers(info: &VolumeInfo, instant: u64) -> bool {
         info.coverage.iter().any(|i| i.start.0 <= instant && i.end.is_none_or(|end| instant <= end.0))
+    }
+    /// A revert is asked for.
+    pub fn revert_begins(&self, force: bool) {
+        self.reverts.set(self.reverts.get() + 1);
+        self.forced.set(self.forced.get() + u64::from(force));
+    }
+    /// It was refused, certainly.
+    pub fn revert_refused(&self, force: bool) {
+        self.reverts.set(self.reverts.get() - 1);
+        if force && !self.disconnected.get() {
+            self.forced.set(self.forced.get() - 1);
+        }
     }
     /// A write that began at this instant was journaled and acknowledged.
     pub fn history_goes_on(&self, instant: u64, bytes: u64) {
@@ -218,6 +235,12 @@ impl Vol {
         self.forget_history();
         self.protected.set(false);
         self.switches.set(self.switches.get() + 1);
+    }
+    /// Its journal is on a sound disk: what comes after this instant must be there as long as anything.
+    pub fn trust(&self, now: u64) {
+        if self.distrusted.get() == u64::MAX {
+            self.distrusted.set(now);
+        }
     }
     /// Certainly journaled from here on.
     pub fn protect(&self) {
@@ -375,6 +398,7 @@ impl World {
                 protected: Cell::new(false),
                 history: Cell::default(),
                 history_bytes: Cell::default(),
+                distrusted: Cell::new(0),
                 cleaning: Cell::new(false),
                 cleaned: Cell::new(0),
                 switches: Cell::new(0),
@@ -391,6 +415,7 @@ impl World {
                 marks: RefCell::default(),
                 held: Cell::new(Some(false)),
                 forced: Cell::new(0),
+                reverts: Cell::new(0),
             })
         });
         Rc::new(Self {
@@ -504,6 +529,18 @@ impl World {
     /// What lies on CDP disks may be gone, or not to be read.
     pub fn journal_fault(&self) -> bool {
         self.cdp_faulty.get() || self.damaged.get()
+    }
+
+    /// Whether what a volume's history holds of an instant may be gone or unreadable.
+    pub fn distrusts(&self, vol: &Vol, instant: u64) -> bool {
+        self.damaged.get() || instant <= vol.distrusted.get()
+    }
+
+    /// Whether a volume's journal is on a disk that does what it should, and has done so in this life of the agent.
+    pub fn journal_is_sound(&self, vol: &Vol) -> bool {
+        let fence = self.folder.fence(vol.id);
+        let place = fence.and_then(|fence| (0..self.cdp.len()).find(|i| boot::disk_id(*i) == fence.disk));
+        place.is_some_and(|place| self.cdp[place].is_sound())
     }
 
     /// What an admin was told may not be on record.
