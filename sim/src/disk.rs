@@ -13,7 +13,7 @@ use std::rc::Rc;
 use cdp_journal::{Allocation, Device, Identity, IoBuf, LocalFuture, Slice};
 
 use crate::executor::{Completion, Executor};
-use crate::rng::Rng;
+use crate::rng::{Rng, mix};
 
 /// Bytes of a page of the simulation.
 const PAGE: u64 = 4096;
@@ -832,6 +832,9 @@ impl Device for Handle {
             (covered.collect(), state.mtime_ns, state.syncs.0)
         };
         let forgets = self.rng().one_in(2);
+        // Half of the syncs that forget keep some writes. Drawn from the time, so that the draws before and after are what they were.
+        let chance = mix(self.executor.shared.boot_ns() ^ number << 48);
+        let forgets = move |id: u64| forgets && (chance & 1 == 0 || mix(chance ^ id) & 1 == 0);
         let done = Completion::new();
         let (sender, disk, shared) = (done.clone(), Rc::clone(&self.disk), Rc::clone(&self.executor.shared));
         self.schedule(
@@ -846,8 +849,8 @@ impl Device for Handle {
                     }
                     for write in unsynced.iter_mut().filter(|write| covered.contains(&write.id)) {
                         if error.is_some() {
-                            write.dropped |= forgets;
-                            *has_dropped |= forgets;
+                            write.dropped |= forgets(write.id);
+                            *has_dropped |= write.dropped;
                         } else if !write.dropped {
                             write.pieces.iter().for_each(|piece| stable.apply(piece));
                         }
