@@ -296,7 +296,7 @@ pub async fn stop(world: &Rc<World>) {
                 let began = world.now(vol);
                 let now = world.now(vol);
                 vol.oracle.borrow_mut().flushed(began, now);
-                if whole && !world.journal_fault() && !vol.primary.is_faulty() {
+                if whole && !world.damaged.get() && !vol.primary.is_faulty() {
                     boot::check_primary(world, vol);
                 }
             }
@@ -348,6 +348,7 @@ async fn mark(world: &Rc<World>, vol: Option<usize>, pick: u64) {
     let Some(instant) = running.clock.tick(world.shared.wall_ns()) else { return };
     let name = format!("mark-{pick:x}");
     for target in world.volumes.iter().filter(|target| vol.is_none_or(|vol| vol == target.index)) {
+        let (protected, switches) = (target.protected.get(), target.switches.get());
         let result = target.handle().mark(&name, MarkerKind::Crash, instant).await;
         match result {
             Ok(marker) if marker.time != instant || marker.name != name => {
@@ -356,6 +357,10 @@ async fn mark(world: &Rc<World>, vol: Option<usize>, pick: u64) {
             Ok(_) => {
                 world.count(|counts| counts.marks += 1);
                 target.marks.borrow_mut().push((name.clone(), instant.0));
+                if protected && target.protected.get() && target.switches.get() == switches {
+                    // It was answered when it was durable, and with it whatever came before it.
+                    target.history_is_durable(instant.0);
+                }
                 if !check_marks(world, target, instant.0) {
                     return;
                 }
@@ -745,6 +750,9 @@ async fn clean_all(world: &Rc<World>, vol: &Rc<Vol>) {
             if was_protected {
                 vol.protect();
             }
+            if world.any_fault() {
+                vol.kept.borrow_mut().clear();
+            }
             if !has_views && !matches!(error, Error::State(_)) && !world.any_fault() {
                 world.fail(format!("clean of volume {}: {error}", vol.index));
             }
@@ -768,6 +776,8 @@ async fn clean_log(world: &Rc<World>, vol: &Rc<Vol>, pick: u64) {
             world.count(|counts| counts.cleans += 1);
             let end = log.end.map_or(began, |end| end.0);
             world.say(|| format!("volume {}: cleaned log {} ({}, {end}]", vol.index, log.seq, log.start));
+            let gone = log.start.0..=log.end.map_or_else(|| world.clock(), |end| end.0);
+            vol.kept.borrow_mut().retain(|instant| !gone.contains(instant));
             if end > log.start.0 {
                 vol.gaps.borrow_mut().push((log.start.0, end));
             }
@@ -775,7 +785,7 @@ async fn clean_log(world: &Rc<World>, vol: &Rc<Vol>, pick: u64) {
         Err(Error::State(text)) => world.say(|| format!("clean of log {}: {text}", log.seq)),
         // It was evicted meanwhile.
         Err(Error::NotFound { .. }) => {}
-        Err(_) if world.any_fault() => {}
+        Err(_) if world.any_fault() => vol.kept.borrow_mut().clear(),
         Err(error) => world.fail(format!("clean of log {} of volume {}: {error}", log.seq, vol.index)),
     }
 }
@@ -801,7 +811,7 @@ async fn reopen(world: &Rc<World>, vol: &Rc<Vol>) {
             let now = world.now(vol);
             vol.oracle.borrow_mut().flushed(began, now);
             vol.handle.take();
-            if whole && !world.any_fault() {
+            if whole && !world.damaged.get() && !vol.primary.is_faulty() {
                 boot::check_primary(world, vol);
             }
             boot::open(world, vol).await;

@@ -10,7 +10,7 @@
 //! up to it survive, the others are gone for good; what is seen afterwards narrows the cut, and a lost write before a surviving
 //! one is a violation. Where two histories are possible (a revert in flight at a crash) both are carried on until one fails.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::stamp::{SECTOR, Value, decode};
 
@@ -135,8 +135,8 @@ pub struct Model {
     ops: Vec<Op>,
     reverts: Vec<Revert>,
     crashes: Vec<Crash>,
-    /// Blocks of which nothing is known any more.
-    ruined: BTreeSet<u64>,
+    /// Blocks of which nothing is known up to an instant.
+    ruined: BTreeMap<u64, u64>,
     event: u64,
 }
 
@@ -154,7 +154,7 @@ impl Model {
             ops: vec![first],
             reverts: Vec::new(),
             crashes: Vec::new(),
-            ruined: BTreeSet::new(),
+            ruined: BTreeMap::new(),
             event: 1,
         }
     }
@@ -216,9 +216,20 @@ impl Model {
         self.ops.iter_mut().filter(|op| op.weak && op.durable.is_none()).for_each(|op| op.forgotten = true);
     }
 
-    /// The disk itself lost a block: it could not be read, a part of it was overwritten, and the power went.
-    pub fn ruin(&mut self, block: u64) {
-        self.ruined.insert(block);
+    /// The disk itself lost a block: it could not be read, a part of it was overwritten, and the power went. Nothing is known of it up to now, and what is
+    /// there now is anything; what is written from now on is judged again.
+    pub fn ruin(&mut self, block: u64, now: Time) {
+        self.ruined.insert(block, now.0);
+        if (block as usize) < self.blocks.len() {
+            self.settled(Kind::Garbage, block * 8, 8, now);
+        }
+    }
+
+    /// Whether nothing is known of what a read shows: of an instant before the block was lost, or from there by a revert.
+    fn is_ruined(&self, block: u64, when: When) -> bool {
+        let Some(lost) = self.ruined.get(&block) else { return false };
+        let back = |revert: &Revert| revert.target <= *lost && revert.hi.0 >= *lost;
+        matches!(when, When::At(instant) if instant <= *lost) || self.reverts.iter().any(back)
     }
 
     /// What was not flushed went to the disk out of the journal's order: it is lost sector by sector from now on. Where the power stayed, what was not
@@ -334,7 +345,7 @@ impl Model {
     pub fn check(&mut self, sector: u64, bytes: &[u8], when: When) -> Result<(), String> {
         for (i, chunk) in bytes.chunks_exact(SECTOR).enumerate() {
             let at = sector + i as u64;
-            if self.ruined.contains(&(at / 8)) {
+            if self.is_ruined(at / 8, when) {
                 continue;
             }
             let value = decode(self.volume, at, chunk);
@@ -719,8 +730,8 @@ impl Oracle {
         self.all(Model::sync_failed);
     }
     /// See [`Model::ruin`].
-    pub fn ruin(&mut self, block: u64) {
-        self.all(|world| world.ruin(block));
+    pub fn ruin(&mut self, block: u64, now: Time) {
+        self.all(|world| world.ruin(block, now));
     }
     /// See [`Model::unordered`].
     pub fn unordered(&mut self, power: bool) {

@@ -82,6 +82,23 @@ pub struct Running {
     pub engine: Rc<Engine>,
     /// Its clock.
     pub clock: Arc<HostClock>,
+    /// Wall and boot clock when it began: ages count from there.
+    pub began: (u64, u64),
+}
+
+/// What the last look at a volume's history found.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Look {
+    /// The agent has started since.
+    pub fresh: bool,
+    /// Logs that had gone for capacity.
+    pub evicted: u64,
+    /// Bytes of CDP disk that it occupied.
+    pub used_bytes: u64,
+    /// Reverts begun by then.
+    pub reverts: u64,
+    /// Seconds of history to keep.
+    pub duration_s: u64,
 }
 
 /// One volume.
@@ -108,6 +125,20 @@ pub struct Vol {
     pub history_bytes: Cell<u64>,
     /// What its history holds of instants up to this one may be gone or unreadable: the CDP disk failed that held it, or may have. `u64::MAX`: so it is now.
     pub distrusted: Cell<u64>,
+    /// Instants that were history at the last look, and must be still unless there is a reason.
+    pub kept: RefCell<BTreeSet<u64>>,
+    /// The last look.
+    pub last_look: Cell<Look>,
+    /// Newest instants that a power cut, and that a kill, must leave.
+    pub lasting: Cell<(u64, u64)>,
+    /// Since when its history goes on although nothing is recorded.
+    pub open_end: Cell<Option<u64>>,
+    /// Since when all disks work, and it is not protected.
+    pub ailing: Cell<Option<u64>>,
+    /// Since when all disks work, and a revert is pending.
+    pub reverting: Cell<Option<u64>>,
+    /// Since when all disks work and nobody asks for anything, and there is a backlog.
+    pub backlog: Cell<Option<u64>>,
     /// A log is being cleaned: what is acked meanwhile may lie in it.
     pub cleaning: Cell<bool>,
     /// When a log was cleaned last: what began before that may have lain in it.
@@ -190,6 +221,7 @@ impl Vol {
         if self.was_not_cleaned(instant) {
             self.history.set((durable, acked.max(instant)));
         }
+        self.lasting.set((self.lasting.get().0, self.lasting.get().1.max(instant)));
         self.history_grows(bytes);
     }
     /// So many bytes more are behind what the history must reach.
@@ -199,9 +231,25 @@ impl Vol {
     /// All that was acknowledged before this instant is durable.
     pub fn history_is_durable(&self, instant: u64) {
         let (durable, acked) = self.history.get();
+        self.lasting.set((self.lasting.get().0.max(instant), self.lasting.get().1.max(instant)));
         if self.was_not_cleaned(instant) {
             self.history.set((durable.max(instant), acked.max(instant)));
             self.history_bytes.set(0);
+        }
+    }
+    /// The agent died: what must be history still.
+    pub fn history_after_crash(&self, power: bool) {
+        let (durable, acked) = self.lasting.get();
+        let lasting = if power { durable } else { acked };
+        self.lasting.set((durable, lasting));
+        // A clean that was cut off happened, or did not.
+        let cleaning = self.cleaning.get();
+        self.kept.borrow_mut().retain(|instant| *instant <= lasting && !cleaning);
+        if power {
+            self.history.set((self.history.get().0, self.history.get().0));
+        }
+        for since in [&self.open_end, &self.ailing, &self.reverting, &self.backlog] {
+            since.set(None);
         }
     }
     fn was_not_cleaned(&self, instant: u64) -> bool {
@@ -399,6 +447,13 @@ impl World {
                 history: Cell::default(),
                 history_bytes: Cell::default(),
                 distrusted: Cell::new(0),
+                kept: RefCell::default(),
+                last_look: Cell::default(),
+                lasting: Cell::default(),
+                open_end: Cell::default(),
+                ailing: Cell::default(),
+                reverting: Cell::default(),
+                backlog: Cell::default(),
                 cleaning: Cell::new(false),
                 cleaned: Cell::new(0),
                 switches: Cell::new(0),
@@ -467,6 +522,11 @@ impl World {
     /// When none runs: a bug of the simulator.
     pub fn running(&self) -> Rc<Running> {
         Rc::clone(self.running.borrow().as_ref().expect("called while the agent runs"))
+    }
+
+    /// Time in which the agent could do something.
+    pub fn awake_ns(&self) -> u64 {
+        self.shared.boot_ns() - self.frozen_ns.get()
     }
 
     /// The newest instant that was given out.

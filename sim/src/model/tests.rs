@@ -323,3 +323,23 @@ fn a_revert_in_flight_at_a_crash_may_have_happened_or_not_but_not_both() {
         assert!(oracle.check(1, &b, When::Between(now, now)).is_err(), "the other one");
     }
 }
+
+#[test]
+fn a_block_that_its_disk_lost_is_judged_again_once_it_is_written() {
+    let mut oracle = Oracle::new(1, 8, vec![true]);
+    let now = oracle.now(10);
+    oracle.ruin(0, now);
+    let now = oracle.now(10);
+    oracle.crash(CrashKind::Power, 4096, now);
+    let now = oracle.now(20);
+    oracle.check(0, &[7; SECTOR], When::Between(now, now)).expect("anything");
+    oracle.check(0, &[7; SECTOR], When::At(9)).expect("anything, too");
+    let op = oracle.begin(Kind::Data, 0, 1, false, now);
+    let now = oracle.now(30);
+    oracle.ack(op, false, now);
+    let mut written = [0; SECTOR];
+    fill(1, op, 0, &mut written);
+    oracle.check(0, &written, When::Between(now, now)).expect("what was written");
+    assert!(oracle.check(0, &[7; SECTOR], When::Between(now, now)).is_err(), "anything else");
+    oracle.check(1, &[7; SECTOR], When::Between(now, now)).expect("what was not written is still lost");
+}
