@@ -296,6 +296,7 @@ pub async fn stop(world: &Rc<World>) {
                 let began = world.now(vol);
                 let now = world.now(vol);
                 vol.oracle.borrow_mut().flushed(began, now);
+                vol.history_lasts(world.clock());
                 if whole && !world.damaged.get() && !vol.primary.is_faulty() {
                     boot::check_primary(world, vol);
                 }

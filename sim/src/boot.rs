@@ -248,8 +248,8 @@ pub async fn open(world: &Rc<World>, vol: &Rc<Vol>) -> bool {
         world.fail(format!("history was forgotten: {text}: {:?} {:?}", info.coverage, info.logs));
         return false;
     }
-    // A marker is in the journal before whatever was acked behind it.
-    if !admin::check_marks(world, vol, vol.history.get().1) {
+    // A marker is in the journal before whatever was acked behind it, and where the volume was protected it was answered when it was durable.
+    if !admin::check_marks(world, vol, vol.lasting.get().1) {
         return false;
     }
     if info.state == CdpState::On && healthy {

@@ -237,6 +237,10 @@ impl Vol {
             self.history_bytes.set(0);
         }
     }
+    /// A clean stop: all of it lasts.
+    pub fn history_lasts(&self, now: u64) {
+        self.lasting.set((now, now));
+    }
     /// The agent died: what must be history still.
     pub fn history_after_crash(&self, power: bool) {
         let (durable, acked) = self.lasting.get();
