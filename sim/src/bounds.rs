@@ -96,19 +96,22 @@ fn open_end_is_right(world: &World, vol: &Vol, info: &VolumeInfo) -> bool {
 /// What was history is history still, or there is a reason: its age, a reservation that is used, an admin's clean or override, a CDP disk that failed.
 fn history_is_kept(world: &World, vol: &Vol, info: &VolumeInfo) -> bool {
     let (last, stats) = (vol.last_look.get(), vol.handle().stats());
+    let (running, boot_ns) = (world.running(), world.shared.boot_ns());
+    let age_now = running.began.0 + (boot_ns - running.began.1);
     let look = Look {
         fresh: false,
         evicted: stats.evicted_capacity,
         used_bytes: info.used_bytes,
         reverts: vol.reverts.get(),
         duration_s: info.settings.map_or(0, |settings| settings.reserve_duration_s),
+        age: (age_now, boot_ns),
     };
     if vol.cleaning.get() {
         return true;
     }
     vol.last_look.set(look);
-    let running = world.running();
-    let age_now = running.began.0 + (world.shared.boot_ns() - running.began.1);
+    // Over a restart the clock of ages may step back with the wall clock: what was old enough before is gone.
+    let age_now = age_now.max(last.age.0 + (boot_ns - last.age.1));
     let aged = |instant: u64| age_now.saturating_sub(instant) / 1_000_000_000 >= look.duration_s.min(last.duration_s);
     // An eviction before a crash may not have been counted at a look.
     let evicted = (last.fresh || stats.evicted_capacity > last.evicted)

@@ -99,6 +99,8 @@ pub struct Look {
     pub reverts: u64,
     /// Seconds of history to keep.
     pub duration_s: u64,
+    /// The agent's clock of ages, and the boot clock.
+    pub age: (u64, u64),
 }
 
 /// One volume.
