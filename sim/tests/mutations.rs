@@ -41,7 +41,7 @@ const FAULTS: [(Mutation, &str, &str, u64); 32] = [
     (Mutation::PayloadUnchecked, "I7", "damage", 2),
     (Mutation::HoleAccepted, "I7", "damage", 4),
     (Mutation::LastFramesUnmissed, "I7", "both-fault", 500_538),
-    (Mutation::LossEndedEarly, "I5", "both-fault", 3663),
+    (Mutation::LossEndedEarly, "I5", "both-fault", 982),
     (Mutation::ErrorToGuest, "I8", "cdp-fault", 7),
     (Mutation::RecoveredBacklogDropped, "I8", "cdp-fault", 804),
     (Mutation::NeverProtectedAgain, "I8", "cdp-fault", 1),
