@@ -27,6 +27,12 @@ pub enum Mutation {
     BeforeImageTwice,
     /// I2: a start no longer counts as history what was journaled before it.
     HistoryForgotten,
+    /// I2: a marker is answered before it is durable.
+    MarkNotDurable,
+    /// I2: logs go for capacity while most of it is free.
+    EvictedForNothing,
+    /// I2: age takes a log from an open view.
+    ViewLostByAge,
     /// I3: recovery does not compare a frame's checksum of its predecessor.
     ChainUnchecked,
     /// I3, I7: recovery takes frames of the tail whose payload is torn.
@@ -57,6 +63,8 @@ pub enum Mutation {
     ErrorToGuest,
     /// I8: what was recovered is dropped when the CDP disk fails before the start is complete.
     RecoveredBacklogDropped,
+    /// I8: a volume that lost its CDP disk does not look for another one.
+    NeverProtectedAgain,
     /// I9: the span in which CDP was disabled counts as history.
     DisabledSpanCovered,
     /// I10: before-images are not counted when room is made.
@@ -69,7 +77,7 @@ pub enum Mutation {
 
 impl Mutation {
     /// All of them.
-    pub const ALL: [Self; 29] = [
+    pub const ALL: [Self; 33] = [
         Self::AckBeforeAppend,
         Self::AckAheadOfEarlier,
         Self::FlushWithoutSync,
@@ -80,6 +88,9 @@ impl Mutation {
         Self::CleanedUnderView,
         Self::BeforeImageTwice,
         Self::HistoryForgotten,
+        Self::MarkNotDurable,
+        Self::EvictedForNothing,
+        Self::ViewLostByAge,
         Self::ChainUnchecked,
         Self::TornTailAccepted,
         Self::DestageBeforeSync,
@@ -95,6 +106,7 @@ impl Mutation {
         Self::LossEndedEarly,
         Self::ErrorToGuest,
         Self::RecoveredBacklogDropped,
+        Self::NeverProtectedAgain,
         Self::DisabledSpanCovered,
         Self::BeforeImagesUncounted,
         Self::ReuseEarly,

@@ -10,7 +10,7 @@ use crate::boot;
 use crate::disk::{Fault, FaultKind, FaultOn};
 use crate::executor::SimHost;
 use crate::group;
-use crate::guest::{barrier, read_view, sleep, submit, verify, watch, write_view};
+use crate::guest::{barrier, may_be_lost, read_view, sleep, submit, verify, watch, write_view};
 use crate::model::Kind;
 use crate::rng::Rng;
 use crate::stamp;
@@ -166,7 +166,11 @@ async fn other(world: &Rc<World>, action: &Action) {
             world.count(|counts| counts.faults += 1);
         }
         Action::Fault { disk, on, kind, times, after } => {
-            fault_begins(world, disk);
+            if disk < world.cdp.len() && kind.is_mild() {
+                world.count(|counts| counts.faults += 1);
+            } else {
+                fault_begins(world, disk);
+            }
             world.slow.set(world.slow.get() || matches!(kind, FaultKind::Slow(_)));
             world.disk(disk).fault(Fault { on, kind, times, after, within: None });
         }
@@ -223,6 +227,7 @@ fn fault_begins(world: &World, disk: usize) {
         |vol: &&Rc<Vol>| world.folder.fence(vol.id).is_some_and(|fence| fence.disk != boot::disk_id(disk));
     for vol in world.volumes.iter().filter(|vol| !journaled_elsewhere(vol)) {
         vol.unprotect();
+        vol.distrusted.set(u64::MAX);
     }
 }
 
@@ -291,7 +296,8 @@ pub async fn stop(world: &Rc<World>) {
                 let began = world.now(vol);
                 let now = world.now(vol);
                 vol.oracle.borrow_mut().flushed(began, now);
-                if whole && !world.journal_fault() && !vol.primary.is_faulty() {
+                vol.history_lasts(world.clock());
+                if whole && !world.damaged.get() && !vol.primary.is_faulty() {
                     boot::check_primary(world, vol);
                 }
             }
@@ -343,6 +349,7 @@ async fn mark(world: &Rc<World>, vol: Option<usize>, pick: u64) {
     let Some(instant) = running.clock.tick(world.shared.wall_ns()) else { return };
     let name = format!("mark-{pick:x}");
     for target in world.volumes.iter().filter(|target| vol.is_none_or(|vol| vol == target.index)) {
+        let (protected, switches) = (target.protected.get(), target.switches.get());
         let result = target.handle().mark(&name, MarkerKind::Crash, instant).await;
         match result {
             Ok(marker) if marker.time != instant || marker.name != name => {
@@ -351,6 +358,10 @@ async fn mark(world: &Rc<World>, vol: Option<usize>, pick: u64) {
             Ok(_) => {
                 world.count(|counts| counts.marks += 1);
                 target.marks.borrow_mut().push((name.clone(), instant.0));
+                if protected && target.protected.get() && target.switches.get() == switches {
+                    // It was answered when it was durable, and with it whatever came before it.
+                    target.history_is_durable(instant.0);
+                }
                 if !check_marks(world, target, instant.0) {
                     return;
                 }
@@ -370,7 +381,7 @@ pub fn check_marks(world: &World, vol: &Vol, up_to: u64) -> bool {
     vol.marks.borrow_mut().retain(|(_, instant)| *instant <= up_to && Vol::covers(&info, *instant));
     for (name, instant) in vol.marks.borrow().iter() {
         let found = handle.marker(name).map(|marker| marker.time.0);
-        if found != Some(*instant) && !world.journal_fault() {
+        if found != Some(*instant) && !world.distrusts(vol, *instant) {
             world.fail(format!("volume {}: marker {name} of {instant} is not found: {found:?}", vol.index));
             return false;
         }
@@ -407,7 +418,14 @@ async fn try_view(world: &Rc<World>, vol: &Rc<Vol>, time: u64, writable: bool) -
     let after = Vol::covers(&info, time);
     match result {
         // One that was lost is answered again until it is closed.
-        Ok(view) if view.info().lost.is_some() => None,
+        Ok(view) if view.info().lost.is_some() => {
+            let why = view.info().lost.unwrap_or_default();
+            let closed = world.closed.borrow().contains(&view.id());
+            if !closed && !may_be_lost(world, vol, time, &why) {
+                world.fail(format!("volume {}: view at {time} is lost inside the coverage: {why}", vol.index));
+            }
+            None
+        }
         Ok(view) => {
             if !before && !after {
                 let text = format!("view at {time} was opened, outside the coverage {:?}", info.coverage);
@@ -417,7 +435,7 @@ async fn try_view(world: &Rc<World>, vol: &Rc<Vol>, time: u64, writable: bool) -
             world.say(|| format!("view at {time} of volume {} is open", vol.index));
             let sectors = view.info().size / 512;
             world.closed.borrow_mut().remove(&view.id());
-            if !vol.had_size(time, sectors) && !world.journal_fault() {
+            if !vol.had_size(time, sectors) && !world.distrusts(vol, time) {
                 let sizes = vol.sizes.borrow().clone();
                 world.fail(format!("view at {time} of volume {} has {sectors} sectors; sizes: {sizes:?}", vol.index));
                 return None;
@@ -435,7 +453,7 @@ async fn try_view(world: &Rc<World>, vol: &Rc<Vol>, time: u64, writable: bool) -
         Err(error) => {
             world.count(|counts| counts.views_refused += 1);
             world.say(|| format!("view at {time} of volume {}: {error}", vol.index));
-            if before && after && !ending && !world.journal_fault() {
+            if before && after && !ending && !world.distrusts(vol, time) {
                 let text = format!("view at {time} was refused inside the coverage {:?}: {error}", info.coverage);
                 world.fail(format!("volume {}: {text}", vol.index));
             }
@@ -475,7 +493,7 @@ async fn revert(world: &Rc<World>, vol: &Rc<Vol>, at: u64, exact: Option<u64>, f
         barrier(world).await;
         vol.guard.take();
     }
-    vol.forced.set(vol.forced.get() + 1);
+    vol.revert_begins(force);
     let before = Vol::covers(&handle.info(), target);
     let now = world.now(vol);
     vol.oracle.borrow_mut().revert_begin(target, now);
@@ -512,6 +530,7 @@ async fn revert(world: &Rc<World>, vol: &Rc<Vol>, at: u64, exact: Option<u64>, f
                 vol.oracle.borrow_mut().revert_uncertain(now);
             } else {
                 vol.oracle.borrow_mut().revert_refused();
+                vol.revert_refused(force);
             }
             let held = !force && !leave_first;
             let expected = match error {
@@ -624,21 +643,23 @@ async fn status(world: &Rc<World>, vol: &Rc<Vol>, sector: u64, count: u64) {
 pub async fn enable(world: &Rc<World>, vol: &Rc<Vol>) {
     let gap = vol.gap_open.take();
     let began = world.clock();
+    // However the call ends, also by a crash.
+    if let Some(from) = gap.filter(|from| *from < began) {
+        vol.gaps.borrow_mut().push((from, began));
+    }
     let was = vol.expect_on.replace(None);
     let result = vol.handle().enable().await;
     match result {
         Ok(()) => {
             vol.expect_on.set(Some(true));
             world.count(|counts| counts.switches += 1);
-            if let Some(from) = gap.filter(|from| *from < began) {
-                vol.gaps.borrow_mut().push((from, began));
-            }
             let info = vol.handle().info();
             if info.state != CdpState::On {
                 return world.fail("the switch is off after enable");
             }
-            if info.health == Health::Ok && world.cdp.iter().all(|disk| !disk.is_faulty()) {
+            if info.health == Health::Ok && world.journal_is_sound(vol) {
                 vol.protect();
+                vol.trust(world.clock());
             }
             world.remember();
         }
@@ -730,6 +751,9 @@ async fn clean_all(world: &Rc<World>, vol: &Rc<Vol>) {
             if was_protected {
                 vol.protect();
             }
+            if world.any_fault() {
+                vol.kept.borrow_mut().clear();
+            }
             if !has_views && !matches!(error, Error::State(_)) && !world.any_fault() {
                 world.fail(format!("clean of volume {}: {error}", vol.index));
             }
@@ -753,6 +777,8 @@ async fn clean_log(world: &Rc<World>, vol: &Rc<Vol>, pick: u64) {
             world.count(|counts| counts.cleans += 1);
             let end = log.end.map_or(began, |end| end.0);
             world.say(|| format!("volume {}: cleaned log {} ({}, {end}]", vol.index, log.seq, log.start));
+            let gone = log.start.0..=log.end.map_or_else(|| world.clock(), |end| end.0);
+            vol.kept.borrow_mut().retain(|instant| !gone.contains(instant));
             if end > log.start.0 {
                 vol.gaps.borrow_mut().push((log.start.0, end));
             }
@@ -760,7 +786,7 @@ async fn clean_log(world: &Rc<World>, vol: &Rc<Vol>, pick: u64) {
         Err(Error::State(text)) => world.say(|| format!("clean of log {}: {text}", log.seq)),
         // It was evicted meanwhile.
         Err(Error::NotFound { .. }) => {}
-        Err(_) if world.any_fault() => {}
+        Err(_) if world.any_fault() => vol.kept.borrow_mut().clear(),
         Err(error) => world.fail(format!("clean of log {} of volume {}: {error}", log.seq, vol.index)),
     }
 }
@@ -786,7 +812,7 @@ async fn reopen(world: &Rc<World>, vol: &Rc<Vol>) {
             let now = world.now(vol);
             vol.oracle.borrow_mut().flushed(began, now);
             vol.handle.take();
-            if whole && !world.any_fault() {
+            if whole && !world.damaged.get() && !vol.primary.is_faulty() {
                 boot::check_primary(world, vol);
             }
             boot::open(world, vol).await;

@@ -13,10 +13,12 @@ use std::rc::Rc;
 use cdp_journal::{Allocation, Device, Identity, IoBuf, LocalFuture, Slice};
 
 use crate::executor::{Completion, Executor};
-use crate::rng::Rng;
+use crate::rng::{Rng, mix};
 
 /// Bytes of a page of the simulation.
 const PAGE: u64 = 4096;
+/// What a CDP disk's call may take: the engine's default.
+const STALL_MAX_NS: u64 = 5_000_000_000;
 /// Bytes of the unit that is never torn.
 const SECTOR: u64 = 512;
 
@@ -50,6 +52,13 @@ pub enum FaultKind {
     Misdirect(u64),
     /// The write reports success and never happened.
     Lost,
+}
+
+impl FaultKind {
+    /// Whether an agent must bear it and keep its protection: slower than usual, but within `stall_max`.
+    pub fn is_mild(self) -> bool {
+        matches!(self, FaultKind::Slow(ns) if ns < STALL_MAX_NS / 2)
+    }
 }
 
 /// A fault, armed on a disk.
@@ -156,6 +165,8 @@ struct State {
     syncs: (u64, u64),
     misuse: Option<String>,
     calls: u64,
+    /// Calls of this incarnation that met a fault which is not mild.
+    hits: u64,
     has_dropped: bool,
 }
 
@@ -213,6 +224,7 @@ impl SimDisk {
                 syncs: (0, 0),
                 misuse: None,
                 calls: 0,
+                hits: 0,
                 has_dropped: false,
             }),
         })
@@ -232,6 +244,7 @@ impl SimDisk {
     pub fn attach(self: &Rc<Self>, executor: &Rc<Executor>) -> Rc<dyn Device> {
         let mut state = self.state.borrow_mut();
         state.size_opened = state.told;
+        state.hits = 0;
         drop(state);
         Rc::new(Handle { disk: Rc::clone(self), executor: Rc::clone(executor) })
     }
@@ -322,6 +335,12 @@ impl SimDisk {
     pub fn is_faulty(&self) -> bool {
         let state = self.state.borrow();
         state.gone || !state.faults.is_empty()
+    }
+
+    /// Whether it does now, and has done since it was opened, what a disk should; what is merely slow does.
+    pub fn is_sound(&self) -> bool {
+        let state = self.state.borrow();
+        !state.gone && state.hits == 0 && state.faults.iter().all(|fault| fault.kind.is_mild())
     }
 
     /// Whether a failed sync has dropped writes that reads still showed.
@@ -552,10 +571,12 @@ impl Handle {
         state.calls += 1;
         let mut verdict = Verdict { error: None, hang: false, slow_ns: 0, misdirect: None, lost: false };
         if state.gone {
+            state.hits += 1;
             verdict.error = Some(ENODEV);
             return verdict;
         }
-        for fault in &mut state.faults {
+        let State { faults, hits: met, .. } = &mut *state;
+        for fault in faults {
             let hits = (fault.on == on || fault.on == FaultOn::Any)
                 && fault.within.is_none_or(|(from, to)| on == FaultOn::Sync || (offset < to && from < offset + len))
                 && fault.times != Some(0);
@@ -569,6 +590,7 @@ impl Handle {
             if let Some(times) = &mut fault.times {
                 *times -= 1;
             }
+            *met += u64::from(!fault.kind.is_mild());
             match fault.kind {
                 FaultKind::Eio => verdict.error = Some(EIO),
                 FaultKind::Enospc if on == FaultOn::Write => verdict.error = Some(ENOSPC),
@@ -810,6 +832,9 @@ impl Device for Handle {
             (covered.collect(), state.mtime_ns, state.syncs.0)
         };
         let forgets = self.rng().one_in(2);
+        // Half of the syncs that forget keep some writes. Drawn from the time, so that the draws before and after are what they were.
+        let chance = mix(self.executor.shared.boot_ns() ^ number << 48);
+        let forgets = move |id: u64| forgets && (chance & 1 == 0 || mix(chance ^ id) & 1 == 0);
         let done = Completion::new();
         let (sender, disk, shared) = (done.clone(), Rc::clone(&self.disk), Rc::clone(&self.executor.shared));
         self.schedule(
@@ -824,8 +849,8 @@ impl Device for Handle {
                     }
                     for write in unsynced.iter_mut().filter(|write| covered.contains(&write.id)) {
                         if error.is_some() {
-                            write.dropped |= forgets;
-                            *has_dropped |= forgets;
+                            write.dropped |= forgets(write.id);
+                            *has_dropped |= write.dropped;
                         } else if !write.dropped {
                             write.pieces.iter().for_each(|piece| stable.apply(piece));
                         }

@@ -59,7 +59,7 @@ pub async fn revert(world: &Rc<World>, at: u64) {
     let before = infos.iter().all(|info| Vol::covers(info, target));
     let off = infos.iter().any(|info| info.state == CdpState::Off);
     for vol in &world.volumes {
-        vol.forced.set(vol.forced.get() + 1);
+        vol.revert_begins(true);
         let now = world.now(vol);
         let mut oracle = vol.oracle.borrow_mut();
         oracle.revert_begin(target, now);
@@ -91,6 +91,7 @@ pub async fn revert(world: &Rc<World>, at: u64) {
             Err(error) => {
                 world.say(|| format!("volume {}: revert of the group to {target}: {error}", vol.index));
                 vol.oracle.borrow_mut().revert_refused();
+                vol.revert_refused(true);
                 let expected = match &error {
                     // Its own refusal, or another member's.
                     Error::State(text) => off || !before || text.starts_with("not done"),

@@ -88,17 +88,17 @@ pub fn submit(world: &Rc<World>, vol: &Rc<Vol>, action: Action) -> Completion<()
     done
 }
 
-/// Whether it may be the error of a primary: it fails, or it failed once, and what could not be read there when it was overwritten stays unreadable (a
+/// Whether it may be the error of a volume's primary: it fails, or it failed once, and what could not be read there when it was overwritten stays unreadable (a
 /// revert may bring that back).
-fn is_of_primary(world: &World, error: &Error) -> bool {
-    world.primary_errors.get() && matches!(error, Error::Device { .. })
+fn is_of_primary(world: &World, vol: &Vol, error: &Error) -> bool {
+    world.primary_errors.get() && matches!(error, Error::Device { device, .. } if *device == vol.primary.name)
         || world.primary_faulty.get() && matches!(error, Error::Device { op: "read before-image of", .. })
 }
 
 /// Whether it may be the error of a block that a revert could not bring back: the lost CDP disk held it alone, or a primary could not read it when it was to
 /// be kept.
 fn is_of_revert(world: &World, vol: &Vol, error: &Error) -> bool {
-    let faulty = world.cdp_faulty.get() || (world.primary_faulty.get() || world.damaged.get()) && vol.forced.get() > 0;
+    let faulty = world.cdp_faulty.get() || (world.primary_faulty.get() || world.damaged.get()) && vol.reverts.get() > 0;
     faulty && matches!(error, Error::Device { op: "read lost" | "write a part of", .. })
 }
 
@@ -106,12 +106,12 @@ fn is_of_revert(world: &World, vol: &Vol, error: &Error) -> bool {
 fn forgiven(world: &World, vol: &Vol, forced: u64, error: &Error) -> bool {
     let held = vol.forced.get() != forced || vol.disconnected.get();
     let refused = matches!(error, Error::State(_) | Error::Gone(_));
-    let of_forced = matches!(error, Error::Device { op: "read CDP disk", .. } if vol.forced.get() > 0)
+    let of_forced = matches!(error, Error::Device { op: "read CDP disk", .. } if vol.reverts.get() > 0)
         // The same blocks, kept as unreadable by a later log, and shown by a revert to before it while that is copied.
-        || matches!(error, Error::Device { op: "read before-image of", .. } if vol.forced.get() > 0);
+        || matches!(error, Error::Device { op: "read before-image of", .. } if vol.reverts.get() > 0);
     // Damage on the CDP disk shows where a pending revert or the overlay needs it: an error, never wrong bytes.
     let damage = world.damaged.get() && matches!(error, Error::Damaged { .. });
-    let of_disks = is_of_primary(world, error) || is_of_revert(world, vol, error) || damage;
+    let of_disks = is_of_primary(world, vol, error) || is_of_revert(world, vol, error) || damage;
     of_disks || (held && refused) || ((world.cdp_faulty.get() || world.damaged.get()) && of_forced)
 }
 
@@ -235,6 +235,11 @@ pub async fn verify(world: &Rc<World>, vol: &Rc<Vol>) {
     watched.set(true);
 }
 
+/// Whether an open view may say that it is lost: its log is gone, and no interval tells of its instant any more. Age alone takes no log from it.
+pub fn may_be_lost(world: &World, vol: &Vol, time: u64, why: &str) -> bool {
+    world.distrusts(vol, time) || !why.contains("reserve_duration") && !Vol::covers(&vol.handle().info(), time)
+}
+
 /// Reads a part of a view and judges it. Answers whether the view still works.
 pub async fn read_view(world: &Rc<World>, view: &Rc<OpenView>, sector: u64, count: u64) -> bool {
     let vol = &world.volumes[view.vol];
@@ -248,12 +253,13 @@ pub async fn read_view(world: &Rc<World>, view: &Rc<OpenView>, sector: u64, coun
     let bytes = match result {
         Ok(parts) => join(&parts),
         Err(error) => {
-            let lost = handle.info().lost.is_some();
+            let lost = handle.info().lost;
             world.say(|| format!("view {} of volume {}: {error}", view.time, view.vol));
             let closed = world.closed.borrow().contains(&view.id);
             // What a view shows of blocks that no log has touched is on the primary.
-            let of_primary = is_of_primary(world, &error) || is_of_revert(world, vol, &error);
-            if !lost && !closed && !of_primary && !world.journal_fault() {
+            let of_primary = is_of_primary(world, vol, &error) || is_of_revert(world, vol, &error);
+            let rightly = lost.is_some_and(|why| may_be_lost(world, vol, view.time, &why));
+            if !rightly && !closed && !of_primary && !world.distrusts(vol, view.time) {
                 world.fail(format!("view {} of volume {}: read {sector}+{count}: {error}", view.time, view.vol));
             }
             return false;
@@ -306,7 +312,8 @@ pub async fn write_view(world: &Rc<World>, view: &Rc<OpenView>, sector: u64, cou
             scratch.extend((sector..sector + count).map(|at| (at, stamp_number)));
         }
         Err(error) => {
-            let lost = handle.info().lost.is_some();
+            let vol = &world.volumes[view.vol];
+            let lost = handle.info().lost.is_some_and(|why| may_be_lost(world, vol, view.time, &why));
             let full = matches!(error, Error::NoSpace { .. });
             let closed = world.closed.borrow().contains(&view.id);
             if view.writable && !lost && !full && !closed && !world.any_fault() {

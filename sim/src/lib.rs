@@ -4,6 +4,7 @@
 
 pub mod admin;
 pub mod boot;
+pub mod bounds;
 pub mod disk;
 pub mod executor;
 pub mod exhaust;

@@ -10,7 +10,7 @@
 //! up to it survive, the others are gone for good; what is seen afterwards narrows the cut, and a lost write before a surviving
 //! one is a violation. Where two histories are possible (a revert in flight at a crash) both are carried on until one fails.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::stamp::{SECTOR, Value, decode};
 
@@ -120,6 +120,11 @@ struct Candidate {
     path: Vec<(usize, Time, Time)>,
 }
 
+/// Whether it certainly took place: it was acknowledged, or seen after a crash.
+fn existed(version: &Version, op: &Op) -> bool {
+    op.acked.is_some() || version.survived > 0
+}
+
 /// One possible history of one volume.
 #[derive(Clone)]
 pub struct Model {
@@ -130,8 +135,8 @@ pub struct Model {
     ops: Vec<Op>,
     reverts: Vec<Revert>,
     crashes: Vec<Crash>,
-    /// Blocks of which nothing is known any more.
-    ruined: BTreeSet<u64>,
+    /// Blocks of which nothing is known up to an instant.
+    ruined: BTreeMap<u64, u64>,
     event: u64,
 }
 
@@ -149,7 +154,7 @@ impl Model {
             ops: vec![first],
             reverts: Vec::new(),
             crashes: Vec::new(),
-            ruined: BTreeSet::new(),
+            ruined: BTreeMap::new(),
             event: 1,
         }
     }
@@ -190,10 +195,12 @@ impl Model {
         self.for_versions(op, |version| version.hi = version.hi.min(now));
     }
 
-    /// A flush that began when the model's counter stood at `began` was acknowledged.
+    /// A flush that began when the model's counter stood at `began` was acknowledged. It covers also what a crash before it cut off and left.
     pub fn flushed(&mut self, began: Time, now: Time) {
+        let crashed = self.crashes.last().map_or(0, |crash| crash.event);
         for op in &mut self.ops {
-            if op.durable.is_none() && !op.forgotten && op.acked.is_some_and(|acked| acked <= began.1) {
+            let covered = op.acked.is_some_and(|acked| acked <= began.1) || op.submitted < crashed;
+            if op.durable.is_none() && !op.forgotten && covered {
                 op.durable = Some(now.1);
             }
         }
@@ -209,9 +216,20 @@ impl Model {
         self.ops.iter_mut().filter(|op| op.weak && op.durable.is_none()).for_each(|op| op.forgotten = true);
     }
 
-    /// The disk itself lost a block: it could not be read, a part of it was overwritten, and the power went.
-    pub fn ruin(&mut self, block: u64) {
-        self.ruined.insert(block);
+    /// The disk itself lost a block: it could not be read, a part of it was overwritten, and the power went. Nothing is known of it up to now, and what is
+    /// there now is anything; what is written from now on is judged again.
+    pub fn ruin(&mut self, block: u64, now: Time) {
+        self.ruined.insert(block, now.0);
+        if (block as usize) < self.blocks.len() {
+            self.settled(Kind::Garbage, block * 8, 8, now);
+        }
+    }
+
+    /// Whether nothing is known of what a read shows: of an instant before the block was lost, or from there by a revert.
+    fn is_ruined(&self, block: u64, when: When) -> bool {
+        let Some(lost) = self.ruined.get(&block) else { return false };
+        let back = |revert: &Revert| revert.target <= *lost && revert.hi.0 >= *lost;
+        matches!(when, When::At(instant) if instant <= *lost) || self.reverts.iter().any(back)
     }
 
     /// What was not flushed went to the disk out of the journal's order: it is lost sector by sector from now on. Where the power stayed, what was not
@@ -294,6 +312,10 @@ impl Model {
         self.crashes.push(Crash { event: now.1, kind, after, before: now });
         if kind != CrashKind::Kill {
             self.damage_unprotected(physical_bytes, now);
+            // What this cut left is on the disks: no later one may take it, or damage it again.
+            for op in &mut self.ops {
+                op.durable.get_or_insert(now.1);
+            }
         }
     }
 
@@ -323,7 +345,7 @@ impl Model {
     pub fn check(&mut self, sector: u64, bytes: &[u8], when: When) -> Result<(), String> {
         for (i, chunk) in bytes.chunks_exact(SECTOR).enumerate() {
             let at = sector + i as u64;
-            if self.ruined.contains(&(at / 8)) {
+            if self.is_ruined(at / 8, when) {
                 continue;
             }
             let value = decode(self.volume, at, chunk);
@@ -459,7 +481,7 @@ impl Model {
             return Fate::Alive;
         }
         let op = &self.ops[version.op as usize];
-        let mut fate = if op.acked.is_some() || version.survived > 0 { Fate::Alive } else { Fate::Maybe };
+        let mut fate = if existed(version, op) { Fate::Alive } else { Fate::Maybe };
         for crash in &self.crashes[version.survived..] {
             if crash.event <= op.submitted {
                 continue;
@@ -477,7 +499,7 @@ impl Model {
     fn survives(&self, version: &Version, op: &Op, crash: &Crash) -> bool {
         (crash.kind == CrashKind::Kill && op.acked.is_some_and(|acked| acked < crash.event))
             || op.durable.is_some_and(|durable| durable < crash.event)
-            || (!op.weak && op.acked.is_some() && version.hi <= crash.after)
+            || (!op.weak && existed(version, op) && version.hi <= crash.after)
     }
 
     fn shows(&self, block: usize, bit: u8, sector: u64, candidate: &Candidate, value: &Value, t2: Time) -> bool {
@@ -594,7 +616,7 @@ impl Model {
             self.blocks[block][i].lost |= bit;
             return Ok(());
         }
-        let existed = op.acked.is_some();
+        let existed = existed(version, op);
         let doubtful: Vec<usize> = (version.survived..self.crashes.len())
             .filter(|c| self.crashes[*c].event > op.submitted && !self.survives(version, op, &self.crashes[*c]))
             .collect();
@@ -708,8 +730,8 @@ impl Oracle {
         self.all(Model::sync_failed);
     }
     /// See [`Model::ruin`].
-    pub fn ruin(&mut self, block: u64) {
-        self.all(|world| world.ruin(block));
+    pub fn ruin(&mut self, block: u64, now: Time) {
+        self.all(|world| world.ruin(block, now));
     }
     /// See [`Model::unordered`].
     pub fn unordered(&mut self, power: bool) {

@@ -161,7 +161,16 @@ fn audit(world: &World) {
     }
     for disk in &world.cdp {
         match check_medium(Box::new(disk.snapshot()), Path::new(&disk.name), &mut |_, _| {}) {
-            Ok(report) if report.is_clean() => {}
+            Ok(report) if report.is_clean() => {
+                // The engine's own count is compared while it runs; here what is really owned.
+                for vol in &world.volumes {
+                    let bytes = report.volumes.iter().filter(|row| row.id == vol.id).map(|row| row.bytes).sum::<u64>();
+                    if bytes > vol.capacity.get() {
+                        let text = format!("volume {} owns {bytes} of {} bytes", vol.index, vol.capacity.get());
+                        world.fail(format!("reserve_capacity is exceeded on {}: {text}", disk.name));
+                    }
+                }
+            }
             Ok(report) => {
                 let damage = report.findings.iter().find(|finding| finding.severity == Severity::Damage);
                 world.fail(format!("the offline check of {}: {damage:?}", disk.name));
@@ -196,7 +205,10 @@ fn crash(world: &World, crash: Crash) {
             let garbage = vol.primary.power_cut(rng);
             // Where the old content could not be read, a part of a physical sector had to be written.
             if world.primary_faulty.get() {
-                garbage.iter().for_each(|page| vol.oracle.borrow_mut().ruin(*page));
+                for page in garbage {
+                    let now = world.now(vol);
+                    vol.oracle.borrow_mut().ruin(page, now);
+                }
             }
         } else {
             vol.primary.kill(rng);
@@ -214,9 +226,7 @@ fn crash(world: &World, crash: Crash) {
             vol.oracle.borrow_mut().unordered(crash.power);
         }
         vol.oracle.borrow_mut().crash(kind, physical, now);
-        if crash.power {
-            vol.history.set((vol.history.get().0, vol.history.get().0));
-        }
+        vol.history_after_crash(crash.power);
         vol.protected.set(false);
     }
     world.count(|counts| *if crash.power { &mut counts.power_cuts } else { &mut counts.kills } += 1);

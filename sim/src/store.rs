@@ -59,6 +59,10 @@ impl Folder {
     pub fn set_failing(&self, failing: bool) {
         self.failing.set(failing);
     }
+    /// Whether every `put` fails now.
+    pub fn is_failing(&self) -> bool {
+        self.failing.get()
+    }
     /// Kill or power cut: each `put` in flight happened or did not.
     pub fn crash(&self, rng: &Rng) {
         for put in std::mem::take(&mut *self.in_flight.borrow_mut()).into_values() {

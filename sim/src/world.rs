@@ -11,6 +11,7 @@ use cdp_journal::info::{Health, VolumeInfo};
 use cdp_journal::{ClientGuard, Engine, View, Volume};
 use uuid::Uuid;
 
+use crate::boot;
 use crate::disk::SimDisk;
 use crate::executor::{Executor, Shared};
 use crate::model::{Oracle, Time};
@@ -81,6 +82,25 @@ pub struct Running {
     pub engine: Rc<Engine>,
     /// Its clock.
     pub clock: Arc<HostClock>,
+    /// Wall and boot clock when it began: ages count from there.
+    pub began: (u64, u64),
+}
+
+/// What the last look at a volume's history found.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Look {
+    /// The agent has started since.
+    pub fresh: bool,
+    /// Logs that had gone for capacity.
+    pub evicted: u64,
+    /// Bytes of CDP disk that it occupied.
+    pub used_bytes: u64,
+    /// Reverts begun by then.
+    pub reverts: u64,
+    /// Seconds of history to keep.
+    pub duration_s: u64,
+    /// The agent's clock of ages, and the boot clock.
+    pub age: (u64, u64),
 }
 
 /// One volume.
@@ -105,6 +125,22 @@ pub struct Vol {
     pub history: Cell<(u64, u64)>,
     /// Bytes written since the first of these, with what reverts needed.
     pub history_bytes: Cell<u64>,
+    /// What its history holds of instants up to this one may be gone or unreadable: the CDP disk failed that held it, or may have. `u64::MAX`: so it is now.
+    pub distrusted: Cell<u64>,
+    /// Instants that were history at the last look, and must be still unless there is a reason.
+    pub kept: RefCell<BTreeSet<u64>>,
+    /// The last look.
+    pub last_look: Cell<Look>,
+    /// Newest instants that a power cut, and that a kill, must leave.
+    pub lasting: Cell<(u64, u64)>,
+    /// Since when its history goes on although nothing is recorded.
+    pub open_end: Cell<Option<u64>>,
+    /// Since when all disks work, and it is not protected.
+    pub ailing: Cell<Option<u64>>,
+    /// Since when all disks work, and a revert is pending.
+    pub reverting: Cell<Option<u64>>,
+    /// Since when all disks work and nobody asks for anything, and there is a backlog.
+    pub backlog: Cell<Option<u64>>,
     /// A log is being cleaned: what is acked meanwhile may lie in it.
     pub cleaning: Cell<bool>,
     /// When a log was cleaned last: what began before that may have lain in it.
@@ -135,8 +171,10 @@ pub struct Vol {
     pub marks: RefCell<Vec<(String, u64)>>,
     /// Held by a forced revert until the release; `None`: a call was cut off by a crash.
     pub held: Cell<Option<bool>>,
-    /// Forced reverts begun: calls that overlap one may be refused.
+    /// Forced reverts begun, but for those that were refused and sent nobody away: calls that overlap one may be refused.
     pub forced: Cell<u64>,
+    /// Reverts that happened, or may have.
+    pub reverts: Cell<u64>,
 }
 
 impl Vol {
@@ -167,12 +205,25 @@ impl Vol {
     pub fn covers(info: &VolumeInfo, instant: u64) -> bool {
         info.coverage.iter().any(|i| i.start.0 <= instant && i.end.is_none_or(|end| instant <= end.0))
     }
+    /// A revert is asked for.
+    pub fn revert_begins(&self, force: bool) {
+        self.reverts.set(self.reverts.get() + 1);
+        self.forced.set(self.forced.get() + u64::from(force));
+    }
+    /// It was refused, certainly.
+    pub fn revert_refused(&self, force: bool) {
+        self.reverts.set(self.reverts.get() - 1);
+        if force && !self.disconnected.get() {
+            self.forced.set(self.forced.get() - 1);
+        }
+    }
     /// A write that began at this instant was journaled and acknowledged.
     pub fn history_goes_on(&self, instant: u64, bytes: u64) {
         let (durable, acked) = self.history.get();
         if self.was_not_cleaned(instant) {
             self.history.set((durable, acked.max(instant)));
         }
+        self.lasting.set((self.lasting.get().0, self.lasting.get().1.max(instant)));
         self.history_grows(bytes);
     }
     /// So many bytes more are behind what the history must reach.
@@ -182,9 +233,29 @@ impl Vol {
     /// All that was acknowledged before this instant is durable.
     pub fn history_is_durable(&self, instant: u64) {
         let (durable, acked) = self.history.get();
+        self.lasting.set((self.lasting.get().0.max(instant), self.lasting.get().1.max(instant)));
         if self.was_not_cleaned(instant) {
             self.history.set((durable.max(instant), acked.max(instant)));
             self.history_bytes.set(0);
+        }
+    }
+    /// A clean stop: all of it lasts.
+    pub fn history_lasts(&self, now: u64) {
+        self.lasting.set((now, now));
+    }
+    /// The agent died: what must be history still.
+    pub fn history_after_crash(&self, power: bool) {
+        let (durable, acked) = self.lasting.get();
+        let lasting = if power { durable } else { acked };
+        self.lasting.set((durable, lasting));
+        // A clean that was cut off happened, or did not.
+        let cleaning = self.cleaning.get();
+        self.kept.borrow_mut().retain(|instant| *instant <= lasting && !cleaning);
+        if power {
+            self.history.set((self.history.get().0, self.history.get().0));
+        }
+        for since in [&self.open_end, &self.ailing, &self.reverting, &self.backlog] {
+            since.set(None);
         }
     }
     fn was_not_cleaned(&self, instant: u64) -> bool {
@@ -218,6 +289,12 @@ impl Vol {
         self.forget_history();
         self.protected.set(false);
         self.switches.set(self.switches.get() + 1);
+    }
+    /// Its journal is on a sound disk: what comes after this instant must be there as long as anything.
+    pub fn trust(&self, now: u64) {
+        if self.distrusted.get() == u64::MAX {
+            self.distrusted.set(now);
+        }
     }
     /// Certainly journaled from here on.
     pub fn protect(&self) {
@@ -375,6 +452,14 @@ impl World {
                 protected: Cell::new(false),
                 history: Cell::default(),
                 history_bytes: Cell::default(),
+                distrusted: Cell::new(0),
+                kept: RefCell::default(),
+                last_look: Cell::default(),
+                lasting: Cell::default(),
+                open_end: Cell::default(),
+                ailing: Cell::default(),
+                reverting: Cell::default(),
+                backlog: Cell::default(),
                 cleaning: Cell::new(false),
                 cleaned: Cell::new(0),
                 switches: Cell::new(0),
@@ -391,6 +476,7 @@ impl World {
                 marks: RefCell::default(),
                 held: Cell::new(Some(false)),
                 forced: Cell::new(0),
+                reverts: Cell::new(0),
             })
         });
         Rc::new(Self {
@@ -442,6 +528,11 @@ impl World {
     /// When none runs: a bug of the simulator.
     pub fn running(&self) -> Rc<Running> {
         Rc::clone(self.running.borrow().as_ref().expect("called while the agent runs"))
+    }
+
+    /// Time in which the agent could do something.
+    pub fn awake_ns(&self) -> u64 {
+        self.shared.boot_ns() - self.frozen_ns.get()
     }
 
     /// The newest instant that was given out.
@@ -504,6 +595,18 @@ impl World {
     /// What lies on CDP disks may be gone, or not to be read.
     pub fn journal_fault(&self) -> bool {
         self.cdp_faulty.get() || self.damaged.get()
+    }
+
+    /// Whether what a volume's history holds of an instant may be gone or unreadable.
+    pub fn distrusts(&self, vol: &Vol, instant: u64) -> bool {
+        self.damaged.get() || instant <= vol.distrusted.get()
+    }
+
+    /// Whether a volume's journal is on a disk that does what it should, and has done so in this life of the agent.
+    pub fn journal_is_sound(&self, vol: &Vol) -> bool {
+        let fence = self.folder.fence(vol.id);
+        let place = fence.and_then(|fence| (0..self.cdp.len()).find(|i| boot::disk_id(*i) == fence.disk));
+        place.is_some_and(|place| self.cdp[place].is_sound())
     }
 
     /// What an admin was told may not be on record.

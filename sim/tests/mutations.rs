@@ -15,7 +15,7 @@ use cdp_sim::shrink::{pick, shrink};
 use cdp_sim::workload::{Action, Crash, History, Op, Setup, Then, generate};
 
 /// The fault, what it breaks, the profile that looks for it, and a seed that found it when this was written.
-const FAULTS: [(Mutation, &str, &str, u64); 28] = [
+const FAULTS: [(Mutation, &str, &str, u64); 32] = [
     (Mutation::AckBeforeAppend, "I1", "crash", 7),
     (Mutation::AckAheadOfEarlier, "I1", "crash", 399),
     (Mutation::FlushWithoutSync, "I1", "crash", 5),
@@ -26,6 +26,9 @@ const FAULTS: [(Mutation, &str, &str, u64); 28] = [
     (Mutation::CleanedUnderView, "I2", "overlap", 225),
     (Mutation::BeforeImageTwice, "I2", "crash", 0),
     (Mutation::HistoryForgotten, "I2", "crash", 0),
+    (Mutation::MarkNotDurable, "I2", "crash", 67),
+    (Mutation::EvictedForNothing, "I2", "wrap", 0),
+    (Mutation::ViewLostByAge, "I2", "views", 39),
     (Mutation::TornTailAccepted, "I3", "crash", 3),
     (Mutation::ClockPastMark, "I3", "clock", 0),
     (Mutation::DestageBeforeSync, "I4", "crash", 40),
@@ -38,9 +41,10 @@ const FAULTS: [(Mutation, &str, &str, u64); 28] = [
     (Mutation::PayloadUnchecked, "I7", "damage", 2),
     (Mutation::HoleAccepted, "I7", "damage", 4),
     (Mutation::LastFramesUnmissed, "I7", "both-fault", 500_538),
-    (Mutation::LossEndedEarly, "I5", "both-fault", 3663),
+    (Mutation::LossEndedEarly, "I5", "both-fault", 982),
     (Mutation::ErrorToGuest, "I8", "cdp-fault", 7),
     (Mutation::RecoveredBacklogDropped, "I8", "cdp-fault", 804),
+    (Mutation::NeverProtectedAgain, "I8", "cdp-fault", 1),
     (Mutation::DisabledSpanCovered, "I9", "switch", 0),
     (Mutation::BeforeImagesUncounted, "I10", "capacity", 1),
     (Mutation::ReuseEarly, "I2", "wrap", 227),

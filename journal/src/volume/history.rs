@@ -267,7 +267,7 @@ impl Volume {
             (marker, ticket)
         };
         self.kick.notify();
-        if let Some(ticket) = ticket {
+        if let Some(ticket) = ticket.filter(|_| !active(Mutation::MarkNotDurable)) {
             self.durable(&ticket).await?;
         }
         if !marker.auto {
@@ -685,7 +685,7 @@ impl Volume {
         }
         let log = Rc::clone(state.logs.front().expect("just seen"));
         let end = state.logs[1].start;
-        let viewed = state.views.values().any(|v| Rc::ptr_eq(&v.log, &log));
+        let viewed = state.views.values().any(|v| Rc::ptr_eq(&v.log, &log)) && !active(Mutation::ViewLostByAge);
         if now.saturating_sub(end.0) > duration_ns && !viewed {
             self.stats.borrow_mut().evicted_duration += 1;
             self.event_later(EventKind::Evicted, format!("log {} is older than reserve_duration", log.seq));
@@ -698,7 +698,8 @@ impl Volume {
         let mut state = self.state.borrow_mut();
         let Some(attach) = state.attach.clone() else { return };
         let usable = usable_bytes(attach.disk.geometry.segment_size);
-        if Self::total_bound(&state) + Self::revert_segments(&state, usable) + 1 > attach.capacity {
+        let capacity = if active(Mutation::EvictedForNothing) { attach.capacity / 6 } else { attach.capacity };
+        if Self::total_bound(&state) + Self::revert_segments(&state, usable) + 1 > capacity {
             self.evict_for_capacity(&mut state);
         }
     }
@@ -1219,7 +1220,7 @@ impl Volume {
                 state.on && matches!(state.health, Health::Offline | Health::RevertIncomplete) && !self.admin.get();
             state.settings.filter(|_| wants)
         };
-        let Some(settings) = settings else { return };
+        let Some(settings) = settings.filter(|_| !active(Mutation::NeverProtectedAgain)) else { return };
         let Ok(engine) = self.engine() else { return };
         if engine.pick_disk(self.id, Some(settings.reserve_capacity)).is_none() {
             return;

@@ -513,7 +513,8 @@ impl Volume {
             cdp_create_time_ns: state.created_ns,
             logs: self.log_infos(&state),
             markers: state.markers.values().cloned().collect(),
-            coverage: Self::coverage(&state),
+            // Of a failed disk nothing can be viewed, also while it is still being left.
+            coverage: if state.disk_failed() { Vec::new() } else { Self::coverage(&state) },
             used_bytes: Self::used_segments(&state) * segment_size,
             backlog_bytes: Self::backlog(&state),
             revert,
