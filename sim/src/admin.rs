@@ -502,6 +502,7 @@ async fn revert(world: &Rc<World>, vol: &Rc<Vol>, at: u64, exact: Option<u64>, f
         vol.held.set(None);
     }
     let result = handle.revert(request).await;
+    vol.revert_ends();
     vol.held.set(Some(handle.info().held));
     let after = Vol::covers(&handle.info(), target);
     let done = result.is_ok();

@@ -162,6 +162,7 @@ pub fn disk_id(i: usize) -> Uuid {
 /// Opens a volume, checks what survived and reopens its views. Answers whether it is served.
 pub async fn open(world: &Rc<World>, vol: &Rc<Vol>) -> bool {
     let running = world.running();
+    vol.revert_ends();
     let accepted = world.accepted.get().filter(|(index, _)| *index == vol.index).map(|(_, health)| health);
     let spec = VolumeSpec {
         id: vol.id,

@@ -102,7 +102,7 @@ fn history_is_kept(world: &World, vol: &Vol, info: &VolumeInfo) -> bool {
         fresh: false,
         evicted: stats.evicted_capacity,
         used_bytes: info.used_bytes,
-        reverts: vol.reverts.get(),
+        revert_steps: vol.revert_steps.get(),
         duration_s: info.settings.map_or(0, |settings| settings.reserve_duration_s),
         age: (age_now, boot_ns),
     };
@@ -115,7 +115,9 @@ fn history_is_kept(world: &World, vol: &Vol, info: &VolumeInfo) -> bool {
     let aged = |instant: u64| age_now.saturating_sub(instant) / 1_000_000_000 >= look.duration_s.min(last.duration_s);
     // An eviction before a crash may not have been counted at a look.
     let evicted = (last.fresh || stats.evicted_capacity > last.evicted)
-        && (last.used_bytes.max(look.used_bytes) > vol.capacity.get() / 4 || look.reverts > last.reverts);
+        && (last.used_bytes.max(look.used_bytes) > vol.capacity.get() / 4
+            || look.revert_steps > last.revert_steps
+            || !look.revert_steps.is_multiple_of(2));
     let mut kept = vol.kept.borrow_mut();
     kept.retain(|instant| !world.distrusts(vol, *instant));
     let gone: Vec<u64> = kept.iter().copied().filter(|instant| !Vol::covers(info, *instant)).collect();

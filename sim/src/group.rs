@@ -69,6 +69,7 @@ pub async fn revert(world: &Rc<World>, at: u64) {
     let request = RevertRequest { target: Instant(target), force: true, release: true, dry_run: false };
     let members: Vec<_> = world.volumes.iter().map(|vol| Of(vol, request)).collect();
     let results = group::revert(&members, &Folder(world), Uuid::from_u64_pair(7, number)).await;
+    world.volumes.iter().for_each(|vol| vol.revert_ends());
     let after = world.volumes.iter().all(|vol| Vol::covers(&vol.handle().info(), target));
     let done = results.iter().filter(|result| result.is_ok()).count();
     if done > 0 && done < results.len() && !world.any_fault() {

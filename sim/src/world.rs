@@ -95,8 +95,8 @@ pub struct Look {
     pub evicted: u64,
     /// Bytes of CDP disk that it occupied.
     pub used_bytes: u64,
-    /// Reverts begun by then.
-    pub reverts: u64,
+    /// See [`Vol::revert_steps`].
+    pub revert_steps: u64,
     /// Seconds of history to keep.
     pub duration_s: u64,
     /// The agent's clock of ages, and the boot clock.
@@ -173,6 +173,8 @@ pub struct Vol {
     pub held: Cell<Option<bool>>,
     /// Forced reverts begun, but for those that were refused and sent nobody away: calls that overlap one may be refused.
     pub forced: Cell<u64>,
+    /// Begins and ends of reverts, refused ones too: odd while one is under way. What one needs costs history, whatever comes of it.
+    pub revert_steps: Cell<u64>,
     /// Reverts that happened, or may have.
     pub reverts: Cell<u64>,
 }
@@ -208,7 +210,12 @@ impl Vol {
     /// A revert is asked for.
     pub fn revert_begins(&self, force: bool) {
         self.reverts.set(self.reverts.get() + 1);
+        self.revert_steps.set(self.revert_steps.get().next_multiple_of(2) + 1);
         self.forced.set(self.forced.get() + u64::from(force));
+    }
+    /// It was made or refused, or the agent died.
+    pub fn revert_ends(&self) {
+        self.revert_steps.set(self.revert_steps.get().next_multiple_of(2));
     }
     /// It was refused, certainly.
     pub fn revert_refused(&self, force: bool) {
@@ -476,6 +483,7 @@ impl World {
                 marks: RefCell::default(),
                 held: Cell::new(Some(false)),
                 forced: Cell::new(0),
+                revert_steps: Cell::new(0),
                 reverts: Cell::new(0),
             })
         });

@@ -514,7 +514,11 @@ impl Volume {
             logs: self.log_infos(&state),
             markers: state.markers.values().cloned().collect(),
             // Of a failed disk nothing can be viewed, also while it is still being left.
-            coverage: if state.disk_failed() { Vec::new() } else { Self::coverage(&state) },
+            coverage: if state.mode == Mode::Switching && state.disk_failed() {
+                Vec::new()
+            } else {
+                Self::coverage(&state)
+            },
             used_bytes: Self::used_segments(&state) * segment_size,
             backlog_bytes: Self::backlog(&state),
             revert,
