@@ -30,7 +30,7 @@ use crate::copying::{self, Copying};
 use crate::device::{Disk, DiskFile, OpenError};
 use crate::events::{EventHub, wall_ns};
 use crate::frontend::nbd::{ExportDirectory, ExportEntry, ExportInfo, ExportKind, ExportSource};
-use crate::groups::{self, Group};
+use crate::groups::Group;
 use crate::mounts::nbd::NbdDevices;
 use crate::quiesce::Quiesces;
 use crate::shard::ShardHandle;
@@ -145,6 +145,13 @@ pub(crate) struct Registry {
     disks: Vec<DiskSlot>,
     views: BTreeMap<Uuid, ViewSlot>,
     pub(crate) groups: BTreeMap<String, Group>,
+}
+
+impl Registry {
+    /// Whether a volume of this name is remembered, though it has left the configuration.
+    pub(crate) fn has_left(&self, name: &str) -> bool {
+        self.left.iter().any(|volume| volume.name == name)
+    }
 }
 
 struct VolumeSlot {
@@ -826,7 +833,6 @@ impl Control {
             }
             records.push(record.clone());
         }
-        groups::check_names(&config.groups, &saved.groups, &records)?;
         // High priority first; the sort keeps the order of equals.
         records.sort_by_key(|record| {
             let settings = saved.fences.get(&record.uuid).and_then(|fence| fence.settings);

@@ -210,7 +210,12 @@ async fn serve(
         place.views = Some(files.views().to_owned());
     }
 
-    let nbd_config = NbdConfig { connections_max: config.nbd_connections_max, ..NbdConfig::default() };
+    let nbd_config = NbdConfig {
+        connections_max: config.nbd_connections_max,
+        // As many guests as may be connected may come back at once.
+        tcp_handshakes_max: config.nbd_connections_max.max(NbdConfig::default().tcp_handshakes_max),
+        ..NbdConfig::default()
+    };
     let server = NbdServer::new(nbd_config, Arc::clone(control) as _);
     if let Some(unix) = &config.nbd.unix {
         let (listener, socket) = listen::unix(unix).context("[nbd]")?;

@@ -7,12 +7,12 @@ use uuid::Uuid;
 
 use crate::config::GroupConfig;
 use crate::control::{Control, Resolved, Terms, ViewStatus};
-use crate::state::{GroupRecord, VolumeRecord};
+use crate::state::GroupRecord;
 
 /// A group.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Group {
-    /// Its name; no volume has the same.
+    /// Its name. Neither the configuration nor a call gives it to a volume, too; but one of the two may be added, and the other be configured later.
     pub name: String,
     /// Names or uuids of its volumes.
     pub members: Vec<String>,
@@ -23,31 +23,9 @@ pub struct Group {
 /// Most groups of a host.
 const GROUPS_MAX: usize = 4096;
 
-/// Refuses groups that have the name of a volume: a call that gives it would be about the group's volumes, where its caller may mean the other one. Within
-/// the configuration, and when one is added, this is refused there; here one was added before, and the configuration has the other by now.
-pub(crate) fn check_names(
-    configured: &[GroupConfig],
-    added: &[GroupRecord],
-    volumes: &[VolumeRecord],
-) -> anyhow::Result<()> {
-    let origin = |configured| if configured { "the configuration has" } else { "was added" };
-    let configured = configured.iter().map(|group| (&group.name, true));
-    for (name, from_file) in configured.chain(added.iter().map(|group| (&group.name, false))) {
-        if let Some(volume) = volumes.iter().find(|volume| volume.name == *name) {
-            anyhow::bail!(
-                "group {name:?}, which {}, and volume {name:?} (uuid {}), which {}, have one name: give the one in the configuration another name; \
-                 the one that was added can be removed then",
-                origin(from_file),
-                volume.uuid,
-                origin(volume.configured)
-            );
-        }
-    }
-    Ok(())
-}
-
 impl Control {
-    /// The groups of the configuration, and those that were added before.
+    /// The groups of the configuration, and those that were added before. One with the name of a volume keeps nobody from being served: whoever uses that name for several
+    /// volumes is told ([`Control::group_members`]).
     pub(crate) fn take_groups(&self, configured: &[GroupConfig], added: Vec<GroupRecord>) {
         let mut registry = self.registry.write();
         for record in added {
@@ -71,8 +49,21 @@ impl Control {
     }
 
     /// The volumes of a group; `None`: there is no such group.
-    pub fn group_members(&self, name: &str) -> Option<Vec<String>> {
-        self.registry.read().groups.get(name).map(|group| group.members.clone())
+    ///
+    /// # Errors
+    /// A volume has that name, too: a forced revert, say, must not be about disks that nobody meant.
+    pub fn group_members(&self, name: &str) -> Result<Option<Vec<String>>> {
+        let Some(members) = self.registry.read().groups.get(name).map(|group| group.members.clone()) else {
+            return Ok(None);
+        };
+        match self.resolve(name) {
+            Ok(volume) => Err(Error::invalid(
+                "volumes",
+                format!("{name:?}, a group of {} and the volume {}", members.len(), volume.uuid),
+                "a name of one of both: give uuids, and one of them another name",
+            )),
+            Err(_) => Ok(Some(members)),
+        }
     }
 
     /// A group that a volume is in.
@@ -85,7 +76,7 @@ impl Control {
     /// Names volumes as one. The same group once more is no error.
     pub async fn add_group(&self, name: &str, volumes: &[Resolved]) -> Result<Group> {
         let _changing = self.changing.lock().await;
-        if self.resolve(name).is_ok() {
+        if self.resolve(name).is_ok() || self.registry.read().has_left(name) {
             return Err(Error::Exists { what: "volume", name: name.to_owned() });
         }
         // They were looked up before this call had its turn.

@@ -235,8 +235,9 @@ pub async fn while_frozen<T>(
     let thawed = thawed.map(|((guest, result), open)| thaw(guest, result.is_ok(), open, events, state));
     let thawed = join_all(thawed).await;
     let spent = began.elapsed();
-    let inside = inside?;
+    // That a guest may be frozen still is what has to be heard, whatever else went wrong.
     thawed.into_iter().collect::<Result<Vec<()>>>()?;
+    let inside = inside?;
     Ok((inside, spent))
 }
 
@@ -247,7 +248,7 @@ async fn freeze(mut guest: Guest, limit: &Limit) -> (Guest, Result<()>) {
         Ok(Ok(_)) => Ok(()),
         Ok(Err(error)) => Err(failed(&guest.path, "freeze", error)),
         Err(Over::Time) => Err(failed(&guest.path, "freeze", "no answer within the bound on the frozen time")),
-        Err(Over::Stopping) => Err(told_to_stop("the guests are thawed, and nothing is marked")),
+        Err(Over::Stopping) => Err(told_to_stop("nothing is marked")),
     };
     (guest, result)
 }

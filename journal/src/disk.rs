@@ -351,15 +351,19 @@ impl Disk {
     pub async fn unless_failed<T>(&self, future: impl Future<Output = T>) -> Result<T> {
         match select(pin!(future), pin!(self.until_failed())).await {
             Either::Left((value, _)) => Ok(value),
-            Either::Right(_) => Err(Error::Gone(format!("CDP disk {} is offline", self.path))),
+            Either::Right(_) => Err(self.offline()),
         }
     }
 
     /// An error once it has failed.
     pub fn check(&self) -> Result<()> {
+        if self.failed.borrow().is_some() { Err(self.offline()) } else { Ok(()) }
+    }
+
+    fn offline(&self) -> Error {
         match self.failure() {
-            Some(reason) => Err(Error::Gone(format!("CDP disk {} is offline: {reason}", self.path))),
-            None => Ok(()),
+            Some(reason) => Error::Gone(format!("CDP disk {} is offline: {reason}", self.path)),
+            None => Error::Gone(format!("CDP disk {} is offline", self.path)),
         }
     }
 
@@ -381,9 +385,7 @@ impl Disk {
         })
         .await;
         drop(running);
-        ended.ok_or_else(|| {
-            self.check().err().unwrap_or_else(|| Error::Gone(format!("CDP disk {} is offline", self.path)))
-        })
+        ended.ok_or_else(|| self.offline())
     }
 
     // -- I/O -----------------------------------------------------------------------------------------------------------
@@ -409,14 +411,16 @@ impl Disk {
     /// Reads `blocks` blocks; an error is the caller's alone.
     pub async fn read(&self, segment: u32, block: u32, blocks: u32) -> Result<IoBuf> {
         let at = self.geometry.at(segment, block);
-        let read = self.device.read(at, IoBuf::for_overwrite(blocks as usize * BLOCK as usize));
-        let (result, buf) = if self.recovering.get() > 0 && self.failed_writing.get() {
-            match select(read, self.host.sleep(self.stall_max_ns)).await {
+        let read = || self.device.read(at, IoBuf::for_overwrite(blocks as usize * BLOCK as usize));
+        let although_failed = || self.recovering.get() > 0 && self.failed_writing.get();
+        let guarded = if although_failed() { Err(self.offline()) } else { self.guard(read()).await };
+        let (result, buf) = match guarded {
+            // Also where it failed meanwhile, by somebody else's write.
+            Err(_) if although_failed() => match select(read(), self.host.sleep(self.stall_max_ns)).await {
                 Either::Left((done, _)) => done,
-                Either::Right(_) => return self.check().map(|()| IoBuf::zeroed(0)),
-            }
-        } else {
-            self.guard(read).await?
+                Either::Right(_) => return Err(self.offline()),
+            },
+            guarded => guarded?,
         };
         match result {
             Ok(()) => Ok(buf),

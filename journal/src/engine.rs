@@ -295,7 +295,7 @@ impl Engine {
             None => Err(unknown()),
         };
         self.closing.set(self.closing.get() - 1);
-        if let (Err(error), true) = (&result, self.stopping()) {
+        if let (Err(error), true) = (&result, mine && self.stopping()) {
             self.not_closed.borrow_mut().get_or_insert_with(|| error.clone());
         }
         self.closed.notify();
@@ -600,6 +600,10 @@ pub trait Export {
     /// Writes `len` bytes found in `data` from byte `offset % 4096` on: the frontend receives the payload into a buffer with the same alignment as on
     /// disk, so that the engine need not copy (`data.len() >= offset % 4096 + len`, rounded up to 4096). See [`payload_buf`].
     fn write(&self, offset: u64, len: u32, data: IoBuf, fua: bool) -> LocalFuture<'static, Result<()>>;
+    /// While the answer lives, a write of several parts is under way: no flush between them is taken for one at which nothing was.
+    fn begin_write(&self) -> ClientGuard {
+        ClientGuard::none()
+    }
     /// Makes the range read as zeroes; `no_hole` keeps its room on the primary.
     fn write_zeroes(&self, offset: u64, len: u32, no_hole: bool, fua: bool) -> LocalFuture<'static, Result<()>>;
     /// A hint that the content is not needed any more.

@@ -179,3 +179,47 @@ fn a_guest_does_not_wait_for_old_discards_to_be_punched() {
     assert!(longest < SECOND, "a write took {} ms", longest / 1_000_000);
     assert_eq!(left, 0, "ranges are not punched");
 }
+
+/// Goal: destaging beside the sealing of a log goes on while ranges wait to be punched.
+/// Method: each read of the CDP disk takes 0.1 s, so that sealing lasts; hundreds of ranges of an evicted log wait meanwhile. On a thread of its own: what this is about
+/// never came back.
+#[test]
+fn ranges_are_punched_beside_the_sealing_of_a_log() {
+    const RANGES: u64 = 1000;
+    let (done, over) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        let executor = Executor::new(Shared::new(107, 1_700_000_000 * SECOND));
+        let place = Place::new(160, 64);
+        let exec = Rc::clone(&executor);
+        let root = async move {
+            let host = SimHost(Rc::clone(&exec));
+            let config = EngineConfig { backlog_bytes_max: 256 << 10, ..EngineConfig::default() };
+            let (engine, volume) = place.start(&exec, config).await;
+            let export = volume.export();
+            let write = async |offset: u64| {
+                export.write(offset, BLOCK as u32, payload_buf(offset, BLOCK as u32), false).await.unwrap();
+            };
+            for range in 0..RANGES {
+                write(range * 2 * BLOCK).await;
+                export.trim(range * 2 * BLOCK, BLOCK as u32).await.unwrap();
+            }
+            host.sleep(5 * SECOND).await;
+            let first = volume.info().logs[0].seq;
+            let slow = FaultKind::Slow(SECOND / 10);
+            place.cdp.fault(Fault { on: FaultOn::Read, kind: slow, times: None, after: 0, within: None });
+            let cleaned = async { volume.clean(Some(first)).await.unwrap() };
+            let writes = async {
+                for number in 0..6000u64 {
+                    write((8192 + number * 5 % 8192) * BLOCK).await;
+                    host.sleep(SECOND / 400).await;
+                }
+            };
+            futures::join!(cleaned, writes);
+            place.cdp.heal();
+            engine.stop().await.unwrap();
+        };
+        done.send(executor.run(Box::pin(root))).unwrap();
+    });
+    let outcome = over.recv_timeout(std::time::Duration::from_secs(240)).expect("it never came back");
+    assert_eq!(outcome, Outcome::Done);
+}

@@ -271,3 +271,40 @@ fn an_undecided_revert_holds_nobody() {
         executor.kill();
     }
 }
+
+/// Goal: the fence, which alone speaks where there is no journal, knows a hold as soon as the revert is made, and none of a revert that was refused.
+#[test]
+fn the_fence_knows_the_hold_of_a_revert_that_was_made_and_of_no_other() {
+    let executor = Executor::new(Shared::new(109, 1_700_000_000 * SECOND));
+    let place = Place::new(160, 16);
+    let exec = Rc::clone(&executor);
+    let root = async move {
+        let host = SimHost(Rc::clone(&exec));
+        let (engine, volume) = place.start(&exec, EngineConfig::default()).await;
+        let export = volume.export();
+        let held = || place.folder.fence(uuid::Uuid::from_u128(2)).expect("it has one").held;
+        export.write(0, BLOCK as u32, payload_buf(0, BLOCK as u32), false).await.unwrap();
+        let target = engine.tick().await.unwrap();
+        obedient(&export);
+        volume.revert(forced(target, false)).await.unwrap();
+        assert!(held(), "it was made");
+        volume.release().await.unwrap();
+        assert!(!held(), "it was released");
+        // A client that does not go, and a CDP disk that fails meanwhile: the fence is written twice on the way out.
+        let stubborn = export.connect(true, Box::new(|| ())).unwrap();
+        let reverts = async { assert!(volume.revert(forced(target, false)).await.is_err()) };
+        let fails = async {
+            host.sleep(SECOND).await;
+            place.cdp.fault(Fault { on: FaultOn::Write, kind: FaultKind::Eio, times: None, after: 0, within: None });
+            export.write(0, BLOCK as u32, payload_buf(0, BLOCK as u32), false).await.unwrap();
+        };
+        futures::join!(reverts, fails);
+        while volume.is_leaving() {
+            host.sleep(SECOND / 10).await;
+        }
+        assert!(!volume.info().held && !held(), "it was refused");
+        drop(stubborn);
+        engine.stop().await.unwrap();
+    };
+    assert_eq!(executor.run(Box::pin(root)), Outcome::Done);
+}

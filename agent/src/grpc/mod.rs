@@ -135,8 +135,12 @@ impl Service {
         let names = request::volumes(names).map_err(|error| status(&error))?;
         let mut seen = HashSet::new();
         let mut volumes = Vec::new();
-        let members = |name: &String| self.control.group_members(name).unwrap_or_else(|| vec![name.clone()]);
-        let names: Vec<String> = names.iter().flat_map(members).collect();
+        let members = |name: &String| {
+            let group = self.control.group_members(name).map_err(|error| status(&error))?;
+            Ok(group.unwrap_or_else(|| vec![name.clone()]))
+        };
+        let names: std::result::Result<Vec<Vec<String>>, Status> = names.iter().map(members).collect();
+        let names: Vec<String> = names?.into_iter().flatten().collect();
         for name in &names {
             let resolved = self.control.resolve(name);
             if let Ok(volume) = &resolved

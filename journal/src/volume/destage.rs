@@ -243,22 +243,24 @@ impl Volume {
     /// Punches a few of the ranges that wait for it. What is written meanwhile is destaged behind it, on this same task.
     async fn punch_some(&self, disk: &Disk) {
         self.pieces_since_punch.set(0);
-        let left = || disk.failure().is_some() || self.state.borrow().attach.is_none();
         for _ in 0..PUNCHES {
             let range = {
                 let mut state = self.state.borrow_mut();
-                let range = state.punch.pop_first();
+                let left = disk.failure().is_some() || state.attach.is_none();
+                let range = state.punch.pop_first().filter(|_| !left);
+                // The rest of a long one waits its turn, where a write or a stop can still take it back.
+                let range = range.map(|(block, count)| {
+                    let now = count.min(PUNCH_BYTES_MAX / BLOCK);
+                    state.punch.insert(block + now, count - now, Instant::ZERO);
+                    self.bytes_of(block, now)
+                });
                 state.punching = range.is_some();
                 range
             };
-            let Some((block, count)) = range else { break };
-            let (start, len) = self.bytes_of(block, count);
-            let mut at = 0;
-            while at < len && !left() {
-                let step = (len - at).min(PUNCH_BYTES_MAX);
+            let Some((start, len)) = range else { break };
+            if len > 0 {
                 // A hint: a device that cannot punch loses nothing.
-                let _ = self.primary.discard(start + at, step).await;
-                at += step;
+                let _ = self.primary.discard(start, len).await;
             }
         }
         self.state.borrow_mut().punching = false;
@@ -359,6 +361,11 @@ impl Volume {
                 self.is_due(&state, next, BACKLOG_BEGINS_EIGHTHS).then(|| Some(Rc::clone(next)))
             });
             let Some(next) = next.await else { return Ok(()) };
+            // Nobody else comes to it while a log is sealed, and batches wait for it. Sealing has nothing to do with the primary.
+            if self.punch_is_due(&self.state.borrow()) {
+                self.punch_some(disk).await;
+                continue;
+            }
             self.destage_log(disk, &next).await?;
         }
     }

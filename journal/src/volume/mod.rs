@@ -139,6 +139,8 @@ pub(crate) struct State {
     pub on: bool,
     pub created_ns: u64,
     pub held: bool,
+    /// What is told of `held` outside the journal until a revert that changes it is made: it may still be refused.
+    pub held_told: Option<bool>,
     /// A forced revert has asked its clients to go: no other writer may come in their place.
     pub turning_away: bool,
     /// A revert is prepared: writes wait.
@@ -548,7 +550,7 @@ impl Volume {
             next_seq: state.next_seq + if fence_state == FenceState::Detached { 0 } else { SEQS_AHEAD },
             settings: state.settings,
             on: state.on,
-            held: state.held,
+            held: state.held_told.unwrap_or(state.held),
             created_ns: state.created_ns,
             lost_blocks: {
                 let mut lost = state.lost_blocks.clone().unwrap_or_default();
@@ -651,8 +653,8 @@ impl Volume {
         let _order = self.fence_order().await;
         let disk = {
             let state = self.state.borrow();
-            let current =
-                |fence: &Fence| (fence.on, fence.held, fence.settings) == (state.on, state.held, state.settings);
+            let held = state.held_told.unwrap_or(state.held);
+            let current = |f: &Fence| (f.on, f.held, f.settings) == (state.on, held, state.settings);
             let attached = state.attach.as_ref().filter(|a| state.mode == Mode::Journal && a.disk.failure().is_none());
             attached.filter(|_| !state.fence.as_ref().is_some_and(current)).map(|a| a.disk.id)
         };
@@ -791,6 +793,11 @@ impl Export for VolumeExport {
     fn read(&self, offset: u64, len: u32) -> LocalFuture<'static, Result<Vec<Slice>>> {
         let request = Request::of(&self.0);
         Box::pin(async move { request.0.read(offset, len).await })
+    }
+    fn begin_write(&self) -> ClientGuard {
+        let volume = Rc::clone(&self.0);
+        volume.state.borrow_mut().writes_inflight += 1;
+        ClientGuard::new(move || volume.state.borrow_mut().writes_inflight -= 1)
     }
     fn write(&self, offset: u64, len: u32, data: IoBuf, fua: bool) -> LocalFuture<'static, Result<()>> {
         let request = Request::of(&self.0);

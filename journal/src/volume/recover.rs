@@ -66,6 +66,7 @@ pub(crate) async fn open(engine: &Rc<Engine>, spec: VolumeSpec) -> Result<Rc<Vol
             on: fence.as_ref().is_some_and(|f| f.on),
             created_ns: fence.as_ref().map_or(0, |f| f.created_ns),
             held: fence.as_ref().is_some_and(|f| f.held),
+            held_told: None,
             turning_away: false,
             reverting: None,
             generation: fence.as_ref().map_or(0, |f| f.generation),
@@ -391,14 +392,18 @@ impl Volume {
                 });
             }
             // A journal that never got its first frame: nothing was acked into it.
-            disk.release(&dead).await?;
+            if let Err(error) = disk.release(&dead).await {
+                tracing::warn!(volume = %self.id, disk = %disk.path, %error, "a journal that was not begun stays there");
+            }
             if fence.generation == ANY_GENERATION {
                 self.state.borrow_mut().generation = 0;
             }
             self.go_on_without("the journal was not begun", lost_of(fence)).await?;
             return match fence.settings {
                 // The call that switched protection on was cut off: it is brought to its end.
-                Some(settings) if fence.on => self.attach_to(Some(Rc::clone(disk)), settings).await,
+                Some(settings) if fence.on && disk.failure().is_none() => {
+                    self.attach_to(Some(Rc::clone(disk)), settings).await
+                }
                 _ => Ok(()),
             };
         };

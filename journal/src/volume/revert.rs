@@ -126,6 +126,7 @@ impl Volume {
             let reverting = Self::prepared(&mut state, group)?;
             let (held, recorded) = (reverting.held_before, matches!(reverting.group, Some((_, Some(_)))));
             state.held = held;
+            state.held_told = None;
             recorded
         };
         let _lock = AdminLock::kept(self);
@@ -209,13 +210,16 @@ impl Volume {
         let held_before = self.state.borrow().held;
         if request.force {
             // Clients are disconnected, and stay out until release: a guest with stale caches must not write over the reverted state.
-            self.state.borrow_mut().held = !request.release && (writers > 0 || held_before);
+            let mut state = self.state.borrow_mut();
+            state.held_told = Some(held_before);
+            state.held = !request.release && (writers > 0 || held_before);
         }
         let reverting = Reverting { report, changed, group: group.map(|id| (id, None)), held_before };
         let ready = self.settle(engine, request, reverting).await;
         if ready.is_err() {
             let mut state = self.state.borrow_mut();
             state.held = held_before;
+            state.held_told = None;
             state.turning_away = false;
             state.reverting = None;
         }
@@ -261,6 +265,7 @@ impl Volume {
     /// The revert happens, in one step. The next log begins at the revert's own instant, so every instant from the revert on resolves in it.
     fn switch(self: &Rc<Self>, instant: Instant) -> Result<(RevertReport, Option<Rc<Ticket>>)> {
         let mut state = self.state.borrow_mut();
+        state.held_told = None;
         if state.mode != Mode::Journal || state.disk_failed() {
             if let Some(reverting) = state.reverting.take() {
                 state.held = reverting.held_before;
@@ -314,6 +319,9 @@ impl Volume {
         self.changed.notify();
         if let Some(ticket) = ticket.filter(|_| !active(Mutation::RevertNotDurable)) {
             self.durable(&ticket).await?;
+        }
+        if let Err(error) = self.refence().await {
+            tracing::warn!(volume = %self.id, %error, "the fence does not know yet that the export is held; the journal does");
         }
         self.event(
             EventKind::Reverted,

@@ -617,8 +617,8 @@ impl Connection {
         Ok(())
     }
 
-    /// Receives and makes a write for which there is no room as a whole, piece by piece; after an error the rest is only received. `None`: no more requests
-    /// are taken.
+    /// Receives and makes a write for which there is no room as a whole, piece by piece, flushed behind the last; after an error the rest is only received. `None`: no more
+    /// requests are taken.
     async fn write_in_pieces(
         self: &Rc<Self>,
         offset: u64,
@@ -628,6 +628,8 @@ impl Connection {
     ) -> (io::Result<Option<Body>>, Received) {
         let end = offset + u64::from(len);
         let mut at = offset;
+        // Half of it is no state that a flush has left.
+        let under_way = self.export.begin_write();
         while at < end {
             let step = piece(at, end);
             let charge = u64::from(step);
@@ -641,7 +643,7 @@ impl Connection {
                 return (whole.map(|_| None), received);
             }
             count(&self.stats.bytes_in, charge);
-            let body = self.execute(Command::Write, at, step, fua, payload).await;
+            let body = self.execute(Command::Write, at, step, false, payload).await;
             self.release(0, charge);
             at += charge;
             if matches!(body, Body::Error(..)) {
@@ -650,7 +652,9 @@ impl Connection {
                 return (skipped.map(|whole| whole.then_some(body)), received);
             }
         }
-        (Ok(Some(Body::Done)), received)
+        drop(under_way);
+        let body = if fua { self.execute(Command::Flush, 0, 0, false, None).await } else { Body::Done };
+        (Ok(Some(body)), received)
     }
 
     /// Waits until the request fits what may be in flight. `None`: no more requests are taken.

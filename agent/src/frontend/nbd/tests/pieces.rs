@@ -26,7 +26,7 @@ fn requests_in_pieces_are_answered_as_a_whole() {
         let data = random.bytes(len as usize);
         assert_eq!(structured.ask(command::WRITE, command::FLAG_FUA, offset, len as u32, &data).unwrap(), Answer::Ok);
         let flushes = fixture.on_shard(|state| state.disk.flushes.replace(0));
-        assert!(u64::from(flushes) >= len / SHARE_MIN, "all of it is durable");
+        assert_eq!(flushes, 1, "all of it is durable, and no part of it is told to be");
         assert!(simple.read(offset, len as u32).unwrap() == Answer::Data(data.clone()), "{offset}+{len}");
         for (flags, at_least, at_most) in [(0, 2, u32::MAX), (command::FLAG_DF, 1, 1)] {
             let mut found = vec![0; len as usize];
