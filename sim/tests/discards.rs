@@ -181,7 +181,7 @@ fn a_guest_does_not_wait_for_old_discards_to_be_punched() {
 }
 
 /// Goal: destaging beside the sealing of a log goes on while ranges wait to be punched.
-/// Method: each read of the CDP disk takes 0.1 s, so that sealing lasts; hundreds of ranges of an evicted log wait meanwhile. On a thread of its own: what this is about
+/// Method: each read of the CDP disk takes 0.1 s, so that sealing lasts; hundreds of ranges of an evicted log wait meanwhile, each of 10 ms. On a thread of its own: what this is about
 /// never came back.
 #[test]
 fn ranges_are_punched_beside_the_sealing_of_a_log() {
@@ -207,6 +207,8 @@ fn ranges_are_punched_beside_the_sealing_of_a_log() {
             let first = volume.info().logs[0].seq;
             let slow = FaultKind::Slow(SECOND / 10);
             place.cdp.fault(Fault { on: FaultOn::Read, kind: slow, times: None, after: 0, within: None });
+            let slow = FaultKind::Slow(SECOND / 100);
+            place.primary.fault(Fault { on: FaultOn::Write, kind: slow, times: None, after: 0, within: None });
             let cleaned = async { volume.clean(Some(first)).await.unwrap() };
             let writes = async {
                 for number in 0..6000u64 {
@@ -216,10 +218,11 @@ fn ranges_are_punched_beside_the_sealing_of_a_log() {
             };
             futures::join!(cleaned, writes);
             place.cdp.heal();
+            place.primary.heal();
             engine.stop().await.unwrap();
         };
         done.send(executor.run(Box::pin(root))).unwrap();
     });
-    let outcome = over.recv_timeout(std::time::Duration::from_secs(240)).expect("it never came back");
+    let outcome = over.recv_timeout(std::time::Duration::from_secs(120)).expect("it never came back");
     assert_eq!(outcome, Outcome::Done);
 }
