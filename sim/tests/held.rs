@@ -308,3 +308,43 @@ fn the_fence_knows_the_hold_of_a_revert_that_was_made_and_of_no_other() {
     };
     assert_eq!(executor.run(Box::pin(root)), Outcome::Done);
 }
+
+/// Goal: a forced revert that was refused leaves nothing in the journal either: not in what the next log carries, while its clients were waited for.
+/// Method: a client that does not go and writes more than a log's share meanwhile; then a stop and a start.
+#[test]
+fn a_refused_revert_is_no_hold_after_a_start() {
+    let place = Rc::new(Place::new(160, 16));
+    let shared = Shared::new(113, 1_700_000_000 * SECOND);
+    for start in 0..2 {
+        let executor = Executor::new(Rc::clone(&shared));
+        let (exec, place) = (Rc::clone(&executor), Rc::clone(&place));
+        let root = async move {
+            let host = SimHost(Rc::clone(&exec));
+            let (engine, volume) = place.start(&exec, EngineConfig::default()).await;
+            let export = volume.export();
+            if start == 1 {
+                assert!(!volume.info().held, "nothing was reverted");
+                engine.stop().await.unwrap();
+                return;
+            }
+            let target = engine.tick().await.unwrap();
+            let logs = volume.info().logs.len();
+            let stubborn = export.connect(true, Box::new(|| ())).unwrap();
+            let reverts = async { assert!(volume.revert(forced(target, false)).await.is_err()) };
+            let writes = async {
+                host.sleep(SECOND).await;
+                for piece in 0..128 {
+                    let (offset, len) = (piece * (64 << 10), 64 << 10);
+                    export.write(offset, len, payload_buf(offset, len), false).await.unwrap();
+                }
+                assert!(volume.info().logs.len() > logs, "no log has begun meanwhile: this shows nothing");
+                assert!(volume.info().held, "the revert is over: this shows nothing");
+            };
+            futures::join!(reverts, writes);
+            drop(stubborn);
+            engine.stop().await.unwrap();
+        };
+        assert_eq!(executor.run(Box::pin(root)), Outcome::Done);
+        executor.kill();
+    }
+}

@@ -138,7 +138,8 @@ impl Volume {
             next_seq: state.next_seq.into(),
             priority: settings.priority as u8,
             on: u8::from(state.on),
-            held: u8::from(state.held),
+            // Of a revert that may still be refused nothing is told yet.
+            held: u8::from(state.held_told.unwrap_or(state.held)),
             reserved: [0; 13],
         }
     }

@@ -651,17 +651,20 @@ impl Volume {
     /// when nobody else writes the fence.
     pub(crate) async fn refence(&self) -> Result<()> {
         let _order = self.fence_order().await;
-        let disk = {
+        let (disk, fence) = {
             let state = self.state.borrow();
             let held = state.held_told.unwrap_or(state.held);
             let current = |f: &Fence| (f.on, f.held, f.settings) == (state.on, held, state.settings);
             let attached = state.attach.as_ref().filter(|a| state.mode == Mode::Journal && a.disk.failure().is_none());
-            attached.filter(|_| !state.fence.as_ref().is_some_and(current)).map(|a| a.disk.id)
+            let Some(attach) = attached.filter(|_| !state.fence.as_ref().is_some_and(current)) else { return Ok(()) };
+            let fence = self.make_fence(&state, FenceState::Dirty, attach.disk.id, "");
+            (Rc::clone(&attach.disk), fence)
         };
-        match disk {
-            Some(disk) => self.put_fence_in_order(FenceState::Dirty, disk, "").await,
-            None => Ok(()),
+        if self.state.borrow().lost_changed {
+            // As in `store_lost_in_order`: what is not in it any more must be durable first.
+            self.sync_completed(&disk).await?;
         }
+        self.put_made_fence(fence).await
     }
 
     async fn fence_order(&self) -> Held<'_> {

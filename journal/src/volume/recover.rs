@@ -399,13 +399,13 @@ impl Volume {
                 self.state.borrow_mut().generation = 0;
             }
             self.go_on_without("the journal was not begun", lost_of(fence)).await?;
-            return match fence.settings {
-                // The call that switched protection on was cut off: it is brought to its end.
-                Some(settings) if fence.on && disk.failure().is_none() => {
-                    self.attach_to(Some(Rc::clone(disk)), settings).await
-                }
-                _ => Ok(()),
-            };
+            // The call that switched protection on was cut off: it is brought to its end. Where the disk fails in that, the volume is served without, and that is all.
+            if let Some(settings) = fence.settings.filter(|_| fence.on && disk.failure().is_none())
+                && let Err(error) = self.attach_to(Some(Rc::clone(disk)), settings).await
+            {
+                tracing::warn!(volume = %self.id, %error, "not protected again yet");
+            }
+            return Ok(());
         };
         let control = fold(&base_scan.side, base_seq, &disk.path, undecided)?;
         if control.settings.generation.get() != fence.generation && fence.generation != ANY_GENERATION {

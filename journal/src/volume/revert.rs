@@ -16,7 +16,7 @@ use super::{AdminLock, Mode, State, Ticket, Volume};
 use crate::engine::{Engine, RevertRequest};
 use crate::error::{Error, Result};
 use crate::fence::FenceState;
-use crate::format::ControlKind;
+use crate::format::{ControlKind, ControlSettings};
 use crate::group::MEMBERS_MAX;
 use crate::index::Touched;
 use crate::info::{EventKind, RevertReport};
@@ -305,7 +305,7 @@ impl Volume {
         blocks: u64,
         ids: &[u8],
     ) -> Rc<Ticket> {
-        let settings = state.held.then(|| Self::settings_row(state));
+        let settings = state.held.then(|| ControlSettings { held: 1, ..Self::settings_row(state) });
         let frame = self.open_frame(state, log, 0, true);
         if let Some(row) = settings {
             frame.builder.push_control(ControlKind::Settings, Instant::ZERO, 0, 0, row.as_bytes());

@@ -629,7 +629,7 @@ impl Connection {
         let end = offset + u64::from(len);
         let mut at = offset;
         // Half of it is no state that a flush has left.
-        let under_way = self.export.begin_write();
+        let mut under_way = None;
         while at < end {
             let step = piece(at, end);
             let charge = u64::from(step);
@@ -643,6 +643,7 @@ impl Connection {
                 return (whole.map(|_| None), received);
             }
             count(&self.stats.bytes_in, charge);
+            under_way.get_or_insert_with(|| self.export.begin_write());
             let body = self.execute(Command::Write, at, step, false, payload).await;
             self.release(0, charge);
             at += charge;
