@@ -139,7 +139,7 @@ impl Volume {
             priority: settings.priority as u8,
             on: u8::from(state.on),
             // Of a revert that may still be refused nothing is told yet.
-            held: u8::from(state.held_told.unwrap_or(state.held)),
+            held: u8::from(state.told_held()),
             reserved: [0; 13],
         }
     }

@@ -139,7 +139,7 @@ pub(crate) struct State {
     pub on: bool,
     pub created_ns: u64,
     pub held: bool,
-    /// What is told of `held` outside the journal until a revert that changes it is made: it may still be refused.
+    /// What is told of `held` until a revert that changes it is made: it may still be refused.
     pub held_told: Option<bool>,
     /// A forced revert has asked its clients to go: no other writer may come in their place.
     pub turning_away: bool,
@@ -235,6 +235,11 @@ impl State {
     /// Whether the CDP disk that holds the journal has failed, and was not left yet.
     pub fn disk_failed(&self) -> bool {
         self.attach.as_ref().is_some_and(|a| a.disk.failure().is_some())
+    }
+
+    /// What the journal and the fence are told of `held`.
+    pub fn told_held(&self) -> bool {
+        self.held_told.unwrap_or(self.held)
     }
 
     /// Whether a block's content at the start of a log was lost: what the primary holds of it is not that.
@@ -550,7 +555,7 @@ impl Volume {
             next_seq: state.next_seq + if fence_state == FenceState::Detached { 0 } else { SEQS_AHEAD },
             settings: state.settings,
             on: state.on,
-            held: state.held_told.unwrap_or(state.held),
+            held: state.told_held(),
             created_ns: state.created_ns,
             lost_blocks: {
                 let mut lost = state.lost_blocks.clone().unwrap_or_default();
@@ -653,8 +658,7 @@ impl Volume {
         let _order = self.fence_order().await;
         let (disk, fence) = {
             let state = self.state.borrow();
-            let held = state.held_told.unwrap_or(state.held);
-            let current = |f: &Fence| (f.on, f.held, f.settings) == (state.on, held, state.settings);
+            let current = |f: &Fence| (f.on, f.held, f.settings) == (state.on, state.told_held(), state.settings);
             let attached = state.attach.as_ref().filter(|a| state.mode == Mode::Journal && a.disk.failure().is_none());
             let Some(attach) = attached.filter(|_| !state.fence.as_ref().is_some_and(current)) else { return Ok(()) };
             let fence = self.make_fence(&state, FenceState::Dirty, attach.disk.id, "");

@@ -65,10 +65,7 @@ impl Part {
 
     /// Keeps its segments while they are read.
     fn hold(&self) -> Result<ReadPin> {
-        if self.has_left() {
-            return Err(Error::Gone(format!("log {} has left the history meanwhile", self.log.seq)));
-        }
-        Ok(self.log.pin())
+        held(&self.log, self.has_left())
     }
 
     /// What was found, or nothing where the log has left: the history is now without it.
@@ -284,9 +281,9 @@ impl Part {
     }
 }
 
-/// Keeps a log while it is read, if it is part of the history still.
-fn held(log: &Rc<Log>) -> Result<ReadPin> {
-    if log.state.borrow().gone {
+/// Keeps a log while it is read, unless what is read has left the history.
+fn held(log: &Rc<Log>, has_left: bool) -> Result<ReadPin> {
+    if has_left {
         return Err(Error::Gone(format!("log {} has left the history meanwhile", log.seq)));
     }
     Ok(log.pin())
@@ -546,7 +543,7 @@ impl Volume {
         let mut changed = Touched::default();
         for (log, end) in row {
             // One at a time: the guest may need the room of the others.
-            let _pin = held(&log)?;
+            let _pin = held(&log, log.state.borrow().gone)?;
             let (whole, by_writes) = {
                 let state = log.state.borrow();
                 let reverted = state.close_reason == CloseReason::Reverted as u32 && end <= to;
@@ -588,7 +585,7 @@ impl Volume {
         };
         let mut changed = Touched::default();
         for log in row {
-            let _pin = held(&log)?;
+            let _pin = held(&log, log.state.borrow().gone)?;
             self.add_touched(&log, &mut changed).await?;
         }
         Ok(changed)

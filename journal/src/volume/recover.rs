@@ -308,9 +308,7 @@ impl Volume {
         for disk in engine.disk_list() {
             let old: Vec<_> = disk.segments_of(self.id).into_iter().map(|(s, _)| s).collect();
             // What stays is never redone: it is freed before anything of this volume is written there.
-            if let Err(error) = disk.release(&old).await {
-                tracing::warn!(volume = %self.id, disk = %disk.path, %error, "what a dead journal left there stays");
-            }
+            self.try_release(&disk, &old).await;
         }
     }
 
@@ -320,9 +318,14 @@ impl Volume {
         for other in engine.disk_list().iter().filter(|d| d.id != disk.id && d.failure().is_none()) {
             let segments = other.segments_of(self.id).into_iter();
             let old: Vec<_> = segments.filter(|(_, entry)| entry.log_seq.get() < oldest).map(|(s, _)| s).collect();
-            if let Err(error) = other.release(&old).await {
-                tracing::warn!(volume = %self.id, disk = %other.path, %error, "what an older journal left there stays");
-            }
+            self.try_release(other, &old).await;
+        }
+    }
+
+    /// Frees segments that nothing needs; a disk that cannot be written keeps them.
+    async fn try_release(&self, disk: &Disk, segments: &[SegmentRef]) {
+        if let Err(error) = disk.release(segments).await {
+            tracing::warn!(volume = %self.id, disk = %disk.path, %error, "segments that nothing needs stay there");
         }
     }
 
@@ -392,9 +395,7 @@ impl Volume {
                 });
             }
             // A journal that never got its first frame: nothing was acked into it.
-            if let Err(error) = disk.release(&dead).await {
-                tracing::warn!(volume = %self.id, disk = %disk.path, %error, "a journal that was not begun stays there");
-            }
+            self.try_release(disk, &dead).await;
             if fence.generation == ANY_GENERATION {
                 self.state.borrow_mut().generation = 0;
             }
@@ -565,9 +566,7 @@ impl Volume {
             self.check_destaged(watermark).await?;
         }
         // Before anything is appended: a segment that was cut off must not follow the new one. On a disk that cannot be written nothing will be.
-        if let Err(error) = disk.release(&dead).await {
-            tracing::warn!(volume = %self.id, disk = %disk.path, %error, "recovered from a CDP disk that cannot be written");
-        }
+        self.try_release(disk, &dead).await;
         self.resume_journal_after_recovery(engine, disk, control.reverted_at, detaching).await?;
         self.event(
             EventKind::Recovered,
