@@ -7,9 +7,9 @@ use std::rc::Rc;
 
 use cdp_journal::info::Settings;
 use cdp_journal::{BLOCK, EngineConfig, Host as _, payload_buf};
-use cdp_sim::disk::{Fault, FaultKind, FaultOn};
+use cdp_sim::disk::{FaultKind, FaultOn};
 use cdp_sim::executor::{Executor, Outcome, Shared, SimHost};
-use common::{Place, SECOND};
+use common::{Place, SECOND, every};
 
 /// Goal: discards one by one, each of which takes a frame of its own, end logs like anything else: history that they have no use for is kept, and no guest
 /// waits for room that nothing can make.
@@ -76,7 +76,7 @@ fn nothing_discarded_is_punched_over_what_was_written_since() {
         let on_disk = |offset: u64| place.primary.peek(offset, 1)[0];
         assert!(places.iter().all(|offset| on_disk(*offset) == 1), "nothing was punched before its time");
         let slow = FaultKind::Slow(SECOND / 10);
-        place.primary.fault(Fault { on: FaultOn::Write, kind: slow, times: None, after: 0, within: None });
+        place.primary.fault(every(FaultOn::Write, slow));
         let mut waited = 0;
         while places.iter().all(|offset| on_disk(*offset) == 1) {
             host.sleep(SECOND / 100).await;
@@ -107,7 +107,7 @@ fn zeroes_wait_for_room_in_the_backlog() {
         let config = EngineConfig { backlog_bytes_max: BACKLOG, ..EngineConfig::default() };
         let (engine, volume) = place.start(&exec, config).await;
         let slow = FaultKind::Slow(3600 * SECOND);
-        place.primary.fault(Fault { on: FaultOn::Write, kind: slow, times: None, after: 0, within: None });
+        place.primary.fault(every(FaultOn::Write, slow));
         let acked = Cell::new(0u64);
         let export = volume.export();
         let zeroes = async {
@@ -158,7 +158,7 @@ fn a_guest_does_not_wait_for_old_discards_to_be_punched() {
         }
         host.sleep(5 * SECOND).await;
         let slow = FaultKind::Slow(SECOND / 100);
-        place.primary.fault(Fault { on: FaultOn::Write, kind: slow, times: None, after: 0, within: None });
+        place.primary.fault(every(FaultOn::Write, slow));
         let first = volume.info().logs[0].seq;
         volume.clean(Some(first)).await.unwrap();
         let mut longest = 0;
@@ -206,9 +206,9 @@ fn ranges_are_punched_beside_the_sealing_of_a_log() {
             host.sleep(5 * SECOND).await;
             let first = volume.info().logs[0].seq;
             let slow = FaultKind::Slow(SECOND / 10);
-            place.cdp.fault(Fault { on: FaultOn::Read, kind: slow, times: None, after: 0, within: None });
+            place.cdp.fault(every(FaultOn::Read, slow));
             let slow = FaultKind::Slow(SECOND / 100);
-            place.primary.fault(Fault { on: FaultOn::Write, kind: slow, times: None, after: 0, within: None });
+            place.primary.fault(every(FaultOn::Write, slow));
             let cleaned = async { volume.clean(Some(first)).await.unwrap() };
             let writes = async {
                 for number in 0..6000u64 {

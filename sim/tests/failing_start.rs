@@ -9,17 +9,13 @@ use cdp_journal::info::Health;
 use cdp_journal::{BLOCK, EngineConfig, Host as _, payload_buf};
 use cdp_sim::disk::{Fault, FaultKind, FaultOn};
 use cdp_sim::executor::{Executor, Outcome, Shared, SimHost};
-use common::{Place, SECOND};
+use common::{Place, SECOND, every};
 
 const PIECE: u32 = 64 << 10;
 const PIECES: u64 = 12;
 
-fn every(on: FaultOn) -> Fault {
-    Fault { on, kind: FaultKind::Eio, times: None, after: 0, within: None }
-}
-
 fn unreadable(at: u64) -> Fault {
-    Fault { on: FaultOn::Read, kind: FaultKind::Eio, times: None, after: 0, within: Some((at, BLOCK)) }
+    Fault { within: Some((at, BLOCK)), ..every(FaultOn::Read, FaultKind::Eio) }
 }
 
 /// Writes, flushed, more than half a segment, so that there is a spare one. Then `more`, and a kill.
@@ -80,7 +76,7 @@ fn a_journal_on_a_disk_that_cannot_be_written_is_redone() {
     for on in [FaultOn::Write, FaultOn::Sync] {
         let (shared, place) = (Shared::new(59, 1_700_000_000 * SECOND), Rc::new(Place::new(160, 16)));
         killed(&shared, &place, async |_, _, _| ());
-        place.cdp.fault(every(on));
+        place.cdp.fault(every(on, FaultKind::Eio));
         assert_eq!(health_at_start(&shared, &place), Health::Offline, "{on:?}");
     }
 }
@@ -90,14 +86,14 @@ fn a_journal_on_a_disk_that_cannot_be_written_is_redone() {
 fn a_volume_that_has_left_a_broken_disk_is_served_while_that_is_broken() {
     let (shared, place) = (Shared::new(61, 1_700_000_000 * SECOND), Rc::new(Place::new(160, 16)));
     killed(&shared, &place, async |place, host, volume| {
-        place.cdp.fault(every(FaultOn::Write));
+        place.cdp.fault(every(FaultOn::Write, FaultKind::Eio));
         let offset = u64::from(PIECE) * 20;
         volume_write(volume, offset).await;
         while volume.info().health != Health::Offline || volume.is_leaving() {
             host.sleep(SECOND).await;
         }
     });
-    place.cdp.fault(every(FaultOn::Write));
+    place.cdp.fault(every(FaultOn::Write, FaultKind::Eio));
     assert_eq!(health_at_start(&shared, &place), Health::Offline);
 }
 

@@ -7,9 +7,9 @@ use std::rc::Rc;
 
 use cdp_journal::RevertRequest;
 use cdp_journal::{BLOCK, ClientGuard, EngineConfig, Host as _, payload_buf};
-use cdp_sim::disk::{Fault, FaultKind, FaultOn};
+use cdp_sim::disk::{FaultKind, FaultOn};
 use cdp_sim::executor::{Executor, Outcome, Shared, SimHost};
-use common::{Place, SECOND};
+use common::{Place, SECOND, every};
 
 fn forced(target: cdp_journal::Instant, release: bool) -> RevertRequest {
     RevertRequest { target, force: true, release, dry_run: false }
@@ -89,8 +89,7 @@ fn a_held_export_stays_held_without_its_journal() {
                     obedient(&export);
                     volume.revert(forced(target, false)).await.unwrap();
                     volume.revert_done().await.unwrap();
-                    let broken =
-                        Fault { on: FaultOn::Write, kind: FaultKind::Eio, times: None, after: 0, within: None };
+                    let broken = every(FaultOn::Write, FaultKind::Eio);
                     place.cdp.fault(broken);
                     volume
                         .mark("x", cdp_journal::info::MarkerKind::Crash, engine.tick().await.unwrap())
@@ -174,7 +173,6 @@ fn a_revert_on_a_failed_disk_loses_nothing() {
         let target = engine.tick().await.unwrap();
         write(0, 2).await;
         host.sleep(5 * SECOND).await;
-        let every = |on, kind| Fault { on, kind, times: None, after: 0, within: None };
         place.primary.fault(every(FaultOn::Write, FaultKind::Slow(10 * SECOND)));
         write(8 * BLOCK, 3).await;
         host.sleep(3 * SECOND).await;
@@ -226,7 +224,7 @@ fn a_disk_that_fails_while_a_revert_makes_room_stops_nobody() {
             fill(0, 60).await;
             host.sleep(10 * SECOND).await;
             engine.tick().await.unwrap();
-            place.cdp.fault(Fault { on: FaultOn::Sync, kind: FaultKind::Hang, times: None, after: 0, within: None });
+            place.cdp.fault(every(FaultOn::Sync, FaultKind::Hang));
             let reverted = volume.revert(forced(target, true)).await;
             told.set(reverted.is_err());
             fill(0, 1).await;
@@ -295,7 +293,7 @@ fn the_fence_knows_the_hold_of_a_revert_that_was_made_and_of_no_other() {
         let reverts = async { assert!(volume.revert(forced(target, false)).await.is_err()) };
         let fails = async {
             host.sleep(SECOND).await;
-            place.cdp.fault(Fault { on: FaultOn::Write, kind: FaultKind::Eio, times: None, after: 0, within: None });
+            place.cdp.fault(every(FaultOn::Write, FaultKind::Eio));
             export.write(0, BLOCK as u32, payload_buf(0, BLOCK as u32), false).await.unwrap();
         };
         futures::join!(reverts, fails);

@@ -6,9 +6,9 @@ use std::rc::Rc;
 
 use cdp_journal::info::{CdpState, Health, Priority, Settings};
 use cdp_journal::{BLOCK, Engine, EngineConfig, Host as _, InitOptions, VolumeSpec, payload_buf};
-use cdp_sim::disk::{Fault, FaultKind, FaultOn, SimDisk};
+use cdp_sim::disk::{FaultKind, FaultOn, SimDisk};
 use cdp_sim::executor::{Executor, Outcome, Shared, SimHost};
-use common::{Place, SECOND};
+use common::{Place, SECOND, every};
 use uuid::Uuid;
 
 const MIB: u64 = 1 << 20;
@@ -96,7 +96,7 @@ fn what_a_journal_left_on_another_disk_is_freed_at_the_next_start() {
             let export = volume.export();
             let write = async || export.write(0, BLOCK as u32, payload_buf(0, BLOCK as u32), false).await.unwrap();
             write().await;
-            place.cdp.fault(Fault { on: FaultOn::Write, kind: FaultKind::Eio, times: None, after: 0, within: None });
+            place.cdp.fault(every(FaultOn::Write, FaultKind::Eio));
             write().await;
             while engine.disks().iter().all(|disk| disk.id != id || disk.segments == disk.segments_free)
                 || volume.info().health != Health::Ok

@@ -6,9 +6,9 @@ use std::cell::Cell;
 use std::rc::Rc;
 
 use cdp_journal::{BLOCK, EngineConfig, Host as _, Instant, Volume, payload_buf};
-use cdp_sim::disk::{Fault, FaultKind, FaultOn};
+use cdp_sim::disk::{FaultKind, FaultOn};
 use cdp_sim::executor::{Executor, Outcome, Shared, SimHost};
-use common::{Place, SECOND};
+use common::{Place, SECOND, every};
 
 const PIECE: u32 = 64 << 10;
 
@@ -77,7 +77,7 @@ fn a_guest_does_not_wait_for_a_long_query() {
             }
             host.sleep(10 * SECOND).await;
             let slow = FaultKind::Slow(SECOND / 10);
-            place.cdp.fault(Fault { on: FaultOn::Read, kind: slow, times: None, after: 0, within: None });
+            place.cdp.fault(every(FaultOn::Read, slow));
             let over = Cell::new(false);
             let queries = async {
                 while queried && !over.get() {

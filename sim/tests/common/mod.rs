@@ -7,12 +7,17 @@ use std::sync::Arc;
 use cdp_journal::clock::HostClock;
 use cdp_journal::info::{Priority, Settings};
 use cdp_journal::{Engine, EngineConfig, InitOptions, Instant, Volume, VolumeSpec};
-use cdp_sim::disk::SimDisk;
+use cdp_sim::disk::{Fault, FaultKind, FaultOn, SimDisk};
 use cdp_sim::executor::{Executor, SimHost};
 use cdp_sim::store::Folder;
 use uuid::Uuid;
 
 pub const SECOND: u64 = 1_000_000_000;
+
+/// A fault of every call of a kind, until the disk is healed.
+pub fn every(on: FaultOn, kind: FaultKind) -> Fault {
+    Fault { on, kind, times: None, after: 0, within: None }
+}
 
 /// Where the volume lives, over all starts.
 pub struct Place {
