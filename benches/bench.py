@@ -785,7 +785,7 @@ def many_agent(b, folder, more=""):
 def scaling(b):
     """Many volumes on one CDP disk, written at once."""
     counts = [1, 8] if b.args.quick else [1, 2, 8, 64]
-    sums, requests, straight = {count: [] for count in counts}, {count: [] for count in counts}, {1: [], counts[-1]: []}
+    sums, requests, straight, each = {count: [] for count in counts}, {count: [] for count in counts}, {1: [], counts[-1]: []}, {1: [], counts[-1]: []}
     folder = b.path("many")
     os.makedirs(folder)
     # All together are as large as the volume of the other rows: the backlogs must not hold them.
@@ -808,22 +808,33 @@ def scaling(b):
             command = ["fio", "--ioengine=nbd", "--rw=write", "--bs=1m", "--iodepth=2", f"--size={mib}m", "--thread", f"--loops={-(-reserve // mib)}"]
             b.shown([*command, f"--name={names[0]}", uri(names[0]), "AND SO ON"])
             run(*command, *(part for name in names[group:group + 8] for part in (f"--name={name}", uri(name))), timeout=1200)
-        rounds = [count for number in range(b.pairs) for count in counts[::1 if number % 2 else -1] if b.args.full or count in (1, counts[-1]) or number == 0]
-        for count in rounds:
+
+        def at_once(count, depth):
+            """4K writes/s of the first so many volumes together, so many in flight in each."""
             jobs = [part for name in names[:count] for part in (f"--name={name}", uri(name))]
-            # The same requests in flight in all.
-            command = ["fio", "--ioengine=nbd", "--rw=randwrite", "--bs=4k", f"--iodepth={max(1, 64 // count)}", f"--size={mib}m", "--randrepeat=0",
+            command = ["fio", "--ioengine=nbd", "--rw=randwrite", "--bs=4k", f"--iodepth={depth}", f"--size={mib}m", "--randrepeat=0",
                        "--norandommap", "--time_based", f"--runtime={b.seconds}", f"--ramp_time={round(min(1, b.ramp) * 1000)}ms", "--thread", "--output-format=json"]
             b.shown([*command, *jobs[:2], *(["AND SO ON"] if count > 1 else [])])
-            before, began = disk_requests(folder), time.monotonic()
             out = run(*command, *jobs, timeout=300)
-            seconds, after = time.monotonic() - began, disk_requests(folder)
-            sums[count].append(sum(job["write"]["iops"] for job in json.loads(out[out.index("{"):])["jobs"]))
-            if before is not None:
-                requests[count].append((after - before) / seconds)
+            return sum(job["write"]["iops"] for job in json.loads(out[out.index("{"):])["jobs"])
+
+        def settle():
             deadline = time.monotonic() + 30
             while any(volume["backlog_bytes"] for volume in json.loads(ctl("list"))["list"]) and time.monotonic() < deadline:
                 time.sleep(0.2)
+
+        rounds = [count for number in range(b.pairs) for count in counts[::1 if number % 2 else -1] if b.args.full or count in (1, counts[-1]) or number == 0]
+        for count in rounds:
+            before, began = disk_requests(folder), time.monotonic()
+            # The same requests in flight in all.
+            sums[count].append(at_once(count, max(1, 64 // count)))
+            seconds, after = time.monotonic() - began, disk_requests(folder)
+            if before is not None:
+                requests[count].append((after - before) / seconds)
+            settle()
+            if b.args.full and count in each:
+                each[count].append(at_once(count, 32))
+                settle()
             if count in straight:
                 # What the disk gives for one file and for all, past the agent: the content of these volumes is nobody's, and they go at the end of this step.
                 command = ["fio", "--ioengine=io_uring", "--direct=1", "--rw=randwrite", "--bs=4k", f"--iodepth={max(1, 64 // count)}", f"--size={mib}m", "--randrepeat=0",
@@ -835,7 +846,7 @@ def scaling(b):
     finally:
         end(agent)
         shutil.rmtree(folder)
-    b.facts["scaling"], b.facts["scaling_disk_requests"], b.facts["scaling_straight"] = sums, requests, straight
+    b.facts["scaling"], b.facts["scaling_disk_requests"], b.facts["scaling_straight"], b.facts["scaling_each"] = sums, requests, straight, each
     # What a write costs the disk: alone in its volume, a write has an append of its own.
     asked = ""
     if requests[1]:
@@ -844,6 +855,9 @@ def scaling(b):
                  f"{many / statistics.median(sums[counts[-1]]):.1f} for a write")
     b.row("scaling", f"sum of IOPS of {counts[-1]} volumes written at once / one volume's", (">=", 0.9), [many / one for many, one in zip(sums[counts[-1]], sums[1])],
           note=f"64 requests in flight in all, each volume {mib} MiB{asked}; the best of the counts: {max(statistics.median(of) for of in sums.values()):,.0f}/s" + ("; 64 volumes without QUICK=1" if b.args.quick else ""))
+    if b.args.full:
+        b.row("scaling_each", f"the same, 32 requests in flight in each volume: {counts[-1]} of them / one", (">=", 0.9), [many / one for many, one in zip(each[counts[-1]], each[1])],
+              note=f"in the same rounds; {statistics.median(each[1]):,.0f}/s in one volume of {mib} MiB, {statistics.median(each[counts[-1]]):,.0f}/s in all")
     b.row("scaling_limit", f"the same, fio straight on those files: {counts[-1]} of them / one", (None, None), [many / one for many, one in zip(straight[counts[-1]], straight[1])],
           note=f"64 requests in flight in all, in the same rounds; {statistics.median(straight[1]):,.0f}/s on one file of {mib} MiB, "
           f"{statistics.median(straight[counts[-1]]):,.0f}/s on all")
@@ -856,7 +870,7 @@ def curves(b):
     rounds = 2 if b.args.full else 1
     # Fewer points where the whole run is to take less than 20 minutes.
     depths, fewer = ([1, 2, 4, 8, 16, 32, 64, 128], [1, 4, 16, 64]) if b.args.full else ([1, 4, 16, 64], [1, 16, 64])
-    sizes = ["4k", "16k", "64k", "256k", "1m"] if b.args.full else ["4k", "16k", "64k", "1m"]
+    sizes = ["4k", "16k", "64k", "256k", "1m"] if b.args.full else ["4k", "64k", "1m"]
     sets = sorted({64, 256, min(1024, b.size), min(4096, b.size), b.size} if b.args.full else {64, min(1024, b.size), b.size})
     kib = lambda text: int(text[:-1]) * (1024 if text.endswith("m") else 1)
 
