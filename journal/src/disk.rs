@@ -178,13 +178,11 @@ impl Disk {
     ) -> Result<Rc<Disk>> {
         let fail = |op: &'static str, e: io::Error| Error::device(op, path.clone(), &e);
         // No watch runs yet: a disk that hangs is given up after the stall bound.
-        let timed =
-            async |read: LocalFuture<'static, (io::Result<()>, IoBuf)>| match select(read, host.sleep(stall_max_ns))
-                .await
-            {
-                Either::Left((done, _)) => done,
-                Either::Right(_) => (Err(io::Error::from_raw_os_error(110)), IoBuf::zeroed(4096)),
-            };
+        let timed_out = || io::Error::from_raw_os_error(110);
+        let timed = async |read: LocalFuture<'static, (io::Result<()>, IoBuf)>| {
+            let done = in_time(read, &*host, stall_max_ns).await;
+            done.unwrap_or_else(|| (Err(timed_out()), IoBuf::zeroed(4096)))
+        };
         let mut best: Option<Superblock> = None;
         let mut wrong_version = None;
         let mut unreadable = None;
@@ -272,10 +270,7 @@ impl Disk {
         let free = (0u32..).zip(&entries).filter(|(_, e)| e.state == 0).map(|(i, _)| i).collect();
         // What a killed agent wrote last may be in the drive's cache alone. Whatever is done by it from now on, such as overwriting the older copy of a page, must not become
         // durable before it.
-        let synced = match select(device.sync(), host.sleep(stall_max_ns)).await {
-            Either::Left((done, _)) => done,
-            Either::Right(_) => Err(io::Error::from_raw_os_error(110)),
-        };
+        let synced = in_time(device.sync(), &*host, stall_max_ns).await.unwrap_or_else(|| Err(timed_out()));
         let disk = Rc::new(Disk {
             id,
             path,
@@ -416,10 +411,10 @@ impl Disk {
         let guarded = if although_failed() { Err(self.offline()) } else { self.guard(read()).await };
         let (result, buf) = match guarded {
             // Also where it failed meanwhile, by somebody else's write.
-            Err(_) if although_failed() => match select(read(), self.host.sleep(self.stall_max_ns)).await {
-                Either::Left((done, _)) => done,
-                Either::Right(_) => return Err(self.offline()),
-            },
+            Err(_) if although_failed() => {
+                let done = in_time(read(), &*self.host, self.stall_max_ns).await;
+                done.ok_or_else(|| self.offline())?
+            }
             guarded => guarded?,
         };
         match result {
@@ -771,6 +766,14 @@ impl PageReader for Disk {
 
     fn cached(&self, segment: u32, block: u32, crc: u32) -> Option<Rc<IndexPage>> {
         self.cache.borrow_mut().get((self.cache_id, segment, block), crc)
+    }
+}
+
+/// What a call answers, or nothing where it outlives the stall bound: of a disk over which nobody watches yet, or not any more.
+async fn in_time<T>(call: LocalFuture<'static, T>, host: &dyn Host, stall_max_ns: u64) -> Option<T> {
+    match select(call, host.sleep(stall_max_ns)).await {
+        Either::Left((answer, _)) => Some(answer),
+        Either::Right(_) => None,
     }
 }
 

@@ -4,6 +4,9 @@
 //! by a sync is remembered as a list of sectors; at a power cut any subset of those survives, in any order, and a physical
 //! sector (4 KiB) that an unsynced write covered only in part may come out as garbage. A kill of the process leaves what had
 //! completed and any part of what was in flight; it stays unsynced. Calls complete after a random time and out of order.
+//!
+//! A file's modification time moves with writes, zeroes and discards, between a call and its answer; only `sync_all` keeps it from being taken back by a power
+//! cut. A discard makes zeroes, or leaves what it likes as it was (see [`SimDisk::set_lazy_discards`]).
 
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
@@ -12,7 +15,7 @@ use std::rc::Rc;
 
 use cdp_journal::{Allocation, Device, Identity, IoBuf, LocalFuture, Slice};
 
-use crate::executor::{Completion, Executor};
+use crate::executor::{Completion, Executor, Shared};
 use crate::rng::{Rng, mix};
 
 /// Bytes of a page of the simulation.
@@ -72,7 +75,7 @@ pub struct Fault {
     pub times: Option<u32>,
     /// Calls that pass before it begins to hit.
     pub after: u32,
-    /// Only calls that touch these bytes.
+    /// Only calls that touch bytes from the first up to the second; a sync touches none.
     pub within: Option<(u64, u64)>,
 }
 
@@ -88,6 +91,8 @@ struct Piece {
     data: Option<Rc<Page>>,
     /// Zeroes that may become a hole.
     punch: bool,
+    /// Zeroes of a discard that is a hint.
+    hint: bool,
 }
 
 struct Unsynced {
@@ -160,8 +165,9 @@ struct State {
     gone: bool,
     hung: Vec<Box<dyn FnOnce()>>,
     mtime_ns: u64,
+    /// What a power cut may take it back to.
     mtime_stable_ns: u64,
-    /// Number of the newest sync that was called, and of the newest that completed.
+    /// Number of the newest sync that was called, and of the newest `sync_all` that completed.
     syncs: (u64, u64),
     misuse: Option<String>,
     calls: u64,
@@ -184,6 +190,8 @@ pub struct SimDisk {
     slow_ns: Cell<u64>,
     /// Many calls take long.
     stragglers: Cell<bool>,
+    /// A discard need not make zeroes.
+    lazy_discards: Cell<bool>,
     state: RefCell<State>,
 }
 
@@ -208,6 +216,7 @@ impl SimDisk {
             number,
             slow_ns: Cell::new(0),
             stragglers: Cell::new(false),
+            lazy_discards: Cell::new(false),
             state: RefCell::new(State {
                 size,
                 told: size,
@@ -238,6 +247,12 @@ impl SimDisk {
     /// From now on one call of eight takes 1 to 60 ms, not one of 64.
     pub fn set_stragglers(&self, stragglers: bool) {
         self.stragglers.set(stragglers);
+    }
+
+    /// From now on a discard is a hint, as most drives take it: of the physical sectors that it covers whole any become zeroes, and the others keep what they
+    /// hold; so too after a power cut. Otherwise, as of a file, it makes zeroes.
+    pub fn set_lazy_discards(&self, lazy: bool) {
+        self.lazy_discards.set(lazy);
     }
 
     /// The device as one incarnation of the agent sees it.
@@ -425,6 +440,8 @@ impl SimDisk {
                     Survival::PrefixTorn => 0,
                     Survival::MostlyNot => (rng.bits() & rng.bits() & rng.bits()) as u8,
                 };
+                // A discard is not torn.
+                let keep = if piece.hint && self.has_large_sectors() { 0xff * (keep & 1) } else { keep };
                 state.stable.apply_masked(piece, piece.mask & keep);
             }
             if damage {
@@ -460,7 +477,32 @@ impl SimDisk {
     /// Which sectors of a page a write leaves that is cut off while the power stays on: a physical sector is written whole or not at all.
     fn part_of(&self, mask: u8, rng: &Rng) -> u8 {
         let bits = rng.bits() as u8;
-        if mask == 0xff && u64::from(self.physical) >= PAGE { 0xff * (bits & 1) } else { bits }
+        if mask == 0xff && self.has_large_sectors() { 0xff * (bits & 1) } else { bits }
+    }
+
+    /// Whether a physical sector is a page.
+    fn has_large_sectors(&self) -> bool {
+        u64::from(self.physical) >= PAGE
+    }
+
+    /// What is left of a discard that the disk takes for a hint: all, nothing, or any of its physical sectors, as `chance` says.
+    fn take_for_hint(&self, pieces: &mut [Piece], chance: u64) {
+        for piece in pieces {
+            let any = match chance % 4 {
+                0 => 0,
+                1 => 0xff,
+                _ => mix(chance ^ piece.page) as u8,
+            };
+            let zeroed = if !self.has_large_sectors() {
+                any
+            } else if piece.partial {
+                0
+            } else {
+                0xff * (any & 1)
+            };
+            piece.mask &= zeroed;
+            piece.hint = true;
+        }
     }
 
     /// Garbage in physical sectors that the unsynced write covered only in part, if any of it may still survive.
@@ -527,7 +569,7 @@ fn pieces_of(offset: u64, len: u64, bytes: Option<&[u8]>, punch: bool) -> Vec<Pi
                 .copy_from_slice(&bytes[from..][..(stop - at) as usize]);
             Rc::new(data)
         });
-        pieces.push(Piece { page, mask, partial: mask != 0xff, data, punch });
+        pieces.push(Piece { page, mask, partial: mask != 0xff, data, punch, hint: false });
         at = stop;
     }
     pieces
@@ -578,7 +620,7 @@ impl Handle {
         let State { faults, hits: met, .. } = &mut *state;
         for fault in faults {
             let hits = (fault.on == on || fault.on == FaultOn::Any)
-                && fault.within.is_none_or(|(from, to)| on == FaultOn::Sync || (offset < to && from < offset + len))
+                && fault.within.is_none_or(|(from, to)| offset < to && from < offset + len)
                 && fault.times != Some(0);
             if !hits {
                 continue;
@@ -683,18 +725,20 @@ impl Handle {
             let id = state.next_id;
             state.next_id += 1;
             state.unsynced.push(Unsynced { id, pieces, applied: false, completed: false, dropped: false });
-            if self.disk.is_file {
-                state.mtime_ns = self.executor.shared.wall_ns();
-            }
+            state.touch(&self.disk, &self.executor.shared);
             id
         };
         let split = self.rng().one_in(4);
         let done = Completion::new();
         let (sender, disk, shared) = (done.clone(), Rc::clone(&self.disk), Rc::clone(&self.executor.shared));
-        let disk2 = Rc::clone(&self.disk);
+        let (disk2, clock) = (Rc::clone(&self.disk), Rc::clone(&self.executor.shared));
         self.schedule(
             &verdict,
-            move || disk.state.borrow_mut().apply(id, split),
+            move || {
+                let mut state = disk.state.borrow_mut();
+                state.apply(id, split);
+                state.touch(&disk, &clock);
+            },
             move || {
                 let mut state = disk2.state.borrow_mut();
                 state.apply(id, false);
@@ -708,9 +752,67 @@ impl Handle {
         );
         Box::pin(done)
     }
+
+    /// `all`: of a file the modification time is made durable, too.
+    fn start_sync(&self, all: bool) -> LocalFuture<'static, io::Result<()>> {
+        let verdict = self.judge(FaultOn::Sync, 0, 0);
+        self.executor.shared.note(&[14, self.disk.number]);
+        let error = verdict.error;
+        // Durable will be what had completed when this was called, and nothing else.
+        let (covered, mtime_ns, number): (BTreeSet<u64>, u64, u64) = {
+            let mut state = self.disk.state.borrow_mut();
+            state.syncs.0 += 1;
+            let covered = state.unsynced.iter().filter(|write| write.completed && !write.dropped).map(|write| write.id);
+            (covered.collect(), state.mtime_ns, state.syncs.0)
+        };
+        let forgets = self.rng().one_in(2);
+        // Half of the syncs that forget keep some writes. Drawn from the time, so that the draws before and after are what they were.
+        let chance = mix(self.executor.shared.boot_ns() ^ number << 48);
+        let forgets = move |id: u64| forgets && (chance & 1 == 0 || mix(chance ^ id) & 1 == 0);
+        let done = Completion::new();
+        let (sender, disk, shared) = (done.clone(), Rc::clone(&self.disk), Rc::clone(&self.executor.shared));
+        self.schedule(
+            &verdict,
+            || {},
+            move || {
+                {
+                    let mut state = disk.state.borrow_mut();
+                    let State { stable, unsynced, has_dropped, .. } = &mut *state;
+                    if error.is_none() {
+                        supersede(unsynced, &covered);
+                    }
+                    for write in unsynced.iter_mut().filter(|write| covered.contains(&write.id)) {
+                        if error.is_some() {
+                            write.dropped |= forgets(write.id);
+                            *has_dropped |= write.dropped;
+                        } else if !write.dropped {
+                            write.pieces.iter().for_each(|piece| stable.apply(piece));
+                        }
+                    }
+                    if error.is_none() {
+                        unsynced.retain(|write| write.dropped || !covered.contains(&write.id));
+                        if all && number > state.syncs.1 {
+                            state.mtime_stable_ns = mtime_ns;
+                            state.syncs.1 = number;
+                        }
+                    }
+                }
+                shared.note(&[114, disk.number]);
+                sender.complete(error.map_or(Ok(()), |code| Err(io::Error::from_raw_os_error(code))));
+            },
+        );
+        Box::pin(done)
+    }
 }
 
 impl State {
+    /// Something is written: a file's modification time moves, failed or not.
+    fn touch(&mut self, disk: &SimDisk, clock: &Shared) {
+        if disk.is_file {
+            self.mtime_ns = clock.wall_ns();
+        }
+    }
+
     /// Makes a write visible to reads: half of it, or what is left. The list of unsynced writes is in the order in which they
     /// became visible (a write seen half done stands there twice), so that what overlapping writes leave is the same before and
     /// after a sync.
@@ -820,54 +922,21 @@ impl Device for Handle {
         self.start_write(13, offset, len, pieces_of(offset, len, None, punch))
     }
 
+    fn discard(&self, offset: u64, len: u64) -> LocalFuture<'static, io::Result<()>> {
+        let mut pieces = pieces_of(offset, len, None, true);
+        if self.disk.lazy_discards.get() {
+            // Drawn from the time, so that the draws before and after are what they were.
+            self.disk.take_for_hint(&mut pieces, mix(self.executor.shared.boot_ns() ^ offset << 20));
+        }
+        self.start_write(13, offset, len, pieces)
+    }
+
     fn sync(&self) -> LocalFuture<'static, io::Result<()>> {
-        let verdict = self.judge(FaultOn::Sync, 0, 0);
-        self.executor.shared.note(&[14, self.disk.number]);
-        let error = verdict.error;
-        // Durable will be what had completed when this was called, and nothing else.
-        let (covered, mtime_ns, number): (BTreeSet<u64>, u64, u64) = {
-            let mut state = self.disk.state.borrow_mut();
-            state.syncs.0 += 1;
-            let covered = state.unsynced.iter().filter(|write| write.completed && !write.dropped).map(|write| write.id);
-            (covered.collect(), state.mtime_ns, state.syncs.0)
-        };
-        let forgets = self.rng().one_in(2);
-        // Half of the syncs that forget keep some writes. Drawn from the time, so that the draws before and after are what they were.
-        let chance = mix(self.executor.shared.boot_ns() ^ number << 48);
-        let forgets = move |id: u64| forgets && (chance & 1 == 0 || mix(chance ^ id) & 1 == 0);
-        let done = Completion::new();
-        let (sender, disk, shared) = (done.clone(), Rc::clone(&self.disk), Rc::clone(&self.executor.shared));
-        self.schedule(
-            &verdict,
-            || {},
-            move || {
-                {
-                    let mut state = disk.state.borrow_mut();
-                    let State { stable, unsynced, has_dropped, .. } = &mut *state;
-                    if error.is_none() {
-                        supersede(unsynced, &covered);
-                    }
-                    for write in unsynced.iter_mut().filter(|write| covered.contains(&write.id)) {
-                        if error.is_some() {
-                            write.dropped |= forgets(write.id);
-                            *has_dropped |= write.dropped;
-                        } else if !write.dropped {
-                            write.pieces.iter().for_each(|piece| stable.apply(piece));
-                        }
-                    }
-                    if error.is_none() {
-                        unsynced.retain(|write| write.dropped || !covered.contains(&write.id));
-                        if number > state.syncs.1 {
-                            state.mtime_stable_ns = mtime_ns;
-                            state.syncs.1 = number;
-                        }
-                    }
-                }
-                shared.note(&[114, disk.number]);
-                sender.complete(error.map_or(Ok(()), |code| Err(io::Error::from_raw_os_error(code))));
-            },
-        );
-        Box::pin(done)
+        self.start_sync(false)
+    }
+
+    fn sync_all(&self) -> LocalFuture<'static, io::Result<()>> {
+        self.start_sync(true)
     }
 
     fn allocation(&self, offset: u64, len: u64) -> LocalFuture<'static, io::Result<Vec<Allocation>>> {
@@ -901,7 +970,7 @@ impl Device for Handle {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::executor::{Outcome, Shared};
+    use crate::executor::Outcome;
 
     fn filled(len: usize, byte: u8) -> Vec<Slice> {
         let mut buf = IoBuf::zeroed(len);
@@ -1039,19 +1108,16 @@ mod tests {
     #[test]
     fn faults_hit_what_they_name_and_holes_are_mapped() {
         let disk = SimDisk::new(1, "d", 1 << 20, 4096, true);
-        disk.fault(Fault {
-            on: FaultOn::Read,
-            kind: FaultKind::Eio,
-            times: None,
-            after: 0,
-            within: Some((4096, 8192)),
-        });
+        disk.fault(Fault { on: FaultOn::Any, kind: FaultKind::Eio, times: None, after: 0, within: Some((4096, 8192)) });
         let inner = Rc::clone(&disk);
         on(&disk, 3, async move |device| {
             device.write(8192, filled(4096, 1)).await.expect("write");
             assert!(device.read(0, IoBuf::zeroed(4096)).await.0.is_ok());
             assert!(device.read(0, IoBuf::zeroed(8192)).await.0.is_err());
+            assert!(device.write(4096, filled(512, 1)).await.is_err());
+            device.sync().await.expect("a sync is of no region");
             inner.heal();
+            device.write_zeroes(4096, 4096, true).await.expect("zeroes");
             assert!(device.read(0, IoBuf::zeroed(8192)).await.0.is_ok());
             let map = device.allocation(0, 16384).await.expect("map");
             assert_eq!(
@@ -1069,6 +1135,75 @@ mod tests {
             assert!(device.sync().await.is_err() && device.current_size().is_err());
         });
         assert_eq!(disk.misuse(), None);
+    }
+
+    /// Goal: a power cut may take back a modification time that no `sync_all` has kept, and no other; neither reads nor syncs move it.
+    #[test]
+    fn only_a_sync_of_all_keeps_the_modification_time() {
+        let is_kept = |seed: u64, all: bool| {
+            let disk = SimDisk::new(1, "d", 1 << 20, 4096, true);
+            let told = Rc::new(Cell::new(0));
+            let tell = Rc::clone(&told);
+            let shared = on(&disk, seed, async move |device| {
+                let mtime = || device.identity().expect("it is there").mtime_ns;
+                let before = mtime();
+                device.write(0, filled(4096, 1)).await.expect("write");
+                tell.set(mtime());
+                assert!(tell.get() > before);
+                device.read(0, IoBuf::zeroed(4096)).await.0.expect("read");
+                let synced = if all { device.sync_all().await } else { device.sync().await };
+                synced.expect("sync");
+                assert_eq!(mtime(), tell.get());
+            });
+            disk.power_cut(&shared.rng);
+            disk.state.borrow().mtime_ns == told.get()
+        };
+        let kept = |all: bool| (0..100).filter(|seed| is_kept(*seed, all)).count();
+        assert_eq!(kept(true), 100);
+        assert!((20..80).contains(&kept(false)));
+    }
+
+    /// Goal: a discard that is a hint leaves each physical sector zero or as it was, also after a power cut, and as it was where it covers only a part of
+    /// it. Of a file it punches a hole.
+    #[test]
+    fn a_lazy_discard_zeroes_whole_physical_sectors_or_leaves_them() {
+        for physical in [512, 4096] {
+            let (mut zeroed, mut left, mut back) = (0, 0, 0);
+            for seed in 0..100 {
+                let disk = SimDisk::new(1, "d", 1 << 20, physical, false);
+                disk.set_lazy_discards(true);
+                let shared = on(&disk, seed, async |device| {
+                    device.write(0, filled(5 * 4096, 1)).await.expect("write");
+                    device.sync().await.expect("sync");
+                    device.discard(512, 5 * 4096 - 512).await.expect("discard");
+                });
+                let sectors = || {
+                    let bytes = disk.peek(0, 5 * 4096);
+                    let whole = |sector: &[u8]| {
+                        assert!(sector.iter().all(|byte| *byte == sector[0]) && sector[0] <= 1, "seed {seed}");
+                        sector[0]
+                    };
+                    bytes.chunks(physical as usize).map(whole).collect::<Vec<u8>>()
+                };
+                let before = sectors();
+                disk.power_cut(&shared.rng);
+                let after = sectors();
+                assert_eq!(before[0], 1, "seed {seed}: it was not discarded, or only in part");
+                for (before, after) in before.into_iter().zip(after) {
+                    assert!(after >= before, "seed {seed}: a sector that was left alone became zeroes");
+                    zeroed += u32::from(before == 0);
+                    left += u32::from(before == 1);
+                    back += u32::from(after > before);
+                }
+            }
+            assert!(zeroed > 50 && left > 50 && back > 20, "{zeroed} {left} {back}");
+        }
+        let disk = SimDisk::new(1, "d", 1 << 20, 4096, true);
+        on(&disk, 1, async |device| {
+            device.write(0, filled(8192, 1)).await.expect("write");
+            device.discard(0, 8192).await.expect("discard");
+        });
+        assert!(disk.peek(0, 8192).iter().all(|byte| *byte == 0));
     }
 
     #[test]

@@ -223,12 +223,13 @@ fn many(args: &Args) -> anyhow::Result<ExitCode> {
     let (histories, failed, counts) = *totals.lock().expect("no holder panics");
     let seconds = began.elapsed().as_secs_f64();
     println!(
-        "{histories} histories, {failed} violations, {seconds:.1} s: {} with crashes, {} operations, {} kills, {} power cuts, {} clean stops, \
-         {} reverts, {} evictions, {} switches, {} edits, {} cleans, {} resizes, {} marks, {} scratch writes, {} reads and {} view reads checked, {} views refused, {} faults, {} steps, {:.1} h of virtual time",
+        "{histories} histories, {failed} violations, {seconds:.1} s: {} with crashes, {} operations, {} kills, {} power cuts, \
+         {} of either in a start after the other, {} clean stops, {} reverts, {} evictions, {} switches, {} edits, {} cleans, {} resizes, {} marks, {} scratch writes, {} reads and {} view reads checked, {} views refused, {} faults, {} steps, {:.1} h of virtual time",
         counts.crashed,
         counts.ops,
         counts.kills,
         counts.power_cuts,
+        counts.turned,
         counts.restarts,
         counts.reverts,
         counts.evicted,

@@ -11,8 +11,9 @@ use crate::boot;
 use crate::executor::{Executor, Outcome};
 use crate::guest;
 use crate::model::CrashKind;
+use crate::rng::mix;
 use crate::workload::{Crash, History};
-use crate::world::{Counts, World};
+use crate::world::{Counts, World, in_full};
 
 /// How a history went.
 #[derive(Clone, Debug)]
@@ -90,9 +91,11 @@ fn incarnations(world: &Rc<World>) {
             return;
         }
         let executor = Executor::new(Rc::clone(&world.shared));
+        let mut turned = false;
         if let Some(crash @ Crash { again: Some(steps), .. }) = world.armed.get() {
             executor.arm_crash(Some(steps));
-            world.armed.set(Some(Crash { again: None, ..crash }));
+            turned = turns(&world.history, crash.steps, steps);
+            world.armed.set(Some(Crash { power: crash.power ^ turned, again: None, ..crash }));
         }
         let (w, e) = (Rc::clone(world), Rc::clone(&executor));
         let outcome = executor.run(Box::pin(async move { boot::live(w, e).await }));
@@ -107,6 +110,7 @@ fn incarnations(world: &Rc<World>) {
         match outcome {
             Outcome::Crash => {
                 if let Some(armed) = world.armed.get() {
+                    world.count(|counts| counts.turned += u64::from(turned));
                     crash(world, armed);
                     audit(world);
                 }
@@ -125,6 +129,12 @@ fn incarnations(world: &Rc<World>) {
         }
     }
     world.fail("the agent never gets to its end");
+}
+
+/// Whether the crash in a start, `again` steps into it, is of another kind than the one before it, which came after `steps`: half of them are. Drawn from
+/// what the operation says, so that a shortened history keeps it.
+fn turns(history: &History, steps: u64, again: u64) -> bool {
+    in_full(history) && mix(history.seed ^ steps << 20 ^ again << 40) & 1 == 1
 }
 
 /// The process is gone: everything that it held is dropped. Answers whether it had stopped of its own will.

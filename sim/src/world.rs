@@ -23,6 +23,15 @@ use crate::workload::History;
 /// Bytes of a segment: the least that the format allows.
 pub const SEGMENT: u64 = 1 << 20;
 
+/// Profiles whose host does all that one may do.
+const IN_FULL: [&str; 2] = ["mixed", "resize"];
+
+/// Whether a history's host does also what the simulator learnt last: discards that are hints, and a crash in a start of another kind than the one before
+/// it. Of the other profiles seeds are kept, which go on meaning what they meant.
+pub fn in_full(history: &History) -> bool {
+    IN_FULL.contains(&history.profile)
+}
+
 /// Numbers for the summary.
 #[derive(Clone, Copy, Debug, Default)]
 #[allow(missing_docs)]
@@ -32,6 +41,8 @@ pub struct Counts {
     pub crashed: u64,
     pub kills: u64,
     pub power_cuts: u64,
+    /// Crashes in a start that were ordered with the one before it, and are of the other kind.
+    pub turned: u64,
     pub restarts: u64,
     pub reads_checked: u64,
     pub views_checked: u64,
@@ -56,6 +67,7 @@ impl Counts {
         self.crashed += other.crashed;
         self.kills += other.kills;
         self.power_cuts += other.power_cuts;
+        self.turned += other.turned;
         self.restarts += other.restarts;
         self.reads_checked += other.reads_checked;
         self.views_checked += other.views_checked;
@@ -424,6 +436,7 @@ impl World {
     /// The world of a history, before the agent's first start.
     pub fn new(history: History, trace: bool) -> Rc<Self> {
         let setup = history.setup.clone();
+        let lazy_discards = in_full(&history) && !setup.files;
         let rng = Rng::new(mix(history.seed));
         let wall_ns = 1_700_000_000_000_000_000 + rng.below(1_000_000_000);
         let shared = Shared::new(history.seed, wall_ns);
@@ -438,6 +451,7 @@ impl World {
             let size = sectors * 512;
             let primary = SimDisk::new(100 + i as u64, &format!("primary{i}"), size, setup.physical.1, setup.files);
             primary.set_slow(setup.primary_slow_ns);
+            primary.set_lazy_discards(lazy_discards);
             let blocks = sectors.div_ceil(8);
             let first = (sectors * setup.begin_eighths / 8).max(1);
             primary.hide_behind(first.next_multiple_of(8).min(*sectors) * 512);

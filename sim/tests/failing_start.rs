@@ -9,13 +9,13 @@ use cdp_journal::info::Health;
 use cdp_journal::{BLOCK, EngineConfig, Host as _, payload_buf};
 use cdp_sim::disk::{Fault, FaultKind, FaultOn};
 use cdp_sim::executor::{Executor, Outcome, Shared, SimHost};
-use common::{Place, SECOND, every};
+use common::{Place, SECOND, every, every_within};
 
 const PIECE: u32 = 64 << 10;
 const PIECES: u64 = 12;
 
 fn unreadable(at: u64) -> Fault {
-    Fault { within: Some((at, BLOCK)), ..every(FaultOn::Read, FaultKind::Eio) }
+    every_within(FaultOn::Read, FaultKind::Eio, at, BLOCK)
 }
 
 /// Writes, flushed, more than half a segment, so that there is a spare one. Then `more`, and a kill.
@@ -120,6 +120,47 @@ fn a_start_does_not_need_what_it_does_not_use() {
             place.cdp.fault(unreadable(in_segment(block)(segment)));
         }
         assert_eq!(health_at_start(&shared, &place), Health::Ok, "block {block} of each segment");
+    }
+}
+
+/// A kill, or a power cut.
+fn crash(shared: &Shared, place: &Place, power: bool) {
+    for disk in [&place.cdp, &place.primary] {
+        if power {
+            disk.power_cut(&shared.rng);
+        } else {
+            disk.kill(&shared.rng);
+        }
+    }
+    place.folder.crash(&shared.rng);
+}
+
+/// Goal: a start after a crash may be cut off by a crash of the other kind: what was flushed is there, and the volume is served and protected.
+/// Method: a kill, and a power cut at every few steps of the start after it, until that comes behind it; and the other way round.
+#[test]
+fn a_start_after_a_kill_may_end_in_a_power_cut_and_the_other_way_round() {
+    for power in [false, true] {
+        let mut cut_off = 0;
+        for steps in (1..).step_by(7) {
+            let (shared, place) = (Shared::new(79 + steps, 1_700_000_000 * SECOND), Rc::new(Place::new(160, 16)));
+            killed(&shared, &place, async |_, _, volume| volume_write(volume, u64::from(PIECE) * 20).await);
+            crash(&shared, &place, power);
+            let executor = Executor::new(Rc::clone(&shared));
+            let (exec, here) = (Rc::clone(&executor), Rc::clone(&place));
+            executor.arm_crash(Some(steps));
+            let root = async move { drop(here.start(&exec, EngineConfig::default()).await) };
+            let outcome = executor.run(Box::pin(root));
+            assert!(matches!(outcome, Outcome::Done | Outcome::Crash), "{outcome:?} after {steps} steps");
+            executor.kill();
+            crash(&shared, &place, !power);
+            let health = health_at_start(&shared, &place);
+            assert_eq!(health, Health::Ok, "the second crash after {steps} steps, a kill: {power}");
+            if outcome == Outcome::Done {
+                break;
+            }
+            cut_off += 1;
+        }
+        assert!(cut_off > 1, "{cut_off} starts were cut off: this shows nothing");
     }
 }
 

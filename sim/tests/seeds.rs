@@ -51,6 +51,7 @@ fn a_first_lot_of_histories_holds() {
         ("histories with crashes", all.crashed, 120),
         ("kills", all.kills, 100),
         ("power cuts", all.power_cuts, 100),
+        ("crashes in a start of another kind than the one before", all.turned, 1),
         ("clean stops", all.restarts, 240),
         ("reads", all.reads_checked, 2000),
         ("reads of views", all.views_checked, 2000),

@@ -1362,14 +1362,18 @@ impl Volume {
             let instant = engine.tick().await?;
             let ticket = {
                 let mut state = self.state.borrow_mut();
-                state.sizes.push((instant, wanted));
                 let Some(log) = state.logs.back().cloned() else { return Err(Error::Gone("no active log".into())) };
+                state.sizes.push((instant, wanted));
                 let frame = self.open_frame(&mut state, &log, 0, true);
                 frame.builder.push_size(instant, wanted);
                 Rc::clone(&frame.ticket)
             };
             self.kick.notify();
-            self.durable(&ticket).await?;
+            if let Err(error) = self.durable(&ticket).await {
+                // It was not made: nothing may show the size.
+                self.state.borrow_mut().sizes.retain(|(at, _)| *at != instant);
+                return Err(error);
+            }
         }
         self.state.borrow_mut().size = wanted;
         let ticket = self.store_settings();

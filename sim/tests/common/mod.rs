@@ -19,6 +19,11 @@ pub fn every(on: FaultOn, kind: FaultKind) -> Fault {
     Fault { on, kind, times: None, after: 0, within: None }
 }
 
+/// The same for calls that touch some bytes.
+pub fn every_within(on: FaultOn, kind: FaultKind, at: u64, len: u64) -> Fault {
+    Fault { within: Some((at, at + len)), ..every(on, kind) }
+}
+
 /// Where the volume lives, over all starts.
 pub struct Place {
     pub cdp: Rc<SimDisk>,
