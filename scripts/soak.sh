@@ -31,11 +31,16 @@ target/sim/cdp-sim --seed "$(($(date +%s) * 100000))" --seconds "$(share 30)" --
 histories=$(sed -n 's/^\([0-9]*\) histories, .*/\1/p' "$logs/sim" | tail -n 1)
 violations=$(sed -n 's/^[0-9]* histories, \([0-9]*\) violations.*/\1/p' "$logs/sim" | tail -n 1)
 
-# A shorter soak than it takes begins where chance says.
-echo "==> exhaustion, four operations: at most $(share 15) s"
-target/sim/cdp-sim --exhaust 4 --subsets 1 --seed "$RANDOM" --seconds "$(share 15)" --threads 2 | tee "$logs/exhaust"
+# Goes on where the last soak ended it, so that a few short ones try all of it; then it begins anew.
+kept=target/exhaust-4
+from=$(cat "$kept" 2>/dev/null)
+[[ $from =~ ^[0-9]+$ ]] || from=1
+echo "==> exhaustion, four operations, from $from on: at most $(share 15) s"
+target/sim/cdp-sim --exhaust 4 --subsets 1 --seed "$from" --seconds "$(share 15)" --threads 2 | tee "$logs/exhaust"
 [ "${PIPESTATUS[0]}" = 0 ] || failed=$((failed + 1))
-exhausted=$(sed -n 's/^\([0-9]* of [0-9]* sequences of 4, [0-9]* cases, [0-9]* violations\).*/\1/p' "$logs/exhaust")
+next=$(sed -n 's/^[0-9]* of .*; --seed \([0-9]*\) goes on$/\1/p' "$logs/exhaust")
+[ -z "$next" ] || echo "$next" >"$kept"
+exhausted=$(sed -n 's/^\([0-9]* of [0-9]* sequences of 4, [0-9]* cases, [0-9]* violations\), .*, \(from [0-9]* on\);.*/\1 (\2)/p' "$logs/exhaust")
 
 # Runs a test file again and again, each time with a seed of its own; prints how often, and how often it failed.
 again() {

@@ -53,7 +53,8 @@ pub async fn execute(world: &Rc<World>, op: &Op) {
     if op.then == Then::Barrier && world.running.borrow().is_some() {
         barrier(world).await;
     }
-    if world.running.borrow().is_some() && world.shared.rng.one_in(2) {
+    // Drawn in any case: a step of the scheduler goes on meaning what it meant.
+    if world.running.borrow().is_some() && world.shared.rng.one_in(2) && !world.history.is_short() {
         world.remember();
     }
 }
@@ -88,6 +89,11 @@ async fn other(world: &Rc<World>, action: &Action) {
             world.frozen_ns.set(world.frozen_ns.get() + ns);
         }
         Action::Tick => world.remember(),
+        Action::Ask => {
+            if let Err(error) = world.running().engine.tick().await {
+                world.fail(format!("no instant: {error}"));
+            }
+        }
         Action::Mark { vol, pick } => mark(world, vol, pick).await,
         Action::OpenView { vol, at, writable } => open_view(world, &world.volumes[vol], at, writable).await,
         Action::ReadView { pick, sector, count } => {
@@ -119,6 +125,12 @@ async fn other(world: &Rc<World>, action: &Action) {
             let vol = &world.volumes[vol];
             if vol.last_revert.get() > 0 {
                 revert(world, vol, 0, Some(vol.last_revert.get() - 1), true, true).await;
+            }
+        }
+        Action::UndoWrite { vol } => {
+            let vol = &world.volumes[vol];
+            if let Some(before) = vol.before_write.get() {
+                revert(world, vol, 0, Some(before), true, true).await;
             }
         }
         Action::Enable { vol } => enable(world, &world.volumes[vol]).await,
@@ -268,7 +280,7 @@ fn arm_in_stop(world: &World) {
     let Counts { restarts, kills, power_cuts, .. } = *world.counts.borrow();
     let rng = Rng::new(world.history.seed.rotate_left(17) ^ (restarts + kills + power_cuts));
     // After damage a torn tail and a flipped bit look alike; the exhaustion has its crash where it was asked for.
-    if world.damaged.get() || world.history.profile == "exhaust" || !rng.one_in(4) {
+    if world.damaged.get() || world.history.is_short() || !rng.one_in(4) {
         return;
     }
     let crash = Crash { power: rng.one_in(2), steps: rng.range(1, 400), again: None, down_ns: 1_000_000_000 };
@@ -477,6 +489,21 @@ async fn open_view(world: &Rc<World>, vol: &Rc<Vol>, at: u64, writable: bool) {
 /// Opens a view, reads all of it, closes it.
 pub async fn check_view(world: &Rc<World>, vol: &Rc<Vol>, at: u64) {
     let time = world.pick_instant(&vol.handle().info(), at);
+    check_view_of(world, vol, time).await;
+}
+
+/// The same with each instant of a short history.
+pub async fn check_all_views(world: &Rc<World>, vol: &Rc<Vol>) {
+    let instants = world.all_instants(&vol.handle().info());
+    for time in instants {
+        if world.failed() {
+            return;
+        }
+        check_view_of(world, vol, time).await;
+    }
+}
+
+async fn check_view_of(world: &Rc<World>, vol: &Rc<Vol>, time: u64) {
     let Some(view) = try_view(world, vol, time, false).await else { return };
     read_view(world, &view, 0, view.sectors()).await;
     let known = world.views.borrow().iter().any(|other| other.id == view.id);

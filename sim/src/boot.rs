@@ -14,6 +14,7 @@ use crate::executor::{Executor, SimHost};
 use crate::group;
 use crate::guest::{barrier, read_view, sleep, verify, watch};
 use crate::model::When;
+use crate::workload::{Action, Op};
 use crate::world::{Look, Running, SEGMENT, Vol, World};
 
 /// The agent's life: until it has done everything, is told to halt, or dies.
@@ -300,7 +301,19 @@ pub async fn open(world: &Rc<World>, vol: &Rc<Vol>) -> bool {
     }
     verify(world, vol).await;
     reopen_views(world, vol).await;
+    if looks_back_first(world) && !world.failed() {
+        admin::check_all_views(world, vol).await;
+    }
     !world.failed()
+}
+
+/// Whether all of a short history is looked at right after its crash, too, and not only behind what is left of it. That is so where the crash came at an even step: at
+/// an odd one the history goes on at once, beside the work that the start has left.
+fn looks_back_first(world: &World) -> bool {
+    let counts = *world.counts.borrow();
+    let even = |op: &Op| matches!(op.action, Action::Crash(crash) if crash.steps.is_multiple_of(2));
+    let crashed = counts.kills + counts.power_cuts > 0;
+    world.history.is_short() && crashed && !world.finished.get() && world.history.ops.iter().any(even)
 }
 
 /// The primary was written to while the agent was down, and CDP was on: that must be noticed, nothing served, and the admin
@@ -484,6 +497,10 @@ async fn last_checks(world: &Rc<World>) {
 async fn check_everything(world: &Rc<World>, instants: u64) {
     for vol in &world.volumes {
         verify(world, vol).await;
+        if world.history.is_short() {
+            admin::check_all_views(world, vol).await;
+            continue;
+        }
         for _ in 0..instants {
             if world.failed() {
                 return;

@@ -104,6 +104,7 @@ fn history_is_kept(world: &World, vol: &Vol, info: &VolumeInfo) -> bool {
         used_bytes: info.used_bytes,
         revert_steps: vol.revert_steps.get(),
         duration_s: info.settings.map_or(0, |settings| settings.reserve_duration_s),
+        log: info.logs.last().map_or(last.log, |log| log.seq),
         age: (age_now, boot_ns),
     };
     if vol.cleaning.get() {

@@ -1,15 +1,18 @@
 //! All short histories: every sequence of a few operations over a small alphabet, with a crash before and after every call to a disk or to the folder of
 //! states, of both kinds. Where the power goes with few unsynced writes every subset of them survives once; besides, several torn and shuffled ones
-//! survive, each with another order of events.
+//! survive, each with another order of events. Behind the crash, and after one more start, a view of each instant of the history is opened and read.
 
 use std::fmt;
 use std::str::FromStr;
 
 use crate::run::{Report, run, run_for_calls, run_with_survivors};
-use crate::workload::{Action, Crash, History, Op, Setup, Then};
+use crate::workload::{Action, Crash, History, Op, SHORT, Setup, Then};
 
-/// The alphabet: on a volume of two blocks, so that nearly everything overlaps.
-pub const ALPHABET: [(&str, &[(Action, Then)]); 13] = [
+/// The alphabet: on a volume of two blocks, so that nearly everything overlaps. A case names its letters by their place here: new ones come last.
+///
+/// B is written apart from A in its middle, not whole: that is the write which leaves a part of a block, at both of its ends, as it was. All of B, alone, would be
+/// write A at another place; beside A it is written whole by A+B.
+pub const ALPHABET: [(&str, &[(Action, Then)]); 14] = [
     ("write A", &[(Action::Write { vol: 0, sector: 0, count: 8, fua: false }, Then::Go)]),
     ("write A+B", &[(Action::Write { vol: 0, sector: 0, count: 16, fua: false }, Then::Go)]),
     ("write B's middle", &[(Action::Write { vol: 0, sector: 10, count: 3, fua: false }, Then::Go)]),
@@ -17,25 +20,40 @@ pub const ALPHABET: [(&str, &[(Action, Then)]); 13] = [
     ("flush", &[(Action::Flush { vol: 0 }, Then::Go)]),
     // A guest that waits for its writes and for its flush: what was written before must survive whatever comes after.
     ("flush all", &[(Action::Tick, Then::Barrier), (Action::Flush { vol: 0 }, Then::Wait)]),
-    ("mark", &[(Action::Mark { vol: Some(0), pick: 1 }, Then::Go)]),
-    ("revert", &[(Action::Revert { vol: 0, at: 1, force: true, release: true }, Then::Go)]),
+    // Asked first: where the clock's mark lies too low there is no instant for a marker.
+    ("mark", &[(Action::Ask, Then::Go), (Action::Mark { vol: Some(0), pick: 1 }, Then::Go)]),
+    // To before the first operation, or where that is gone to the oldest instant known. Writes before it may still be in flight.
+    ("revert", &[(Action::Revert { vol: 0, at: OLDEST, force: true, release: true }, Then::Go)]),
     ("undo the revert", &[(Action::UndoRevert { vol: 0 }, Then::Go)]),
     ("disable, enable", &[(Action::Disable { vol: 0 }, Then::Go), (Action::Enable { vol: 0 }, Then::Go)]),
     // Closes the active log and drops or thins it.
     ("clean the newest log", &[(Action::CleanLog { vol: 0, pick: NEWEST }, Then::Go)]),
-    // An eighth of the reserved duration goes by, and a round of the engine: the active log is closed.
+    // An eighth of the reserved duration goes by, and a round of the engine: the active log is closed, if it has a write. Asked in between, as by other volumes of the
+    // host: a round takes an instant only where the clock's mark need not be raised for it.
     (
         "rotate",
-        &[(Action::Freeze { ns: 10_801 * SECOND }, Then::Go), (Action::Sleep { ns: SECOND * 6 / 10 }, Then::Go)],
+        &[
+            (Action::Freeze { ns: 10_801 * SECOND }, Then::Go),
+            (Action::Ask, Then::Go),
+            (Action::Sleep { ns: SECOND * 6 / 10 }, Then::Go),
+        ],
     ),
     // All of it goes by: what is closed, and older than the active log, is evicted.
     ("evict", &[(Action::Freeze { ns: 86_401 * SECOND }, Then::Go), (Action::Sleep { ns: SECOND }, Then::Go)]),
+    // To between two writes: an instant that is not the oldest, mostly of the active log.
+    ("undo the newest write", &[(Action::Tick, Then::Barrier), (Action::UndoWrite { vol: 0 }, Then::Go)]),
 ];
 
 const SECOND: u64 = 1_000_000_000;
 
-/// The last of up to 20 logs: one less than a multiple of all numbers up to 20.
-const NEWEST: u64 = 232_792_560 - 1;
+/// A multiple of all numbers up to 20.
+const OF_UP_TO_20: u64 = 232_792_560;
+
+/// The last of up to 20 logs.
+const NEWEST: u64 = OF_UP_TO_20 - 1;
+
+/// The first of up to 20 instants that history holds still, and no other near it (see [`crate::world::World::pick_instant`]).
+const OLDEST: u64 = ((1u64 << 56) | (4 << 48)).next_multiple_of(OF_UP_TO_20);
 
 /// Later than any step: such a crash never comes.
 pub const NEVER: u64 = 1 << 40;
@@ -67,7 +85,7 @@ impl Case {
         ops.push(op(&Action::Sleep { ns: 30_000_000 }));
         // Of the first seed, and every second one, a power cut damages what a write covered in part of a primary's sector of 4 KiB.
         let physical = (4096, if self.seed % 2 == 1 { 4096 } else { 512 });
-        History { seed: self.seed, profile: "exhaust", setup: Setup { physical, ..setup() }, ops }
+        History { seed: self.seed, profile: SHORT, setup: Setup { physical, ..setup() }, ops }
     }
 
     /// Runs it.
@@ -213,7 +231,135 @@ fn one(case: &Case) -> Report {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+    use std::ops::Range;
+    use std::rc::Rc;
+
     use super::*;
+    use crate::run::run_in;
+    use crate::stamp::{SECTOR, Value, decode};
+    use crate::world::{Counts, World};
+
+    /// What a history without a crash came to.
+    #[derive(Debug)]
+    struct Came {
+        /// What the primary held before it, and holds alone after the last stop.
+        initial: Vec<Value>,
+        content: Vec<Value>,
+        counts: Counts,
+        /// Number of its newest log.
+        log: u64,
+        /// Markers that the last start found.
+        marks: usize,
+    }
+
+    impl Came {
+        fn of(names: &[&str], seed: u64) -> Self {
+            let letter = |name: &&str| ALPHABET.iter().position(|(other, _)| other == name).expect("a letter");
+            let letters = names.iter().map(letter).collect();
+            let case = Case { letters, crash: (NEVER, false), seed, survivors: None };
+            let world = World::new(case.history(), false);
+            let vol = &world.volumes[0];
+            let content = || -> Vec<Value> {
+                let bytes = vol.primary.peek(0, vol.sectors * SECTOR as u64);
+                bytes.chunks_exact(SECTOR).enumerate().map(|(at, sector)| decode(0, at as u64, sector)).collect()
+            };
+            let initial = content();
+            let report = run_in(Rc::clone(&world));
+            assert_eq!(report.failure, None, "{}", case.name());
+            let (log, marks) = (vol.last_look.get().log, vol.marks.borrow().len());
+            Self { initial, content: content(), counts: report.counts, log, marks }
+        }
+
+        /// Nothing is changed but these sectors, and they hold what the first write wrote.
+        fn holds_first(&self, sectors: Range<usize>) -> bool {
+            let first = Value::Stamp(1);
+            let expected = |at: usize| if sectors.contains(&at) { &first } else { &self.initial[at] };
+            self.content.iter().enumerate().all(|(at, value)| value == expected(at))
+        }
+
+        /// A is zeroes now.
+        fn zeroed(&self, before: &Self) -> bool {
+            let zeroes = |came: &Self| came.content[..8].iter().all(|value| *value == Value::Zero);
+            zeroes(self) && !zeroes(before)
+        }
+
+        /// One revert more, that changed something.
+        fn reverted(&self, before: &Self) -> bool {
+            self.counts.reverts == before.counts.reverts + 1 && self.content != before.content
+        }
+
+        /// Instants that were history are none any more.
+        fn lost_history(&self, before: &Self) -> bool {
+            before.counts.views_refused == 0 && self.counts.views_refused > 0
+        }
+    }
+
+    /// Goal: no letter is refused, or comes to nothing, without a word.
+    /// Method: for each of them what a history comes to without it, and with it behind, under each order of events.
+    #[test]
+    fn each_letter_does_what_it_says() {
+        let shown: [(&str, &[&str], fn(&Came, &Came) -> bool); 16] = [
+            ("write A", &[], |_, with| with.holds_first(0..8)),
+            ("write A+B", &[], |_, with| with.holds_first(0..16)),
+            ("write B's middle", &[], |_, with| with.holds_first(10..13)),
+            ("zero A", &["write A", "flush all"], |without, with| with.zeroed(without)),
+            ("flush", &["write A", "rotate"], |without, with| with.counts.flushes > without.counts.flushes),
+            ("flush all", &["write A"], |without, with| with.counts.flushes > without.counts.flushes),
+            ("mark", &[], |without, with| with.marks > without.marks),
+            ("mark", &["write A", "rotate"], |without, with| with.marks > without.marks),
+            ("revert", &["write A", "flush all"], |without, with| with.reverted(without) && with.holds_first(0..0)),
+            ("undo the revert", &["write A", "flush all", "revert"], |without, with| {
+                with.reverted(without) && with.holds_first(0..8)
+            }),
+            ("disable, enable", &["write A"], |without, with| {
+                with.counts.switches == without.counts.switches + 2 && with.log == without.log + 2
+            }),
+            ("clean the newest log", &["write A", "flush all"], |without, with| {
+                with.counts.cleans == 1 && with.log > without.log && with.lost_history(without)
+            }),
+            ("rotate", &["write A"], |without, with| with.log == without.log + 1),
+            ("rotate", &["write A", "flush all"], |without, with| with.log == without.log + 1),
+            ("evict", &["write A", "rotate"], |without, with| {
+                with.counts.evicted > without.counts.evicted && with.lost_history(without)
+            }),
+            // Back to the first of two writes, where a revert to the beginning would take both.
+            ("undo the newest write", &["write A", "flush all", "write A+B"], |without, with| {
+                with.reverted(without) && with.holds_first(0..8)
+            }),
+        ];
+        for (name, before, does) in shown {
+            for seed in 1..=4 {
+                let (without, with) = (Came::of(before, seed), Came::of(&[before, &[name][..]].concat(), seed));
+                assert!(does(&without, &with), "{before:?}, {name:?}, seed {seed}: {without:?}, with it {with:?}");
+            }
+        }
+        for (name, _) in ALPHABET {
+            assert!(shown.iter().any(|(letter, ..)| *letter == name), "{name:?}: nothing is shown of it");
+        }
+    }
+
+    /// Goal: which views are looked at is not left to chance.
+    /// Method: a kill at each place of two writes and a flush. Each instant that is known in the end was looked at behind the history and after the last
+    /// start, and some right after a crash at an even step.
+    #[test]
+    fn each_instant_is_looked_at_behind_a_crash() {
+        let letters = vec![0, 5, 2];
+        let mut most = 0;
+        for at in places(&letters) {
+            let case = Case { letters: letters.clone(), crash: (at, false), seed: 1, survivors: None };
+            let world = World::new(case.history(), false);
+            let report = run_in(Rc::clone(&world));
+            assert_eq!((report.failure, report.counts.kills), (None, 1), "{}", case.name());
+            let instants: BTreeSet<u64> = world.instants.borrow().iter().copied().collect();
+            let looks = report.counts.views_checked + report.counts.views_refused;
+            let least = 2 * instants.len() as u64 + u64::from(at.is_multiple_of(2));
+            assert!(looks >= least, "{}: {looks} looks at {instants:?}", case.name());
+            most = most.max(instants.len());
+        }
+        // Before and after each write, at the least.
+        assert!(most >= 4, "{most}");
+    }
 
     fn places(letters: &[usize]) -> Vec<u64> {
         let case = Case { letters: letters.to_vec(), crash: (NEVER, false), seed: 1, survivors: None };
@@ -249,7 +395,8 @@ mod tests {
         for text in ["0:5:kill:1", "3+10+0:1099511627776:cut:7", "1+2:40:cut:1:6"] {
             assert_eq!(text.parse::<Case>().expect("it was printed").to_string(), text);
         }
-        for text in ["", "0:5:kill", "13:5:kill:1", "0:5:both:1", "0:x:cut:1", "0:5:cut:1:2:3"] {
+        let no_letter = format!("{}:5:kill:1", ALPHABET.len());
+        for text in ["", "0:5:kill", &no_letter, "0:5:both:1", "0:x:cut:1", "0:5:cut:1:2:3"] {
             assert!(text.parse::<Case>().is_err(), "{text:?}");
         }
     }

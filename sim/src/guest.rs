@@ -122,6 +122,10 @@ async fn request(world: &Rc<World>, vol: &Rc<Vol>, action: &Action) {
     let frozen = world.frozen_ns.get();
     let (unprotected, switches) = (!vol.protected.get(), vol.switches.get());
     let began = world.now(vol);
+    let writes = matches!(action, Action::Write { .. } | Action::Zero { .. } | Action::Trim { .. });
+    if writes && world.history.is_short() {
+        world.remember();
+    }
     let begin = |kind, sector, count| vol.oracle.borrow_mut().begin(kind, sector, count, unprotected, began);
     let bytes = |count: u64| count as u32 * SECTOR as u32;
     let (op, result, fua) = match *action {
@@ -150,7 +154,8 @@ async fn request(world: &Rc<World>, vol: &Rc<Vol>, action: &Action) {
             let result = export.flush().await;
             if result.is_ok() {
                 let now = world.now(vol);
-                vol.oracle.borrow_mut().flushed(began, now);
+                let made_durable = vol.oracle.borrow_mut().flushed(began, now);
+                world.count(|counts| counts.flushes += u64::from(made_durable > 0));
                 if !unprotected && vol.protected.get() && vol.switches.get() == switches {
                     vol.history_is_durable(began.0);
                 }
@@ -182,6 +187,10 @@ async fn request(world: &Rc<World>, vol: &Rc<Vol>, action: &Action) {
             }
             if fua {
                 vol.oracle.borrow_mut().durable(op, now);
+            }
+            vol.before_write.set(vol.before_write.get().max(Some(began.0)));
+            if world.history.is_short() {
+                world.remember();
             }
             world.say(|| format!("vol {} op {op}: acked at {}", vol.index, now.0));
         }

@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use cdp_sim::exhaust::{Bounds, Case, check, sequences};
@@ -41,6 +41,7 @@ struct Args {
     #[arg(long, value_delimiter = ',')]
     keep: Option<Vec<usize>>,
     /// Instead of seeds: all sequences of so many operations, with a crash before and after every call (see --stride, --subsets); --seed says which is the first.
+    /// The last line names the one to go on with, for a run that --seconds has ended.
     #[arg(long)]
     exhaust: Option<u32>,
     /// With --exhaust: a crash at every so many of these places only.
@@ -101,41 +102,61 @@ fn main() -> anyhow::Result<ExitCode> {
     many(&args)
 }
 
+/// Time between two words of how far the exhaustion is.
+const TOLD_EVERY: Duration = Duration::from_secs(30);
+
+/// How far the exhaustion is.
+struct Tried {
+    sequences: u64,
+    cases: u64,
+    failed: u64,
+    told: Instant,
+}
+
 fn exhaust(args: &Args, depth: u32) -> anyhow::Result<ExitCode> {
     ensure!(depth <= 6, "--exhaust {depth}: at most 6");
     ensure!(args.whole <= 16, "--whole {}: at most 16", args.whole);
     let bounds = Bounds { stride: args.stride, seeds: args.subsets, whole: args.whole };
     let began = Instant::now();
+    let all = sequences(depth);
+    let first = args.seed.wrapping_sub(1) % all;
     let next = AtomicU64::new(0);
-    let totals = Mutex::new((0u64, 0u64, 0u64));
+    let tried = Mutex::new(Tried { sequences: 0, cases: 0, failed: 0, told: began });
     std::thread::scope(|scope| {
         for _ in 0..args.threads {
             scope.spawn(|| {
-                loop {
-                    let place = next.fetch_add(1, Ordering::Relaxed);
-                    let over = args.seconds.is_some_and(|seconds| began.elapsed().as_secs() >= seconds);
-                    if place >= sequences(depth) || over {
+                // Looked at before a sequence is taken: whichever is taken is tried, so that none is left out between the first and the last.
+                while args.seconds.is_none_or(|seconds| began.elapsed().as_secs() < seconds) {
+                    let turn = next.fetch_add(1, Ordering::Relaxed);
+                    if turn >= all {
                         return;
                     }
-                    let place = (args.seed.wrapping_sub(1) % sequences(depth) + place) % sequences(depth);
+                    let place = (first + turn) % all;
                     running(format!("--exhaust {depth} --seed {}, its first sequence", place + 1));
                     let (cases, failure) = check(depth, place, bounds);
-                    let mut totals = totals.lock().expect("no holder panics");
-                    totals.0 += cases;
-                    totals.2 += 1;
+                    let mut tried = tried.lock().expect("no holder panics");
+                    tried.sequences += 1;
+                    tried.cases += cases;
                     if let Some((case, report)) = failure {
-                        totals.1 += 1;
+                        tried.failed += 1;
                         println!("VIOLATION, commit {COMMIT}: {}: {}", case.name(), in_words(&report));
                         println!("  replay: cdp-sim --case {case} --trace");
+                    }
+                    if tried.told.elapsed() >= TOLD_EVERY {
+                        tried.told = Instant::now();
+                        eprintln!(
+                            "{} of {all} sequences, {} cases, {} violations",
+                            tried.sequences, tried.cases, tried.failed
+                        );
                     }
                 }
             });
         }
     });
-    let (cases, failed, done) = *totals.lock().expect("no holder panics");
+    let Tried { sequences: done, cases, failed, .. } = tried.into_inner().expect("no holder panics");
     let seconds = began.elapsed().as_secs_f64();
-    let all = sequences(depth);
-    println!("{done} of {all} sequences of {depth}, {cases} cases, {failed} violations, {seconds:.1} s");
+    let place = format!("from {} on; --seed {} goes on", first + 1, (first + done) % all + 1);
+    println!("{done} of {all} sequences of {depth}, {cases} cases, {failed} violations, {seconds:.1} s, {place}");
     Ok(if failed > 0 { ExitCode::from(1) } else { ExitCode::SUCCESS })
 }
 

@@ -195,15 +195,19 @@ impl Model {
         self.for_versions(op, |version| version.hi = version.hi.min(now));
     }
 
-    /// A flush that began when the model's counter stood at `began` was acknowledged. It covers also what a crash before it cut off and left.
-    pub fn flushed(&mut self, began: Time, now: Time) {
+    /// A flush that began when the model's counter stood at `began` was acknowledged. It covers also what a crash before it cut off and left. Answers how many
+    /// operations are durable by it.
+    pub fn flushed(&mut self, began: Time, now: Time) -> usize {
         let crashed = self.crashes.last().map_or(0, |crash| crash.event);
+        let mut count = 0;
         for op in &mut self.ops {
             let covered = op.acked.is_some_and(|acked| acked <= began.1) || op.submitted < crashed;
             if op.durable.is_none() && !op.forgotten && covered {
                 op.durable = Some(now.1);
+                count += 1;
             }
         }
+        count
     }
 
     /// The operation itself is durable (FUA).
@@ -718,8 +722,8 @@ impl Oracle {
         self.all(|world| world.ack(op, weak, now));
     }
     /// See [`Model::flushed`].
-    pub fn flushed(&mut self, began: Time, now: Time) {
-        self.all(|world| world.flushed(began, now));
+    pub fn flushed(&mut self, began: Time, now: Time) -> usize {
+        self.all(|world| world.flushed(began, now))
     }
     /// See [`Model::durable`].
     pub fn durable(&mut self, op: u32, now: Time) {

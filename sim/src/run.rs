@@ -54,7 +54,8 @@ pub fn run_for_calls(history: History) -> (Report, Vec<u64>) {
     (report, shared.last_steps_before_calls())
 }
 
-fn run_in(world: Rc<World>) -> Report {
+/// Runs the history of a world, which stays as the history leaves it.
+pub(crate) fn run_in(world: Rc<World>) -> Report {
     let outcome = catch_unwind(AssertUnwindSafe(|| incarnations(&world)));
     if let Err(panic) = outcome {
         let text = panic

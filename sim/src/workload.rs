@@ -72,6 +72,8 @@ pub enum Action {
     },
     /// Remembers the present instant.
     Tick,
+    /// Somebody asks for an instant: where the clock's mark lies too low for that, it is raised.
+    Ask,
     /// A marker on one volume, or at one instant on all.
     Mark {
         vol: Option<usize>,
@@ -118,6 +120,10 @@ pub enum Action {
     },
     /// Goes to the instant just before the newest revert.
     UndoRevert {
+        vol: usize,
+    },
+    /// Goes to the instant just before the newest acknowledged write.
+    UndoWrite {
         vol: usize,
     },
     Enable {
@@ -259,6 +265,16 @@ pub struct History {
     pub setup: Setup,
     /// What happens.
     pub ops: Vec<Op>,
+}
+
+/// Name of the short histories that [`crate::exhaust`] makes; no profile is called so.
+pub const SHORT: &str = "exhaust";
+
+impl History {
+    /// Whether it is a short one: it crashes where it is told to and nowhere else, and all of its instants are looked at, not some.
+    pub fn is_short(&self) -> bool {
+        self.profile == SHORT
+    }
 }
 
 /// Kinds of history. Numbers are weights.

@@ -49,6 +49,8 @@ pub struct Counts {
     pub views_refused: u64,
     pub reverts: u64,
     pub marks: u64,
+    /// Flushes that made something durable.
+    pub flushes: u64,
     pub cleans: u64,
     pub edits: u64,
     pub switches: u64,
@@ -74,6 +76,7 @@ impl Counts {
         self.views_refused += other.views_refused;
         self.reverts += other.reverts;
         self.marks += other.marks;
+        self.flushes += other.flushes;
         self.cleans += other.cleans;
         self.edits += other.edits;
         self.switches += other.switches;
@@ -111,6 +114,8 @@ pub struct Look {
     pub revert_steps: u64,
     /// Seconds of history to keep.
     pub duration_s: u64,
+    /// Number of its newest log.
+    pub log: u64,
     /// The agent's clock of ages, and the boot clock.
     pub age: (u64, u64),
 }
@@ -173,6 +178,8 @@ pub struct Vol {
     pub capacity: Cell<u64>,
     /// Instant of the newest revert.
     pub last_revert: Cell<u64>,
+    /// An instant just before the newest acknowledged write.
+    pub before_write: Cell<Option<u64>>,
     /// The serving volume.
     pub handle: RefCell<Option<Rc<Volume>>>,
     /// The client's hold.
@@ -491,6 +498,7 @@ impl World {
                 gap_open: Cell::new(Some(0)),
                 capacity: Cell::new(setup.reserve_segments * SEGMENT),
                 last_revert: Cell::new(0),
+                before_write: Cell::new(None),
                 handle: RefCell::default(),
                 guard: RefCell::default(),
                 disconnected: Cell::new(false),
@@ -612,6 +620,14 @@ impl World {
             3 => info.coverage.get(place % info.coverage.len().max(1)).and_then(|i| i.end).map_or(base, |end| end.0),
             _ => base,
         }
+    }
+
+    /// All instants of a short history, in order: those that were remembered, the first and the last of each log, and the present one.
+    pub fn all_instants(&self, info: &VolumeInfo) -> BTreeSet<u64> {
+        let mut all: BTreeSet<u64> = self.instants.borrow().iter().copied().collect();
+        all.extend(info.logs.iter().flat_map(|log| [Some(log.start), log.end]).flatten().map(|instant| instant.0));
+        all.insert(self.clock());
+        all
     }
 
     /// What lies on CDP disks may be gone, or not to be read.
