@@ -48,6 +48,8 @@ again() {
     shift 2
     while [ "$SECONDS" -lt "$end" ]; do
         runs=$((runs + 1))
+        # The other files draw their seeds themselves.
+        [ "$name" != faults ] || export CDP_SEED_SHIFT=$((RANDOM * 32768 + RANDOM + 1))
         if ! cargo test --locked --release -p cdp-tests --test "$name" -- --nocapture "$@" >"$logs/$name" 2>&1; then
             bad=$((bad + 1))
             echo "==> $name failed:" >&2

@@ -85,6 +85,11 @@ impl Fault {
         Self { op, effect, after: 0, times: u64::MAX }
     }
 
+    /// Whatever is done, from the next call on.
+    pub fn every(effect: Effect) -> [Self; 4] {
+        [Op::Read, Op::Write, Op::Sync, Op::Allocate].map(|op| Self::sticky(op, effect))
+    }
+
     /// The next call alone.
     pub fn once(op: Op, effect: Effect) -> Self {
         Self { op, effect, after: 0, times: 1 }
@@ -167,6 +172,8 @@ struct State {
     next_ino: u64,
     faults: HashMap<String, Vec<Fault>>,
     met: u64,
+    /// By file: reads of which a part was done.
+    parts: HashMap<String, u64>,
     parked: Vec<(String, Box<dyn FnOnce() + Send>)>,
     /// Files that may have to forget: as their last good sync left them.
     synced: HashMap<u64, Arc<Vec<u8>>>,
@@ -187,7 +194,7 @@ impl Shared {
 impl FaultFs {
     /// Whether this machine lets us mount.
     pub fn possible() -> bool {
-        std::fs::OpenOptions::new().read(true).write(true).open("/dev/fuse").is_ok() && nix::unistd::geteuid().is_root()
+        crate::local::lacking(&["/dev/fuse"]).is_none()
     }
 
     /// Mounts an empty one.
@@ -262,15 +269,22 @@ impl FaultFs {
 
     /// From now on calls on the file `name` (in whatever folder) meet this fault.
     pub fn inject(&self, name: &str, fault: Fault) {
+        self.inject_all(name, &[fault]);
+    }
+
+    /// The same with several faults, from the same moment on.
+    pub fn inject_all(&self, name: &str, faults: &[Fault]) {
         let mut state = self.shared.lock();
-        if matches!(fault.effect, Effect::FailAndForget(_))
-            && let Ok(ino) = state.entry(ROOT, OsStr::new(name))
-        {
-            // What is not synced yet is forgotten only if it was written after this.
-            let now = Arc::clone(state.file(ino).expect("it is a file"));
-            state.synced.insert(ino, now);
+        for fault in faults {
+            if matches!(fault.effect, Effect::FailAndForget(_))
+                && let Ok(ino) = state.entry(ROOT, OsStr::new(name))
+            {
+                // What is not synced yet is forgotten only if it was written after this.
+                let now = Arc::clone(state.file(ino).expect("it is a file"));
+                state.synced.insert(ino, now);
+            }
+            state.faults.entry(name.to_owned()).or_default().push(*fault);
         }
-        state.faults.entry(name.to_owned()).or_default().push(fault);
     }
 
     /// Ends all faults; what hangs is done now.
@@ -300,6 +314,11 @@ impl FaultFs {
     /// Calls that met a fault.
     pub fn met(&self) -> u64 {
         self.shared.lock().met
+    }
+
+    /// Reads of a file of which only a part was done.
+    pub fn parts(&self, name: &str) -> u64 {
+        self.shared.lock().parts.get(name).copied().unwrap_or(0)
     }
 
     /// Calls that hang now.
@@ -375,6 +394,11 @@ impl Recording {
     /// Wall clock of a cut: what was acked before it was acked before the power went.
     pub fn time_ns(&self, cut: usize) -> u64 {
         self.events.get(cut).map_or_else(now_ns, |event| event.time_ns)
+    }
+
+    /// The first place at or behind a moment of the wall clock.
+    pub fn place(&self, time_ns: u64) -> usize {
+        self.events.partition_point(|event| event.time_ns < time_ns)
     }
 
     /// The files as a power cut before the event `cut` may leave them.
@@ -623,8 +647,12 @@ impl State {
     fn cut(&mut self, ino: u64, len: usize) -> usize {
         let name = self.name_of(ino);
         let short = self.meet(&name, |fault| fault.op == Op::Read && fault.effect == Effect::Short && len > 4096);
+        if short.is_none() {
+            return len;
+        }
+        *self.parts.entry(name).or_default() += 1;
         // Whole blocks, as disks and file systems do it.
-        short.map_or(len, |_| (len / 2).next_multiple_of(4096))
+        (len / 2).next_multiple_of(4096)
     }
 
     /// The first fault of a file that fits a call and is due.

@@ -37,7 +37,8 @@ pub fn rounds(rounds: usize) -> usize {
     rounds * factor.max(1)
 }
 
-/// Ends a test that this machine cannot run: says why, and also in the file that `CDP_SKIPPED` names, from which `make test` tells it at its end.
+/// Ends a test that this machine cannot run: says why, and also in the file that `CDP_SKIPPED` names, from which `make test` tells it at its end. Whether
+/// root, `/dev/fuse` and loop devices are lacking is asked in [`local::lacking`], which may fail instead.
 pub fn skip(why: &str) {
     let thread = std::thread::current();
     let line = format!("{}: {why}\n", thread.name().unwrap_or("a test"));
@@ -46,6 +47,16 @@ pub fn skip(why: &str) {
         let file = std::fs::OpenOptions::new().create(true).append(true).open(&path);
         file.and_then(|mut file| file.write_all(line.as_bytes())).expect("write to the file of CDP_SKIPPED");
     }
+}
+
+/// What is added to the seeds that tests have of their own: `CDP_SEED_SHIFT`, which `make soak` sets; nothing in `make test`.
+/// Printed, so that a failure shows it.
+pub fn seed_shift() -> u64 {
+    let shift: u64 = std::env::var("CDP_SEED_SHIFT").ok().and_then(|shift| shift.parse().ok()).unwrap_or(0);
+    if shift > 0 {
+        println!("CDP_SEED_SHIFT={shift}");
+    }
+    shift
 }
 
 /// The seed of this run: `CDP_SEED` replays one, otherwise it is drawn from the clock. Printed, so that a failure shows it.

@@ -12,7 +12,8 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crate::nbd::{
-    self, CMD_FLUSH, CMD_READ, CMD_WRITE, CMD_WRITE_ZEROES, Client, FLAG_FUA, NbdError, Receiver, Request, Sender,
+    self, CMD_FLUSH, CMD_READ, CMD_TRIM, CMD_WRITE, CMD_WRITE_ZEROES, Client, FLAG_FUA, NbdError, Receiver, Request,
+    Sender,
 };
 use crate::oracle::{OpId, Oracle};
 use crate::{Rng, now_ns};
@@ -30,6 +31,8 @@ pub struct Plan {
     pub sizes: Vec<u64>,
     /// Of 100 requests, how many write zeroes.
     pub zeroes_percent: u64,
+    /// Of 100 requests, how many discard; they count as writes.
+    pub trims_percent: u64,
     /// Of 100 requests, how many read.
     pub reads_percent: u64,
     /// Of 100 writes, how many carry FUA.
@@ -53,6 +56,7 @@ impl Plan {
             region: 0..size,
             sizes: vec![512, 1536, 4096, 4096, 4096, 8192, 16384, 65536, 262_144],
             zeroes_percent: 5,
+            trims_percent: 0,
             reads_percent: 10,
             fua_percent: 2,
             flush_percent: 1,
@@ -266,6 +270,12 @@ impl Shared {
             return (request, Vec::new(), Pending::Read { offset, submit: now_ns() });
         }
         self.begun.fetch_add(1, Ordering::Relaxed);
+        let trims_from = plan.flush_percent + plan.reads_percent + plan.zeroes_percent;
+        if (trims_from..trims_from + plan.trims_percent).contains(&kind) {
+            let op = lock(&self.oracle).begin_discard(offset, len);
+            let request = Request { command: CMD_TRIM, flags: 0, offset, len: wire_len };
+            return (request, Vec::new(), Pending::Write { op, len, fua: false });
+        }
         let fua = rng.percent(plan.fua_percent);
         let flags = if fua { FLAG_FUA } else { 0 };
         if kind < plan.flush_percent + plan.reads_percent + plan.zeroes_percent {

@@ -10,13 +10,28 @@ const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Why nothing can be mounted here; `None`: it can. A test that needs it says so and ends.
 pub fn why_not() -> Option<String> {
-    if !nix::unistd::geteuid().is_root() {
-        return Some("not root".to_owned());
+    lacking(&["/dev/fuse", "/dev/loop-control"])
+}
+
+/// Why a test that needs root and these devices cannot run here; `None`: it can. All tests that need them ask here.
+///
+/// # Panics
+/// Where something is lacking and `CDP_REQUIRE_ALL` is 1, as `make test` sets it on a machine that has all of it: a test
+/// that does not run there has failed.
+pub fn lacking(devices: &[&str]) -> Option<String> {
+    let why = if nix::unistd::geteuid().is_root() {
+        devices.iter().find_map(|path| {
+            let opened = fs::OpenOptions::new().read(true).write(true).open(path);
+            opened.err().map(|error| format!("{path}: {error}"))
+        })
+    } else {
+        Some("not root".to_owned())
+    };
+    if let Some(why) = &why {
+        let all = std::env::var("CDP_REQUIRE_ALL").is_ok_and(|all| all == "1");
+        assert!(!all, "this test cannot run here ({why}), and CDP_REQUIRE_ALL is 1");
     }
-    ["/dev/fuse", "/dev/loop-control"].into_iter().find_map(|path| {
-        let opened = fs::OpenOptions::new().read(true).write(true).open(path);
-        opened.err().map(|error| format!("{path}: {error}"))
-    })
+    why
 }
 
 /// Ends the test, with a clear line, where nothing can be mounted.

@@ -1,11 +1,11 @@
 //! A file system of the kernel on a volume: through nbdfuse and a loop device.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use crate::local::Loop;
+use crate::local::{self, Loop};
 use crate::process::Agent;
 use crate::tools::{self, run};
 use crate::{Rng, now_ns};
@@ -28,10 +28,7 @@ pub struct Mount {
 impl Mount {
     /// Whether this machine lets us.
     pub fn possible() -> bool {
-        nix::unistd::geteuid().is_root()
-            && Path::new("/dev/fuse").exists()
-            && Path::new("/dev/loop-control").exists()
-            && OpenOptions::new().write(true).open("/dev/loop-control").is_ok()
+        local::why_not().is_none()
     }
 
     /// Makes a file system on the volume "demo" and mounts it.

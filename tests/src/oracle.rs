@@ -3,6 +3,8 @@
 //! A write is *certainly in* a state that is taken after its ack, *certainly not in* one taken before it was sent, and may be
 //! either in between. Where two writes were in flight at the same time, or one was cut off by a crash, more than one content
 //! is right, until somebody has looked: [`Oracle::settle`] pins what was seen, so that it can never come back different.
+//! A revert is a write of old content to the whole volume. A discarded block reads as what it held or as zeroes, now one and
+//! now the other, until it is written again.
 //!
 //! Every sector says which write it comes from, so a wrong one names its origin.
 
@@ -22,6 +24,8 @@ pub type OpId = u32;
 
 /// Zeroes: what a fresh volume, or a write of zeroes, holds.
 const ZEROES: u32 = 0;
+/// Bytes of a block: a discard takes whole ones only.
+const BLOCK: u64 = 4096;
 
 #[derive(Clone, Copy, Debug)]
 struct Op {
@@ -41,6 +45,8 @@ struct Op {
 struct Version {
     op: OpId,
     content: u32,
+    /// By a discard: what was there before it is as right as this.
+    discard: bool,
 }
 
 /// See the module's text.
@@ -51,6 +57,7 @@ pub struct Oracle {
     sectors: Vec<Vec<Version>>,
     /// Flushes that were acked: when each was sent, and when its ack came.
     flushes: Vec<(u64, u64)>,
+    reverts: Vec<OpId>,
 }
 
 impl Oracle {
@@ -60,7 +67,7 @@ impl Oracle {
         // Operation 0 never happens: its number means zeroes.
         let nothing = Op { submit: 0, ack: 0, end: 0, first: 0, sectors: 0, durable: false };
         let seed = u32::try_from(seed & 0xFFFF_FFFF).expect("32 bits");
-        Self { seed, ops: vec![nothing], sectors: vec![Vec::new(); sectors], flushes: Vec::new() }
+        Self { seed, ops: vec![nothing], sectors: vec![Vec::new(); sectors], flushes: Vec::new(), reverts: Vec::new() }
     }
 
     /// Bytes of the volume.
@@ -76,14 +83,22 @@ impl Oracle {
     /// Notes a write that is about to be sent; its data come from [`Oracle::data`].
     pub fn begin_write(&mut self, offset: u64, len: u64) -> OpId {
         let op = self.push(offset, len);
-        self.add_versions(op, op);
+        self.add_versions(op, op, false);
         op
     }
 
     /// Notes a write of zeroes that is about to be sent.
     pub fn begin_zeroes(&mut self, offset: u64, len: u64) -> OpId {
         let op = self.push(offset, len);
-        self.add_versions(op, ZEROES);
+        self.add_versions(op, ZEROES, false);
+        op
+    }
+
+    /// Notes a discard that is about to be sent.
+    pub fn begin_discard(&mut self, offset: u64, len: u64) -> OpId {
+        let (start, end) = (offset.next_multiple_of(BLOCK), (offset + len) / BLOCK * BLOCK);
+        let op = self.push(start, end.saturating_sub(start));
+        self.add_versions(op, ZEROES, true);
         op
     }
 
@@ -108,31 +123,48 @@ impl Oracle {
 
     /// Checks what a power cut at `cut` left: what was flushed is there, nothing that was sent later is, and of the rest a prefix
     /// in the order of the journal: a write that is there has all those with it that were acked before it was sent. Small
-    /// writes are there whole. Answers the time up to which everything acked is known to be there.
+    /// writes are there whole. A revert that was in flight happened, or did not. Answers the time up to which everything acked
+    /// is known to be there.
     pub fn check_power_cut(&self, image: &[u8], cut: u64) -> Result<u64, String> {
         if image.len() as u64 != self.size() {
             return Err(format!("an image of {} bytes, expected {}", image.len(), self.size()));
         }
+        let in_flight = |revert: &&OpId| {
+            let op = self.ops[**revert as usize];
+            op.submit <= cut && op.ack > cut
+        };
+        let Some(&revert) = self.reverts.iter().find(in_flight) else { return self.check_cut(image, cut, None) };
+        self.check_cut(image, cut, Some((revert, true))).or_else(|with| {
+            let without = self.check_cut(image, cut, Some((revert, false)));
+            without.map_err(|without| format!("as if the revert had happened: {with}; as if it had not: {without}"))
+        })
+    }
+
+    /// The same where it is known of the revert in flight whether it happened.
+    fn check_cut(&self, image: &[u8], cut: u64, revert: Option<(OpId, bool)>) -> Result<u64, String> {
         let shown: HashSet<u32> = image.chunks_exact(SECTOR).map(decode).collect();
         let known = |content: &&u32| (**content as usize) < self.ops.len() && **content != ZEROES;
         let newest = shown.iter().filter(known).map(|op| self.ops[*op as usize].submit).filter(|at| *at <= cut).max();
         let flushed = self.flushes.iter().filter(|(_, ack)| *ack <= cut).map(|(submit, _)| *submit).max();
-        let safe = newest.max(flushed).unwrap_or(0);
+        // A revert is in the journal behind everything that was acked before it was sent.
+        let reverted = revert.filter(|(_, happened)| *happened).map(|(id, _)| self.ops[id as usize].submit);
+        let safe = newest.max(flushed).max(reverted).unwrap_or(0);
         let certain = |id: OpId| {
             let op = self.ops[id as usize];
             let whole = u64::from(op.sectors) * SECTOR as u64 <= ATOMIC_BYTES_MAX;
-            op.ack <= safe || op.durable && op.ack <= cut || whole && id != ZEROES && shown.contains(&id)
+            let seen = whole && id != ZEROES && shown.contains(&id);
+            op.ack <= safe || op.durable && op.ack <= cut || seen || revert == Some((id, true))
         };
         let mut expected = [0; SECTOR];
         for (sector, bytes) in image.chunks_exact(SECTOR).enumerate() {
             let versions = &self.sectors[sector];
-            let floor = versions.iter().filter(|v| certain(v.op)).map(|v| self.ops[v.op as usize].submit).max();
-            let floor = floor.unwrap_or(0);
+            let floor = versions.iter().filter(|v| !v.discard && certain(v.op)).map(|v| self.ops[v.op as usize].submit);
+            let floor = floor.max().unwrap_or(0);
             let content = decode(bytes);
             let possible = floor == 0 && content == ZEROES
                 || versions.iter().any(|v| {
                     let op = self.ops[v.op as usize];
-                    v.content == content && op.submit <= cut && op.end >= floor
+                    v.content == content && op.submit <= cut && op.end >= floor && revert != Some((v.op, false))
                 });
             expected.fill(0);
             if content != ZEROES {
@@ -148,7 +180,23 @@ impl Oracle {
 
     /// Checks a view of `at` after a power cut, when everything acked by `safe` is known to be there.
     pub fn check_view_after_cut(&self, image: &[u8], at: u64, safe: u64) -> Result<(), String> {
-        self.check(0, image, at.min(safe), at)
+        self.check_image(image, at.min(safe), at)
+    }
+
+    /// Checks that two images of the same state, which lies between `from` and `to`, differ at most where one of them has zeroes
+    /// because of a discard.
+    pub fn check_same(&self, one: &[u8], other: &[u8], from: u64, to: u64) -> Result<(), String> {
+        if one.len() != other.len() {
+            return Err(format!("images of {} and {} bytes", one.len(), other.len()));
+        }
+        let blank = [0_u8; SECTOR];
+        for (sector, (one, other)) in one.chunks_exact(SECTOR).zip(other.chunks_exact(SECTOR)).enumerate() {
+            let open = || (one == blank || other == blank) && self.discarded(sector, from, to);
+            if one != other && !open() {
+                return Err(format!("sector {sector} was {:02x?} and is {:02x?}", &one[..32], &other[..32]));
+            }
+        }
+        Ok(())
     }
 
     /// Notes that an operation was answered with an error: it may have happened in part, and nothing more will.
@@ -188,7 +236,8 @@ impl Oracle {
         self.check_whole(&contents)
     }
 
-    /// Pins what `image`, read since `from`, shows wherever more than one content would be right, after checking it.
+    /// Pins what `image`, read since `from`, shows wherever more than one content would be right, after checking it. What was
+    /// discarded stays open: it may read otherwise the next time.
     /// No write may be in flight. Call [`Oracle::cut`] before reading it when some never got an answer.
     pub fn settle(&mut self, image: &[u8], from: u64) -> Result<usize, String> {
         let now = now_ns();
@@ -196,7 +245,7 @@ impl Oracle {
         let mut op = None;
         let mut pinned = 0;
         for (sector, bytes) in image.chunks_exact(SECTOR).enumerate() {
-            if self.candidates(sector, from, now).nth(1).is_none() {
+            if self.candidates(sector, from, now).nth(1).is_none() || self.discarded(sector, from, now) {
                 continue;
             }
             let content = decode(bytes);
@@ -204,21 +253,32 @@ impl Oracle {
                 self.ops.push(Op { submit: from, ack: now, end: now, first: 0, sectors: 0, durable: false });
                 u32::try_from(self.ops.len() - 1).expect("fewer than 2^32 operations")
             });
-            self.sectors[sector].push(Version { op, content });
+            self.sectors[sector].push(Version { op, content, discard: false });
             pinned += 1;
         }
         Ok(pinned)
     }
 
-    /// Notes a revert, sent at `submit` and answered now, that made the volume equal `image` (which the caller has checked
-    /// as the view of the target).
-    pub fn reverted(&mut self, image: &[u8], submit: u64) {
+    /// Notes a revert to `target`, sent at `submit` with nothing else in flight and answered now, that made the volume equal
+    /// `image` (which the caller has checked as the view of the target). Its answer says that it is durable, and with it
+    /// everything acked before.
+    pub fn reverted(&mut self, image: &[u8], target: u64, submit: u64) {
         let now = now_ns();
-        self.ops.push(Op { submit, ack: now, end: now, first: 0, sectors: 0, durable: false });
+        self.ops.push(Op { submit, ack: now, end: now, first: 0, sectors: 0, durable: true });
         let op = u32::try_from(self.ops.len() - 1).expect("fewer than 2^32 operations");
-        for (versions, bytes) in self.sectors.iter_mut().zip(image.chunks_exact(SECTOR)) {
-            versions.push(Version { op, content: decode(bytes) });
+        for (sector, bytes) in image.chunks_exact(SECTOR).enumerate() {
+            let shown = decode(bytes);
+            // What a discard left open at the target is as open as before.
+            let open: Vec<u32> = match self.discarded(sector, target, target) {
+                true => self.candidates(sector, target, target).filter(|content| *content != shown).collect(),
+                false => Vec::new(),
+            };
+            let versions = &mut self.sectors[sector];
+            versions.push(Version { op, content: shown, discard: false });
+            versions.extend(open.into_iter().map(|content| Version { op, content, discard: true }));
         }
+        self.reverts.push(op);
+        self.flushes.push((now, now));
     }
 
     fn push(&mut self, offset: u64, len: u64) -> OpId {
@@ -234,20 +294,30 @@ impl Oracle {
         u32::try_from(self.ops.len() - 1).expect("fewer than 2^32 operations")
     }
 
-    fn add_versions(&mut self, op: OpId, content: u32) {
+    fn add_versions(&mut self, op: OpId, content: u32, discard: bool) {
         let Op { first, sectors, .. } = self.ops[op as usize];
         for versions in &mut self.sectors[first as usize..(first + sectors) as usize] {
-            versions.push(Version { op, content });
+            versions.push(Version { op, content, discard });
         }
+    }
+
+    /// The newest start of a write to `sector` that is certainly in from `from` on: whatever ended before it is gone.
+    fn floor(&self, sector: usize, from: u64) -> u64 {
+        let writes = self.sectors[sector].iter().filter(|v| !v.discard).map(|v| self.ops[v.op as usize]);
+        writes.filter(|op| op.ack <= from).map(|op| op.submit).max().unwrap_or(0)
+    }
+
+    /// Whether `sector` may read in two ways in the span because of a discard.
+    fn discarded(&self, sector: usize, from: u64, to: u64) -> bool {
+        let floor = self.floor(sector, from);
+        let mut discards = self.sectors[sector].iter().filter(|v| v.discard).map(|v| self.ops[v.op as usize]);
+        discards.any(|op| op.submit <= to && op.end >= floor)
     }
 
     /// Contents that a read of `sector` in the span may give, without repetition.
     fn candidates(&self, sector: usize, from: u64, to: u64) -> impl Iterator<Item = u32> + '_ {
         let versions = &self.sectors[sector];
-        // The newest start of a write that is certainly in: whatever ended before it is gone.
-        let floor =
-            versions.iter().map(|v| self.ops[v.op as usize]).filter(|op| op.ack <= from).map(|op| op.submit).max();
-        let floor = floor.unwrap_or(0);
+        let floor = self.floor(sector, from);
         let possible = move |version: &Version| {
             let op = self.ops[version.op as usize];
             op.submit <= to && op.end >= floor
@@ -473,14 +543,95 @@ mod tests {
         let mut oracle = Oracle::new(1, 1 << 20);
         let first = oracle.begin_write(0, 4096);
         oracle.ack(first);
-        let target = image_of(&oracle, &[first]);
+        let (target, at) = (image_of(&oracle, &[first]), now_ns());
         let second = oracle.begin_write(0, 4096);
         oracle.ack(second);
         let now = now_ns();
         assert!(oracle.check_image(&target, now, now).is_err());
-        oracle.reverted(&target, now);
+        oracle.reverted(&target, at, now);
         let now = now_ns();
         oracle.check_image(&target, now, now).unwrap();
         assert!(oracle.check_image(&image_of(&oracle, &[first, second]), now, now).is_err());
+    }
+
+    #[test]
+    fn a_revert_in_flight_at_a_power_cut_happened_or_did_not() {
+        let mut oracle = Oracle::new(1, 1 << 20);
+        let write = |oracle: &mut Oracle| {
+            let op = oracle.begin_write(0, 8192);
+            oracle.ack(op);
+            op
+        };
+        let first = write(&mut oracle);
+        let target = now_ns();
+        let second = write(&mut oracle);
+        oracle.flushed(now_ns());
+        let (old, new) = (image_of(&oracle, &[first]), image_of(&oracle, &[second]));
+        let before = now_ns();
+        let submit = now_ns();
+        let within = now_ns();
+        oracle.reverted(&old, target, submit);
+        let after = now_ns();
+        for (cut, reverted, not) in [(before, false, true), (within, true, true), (after, true, false)] {
+            assert_eq!(oracle.check_power_cut(&old, cut).is_ok(), reverted);
+            assert_eq!(oracle.check_power_cut(&new, cut).is_ok(), not);
+        }
+        let mut half = new;
+        half[..4096].copy_from_slice(&old[..4096]);
+        assert!(oracle.check_power_cut(&half, within).is_err(), "by halves");
+    }
+
+    #[test]
+    fn a_discarded_block_shows_zeroes_or_what_was_there_until_it_is_written_again() {
+        let mut oracle = Oracle::new(1, 1 << 20);
+        let write = |oracle: &mut Oracle, len: u64| {
+            let op = oracle.begin_write(0, len);
+            oracle.ack(op);
+            op
+        };
+        write(&mut oracle, 16384);
+        let older = image_of(&oracle, &[1]);
+        let second = write(&mut oracle, 16384);
+        let before = now_ns();
+        // Blocks 1 and 2: the others are there in part only.
+        let discard = oracle.begin_discard(512, 12288);
+        oracle.ack(discard);
+        let target = now_ns();
+        let kept = image_of(&oracle, &[second]);
+        let (mut gone, mut more) = (kept.clone(), kept.clone());
+        gone[4096..12288].fill(0);
+        more[512..12800].fill(0);
+        let right = |oracle: &Oracle, image: &[u8]| {
+            let now = now_ns();
+            oracle.check_image(image, now, now).is_ok()
+        };
+        assert!(right(&oracle, &kept) && right(&oracle, &gone));
+        assert!(!right(&oracle, &more) && !right(&oracle, &older));
+        assert!(oracle.check_image(&gone, before, before).is_err(), "it was not sent yet");
+        oracle.check_same(&kept, &gone, target, target).unwrap();
+        assert!(oracle.check_same(&kept, &more, target, target).is_err());
+        assert!(oracle.check_same(&gone, &older, target, target).is_err());
+        assert_eq!(oracle.settle(&kept, target).unwrap(), 0, "what was seen of a discard does not stay");
+        // So it is after a revert to behind it; to before it, it is no more.
+        let third = write(&mut oracle, 4096);
+        oracle.reverted(&kept, target, now_ns());
+        assert!(right(&oracle, &kept) && right(&oracle, &gone));
+        assert!(!right(&oracle, &image_of(&oracle, &[second, third])));
+        oracle.reverted(&kept, before, now_ns());
+        assert!(right(&oracle, &kept) && !right(&oracle, &gone));
+        // A power cut may take it, and its zeroes; not what was flushed since.
+        let discard = oracle.begin_discard(0, 4096);
+        oracle.ack(discard);
+        let mut gone = kept.clone();
+        gone[..4096].fill(0);
+        oracle.check_power_cut(&gone, now_ns()).unwrap();
+        oracle.check_power_cut(&kept, now_ns()).unwrap();
+        let fourth = write(&mut oracle, 512);
+        oracle.flushed(now_ns());
+        let mut gone = image_of(&oracle, &[second, fourth]);
+        gone[512..4096].fill(0);
+        oracle.check_power_cut(&gone, now_ns()).unwrap();
+        gone[..512].fill(0);
+        assert!(oracle.check_power_cut(&gone, now_ns()).is_err());
     }
 }

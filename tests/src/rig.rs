@@ -8,10 +8,9 @@ use serde_json::Value;
 
 use crate::faultfs::FaultFs;
 use crate::load::{Load, Plan};
-use crate::now_ns;
 use crate::oracle::Oracle;
 use crate::process::{Agent, scrape};
-use crate::tools;
+use crate::{now_ns, seed_shift, tools};
 
 /// The CDP disk that is in use from the start.
 pub const CDP: &str = "cdp.img";
@@ -32,6 +31,7 @@ pub struct Rig {
     pub cdp: String,
     size: u64,
     metrics: std::net::SocketAddr,
+    seed_shift: u64,
 }
 
 /// Sizes of a [`Rig`].
@@ -97,7 +97,7 @@ reserve_capacity = "{reserve}MiB"
         agent.ctl(&["volume", "add", "demo", "--path", &disks.path_str(PRIMARY)]);
         agent.ctl(&["enable", "demo"]);
         let oracle = Arc::new(Mutex::new(Oracle::new(seed, size)));
-        Self { agent, disks, oracle, cdp, size, metrics }
+        Self { agent, disks, oracle, cdp, size, metrics, seed_shift: seed_shift() }
     }
 
     /// Takes the second CDP disk into use.
@@ -108,6 +108,7 @@ reserve_capacity = "{reserve}MiB"
     /// Everything at once, small requests, without end.
     pub fn plan(&self, seed: u64) -> Plan {
         let sizes = vec![512, 1536, 4096, 4096, 8192, 16384, 65536];
+        let seed = seed.wrapping_add(self.seed_shift);
         Plan { connections: 2, depth: 8, sizes, flush_percent: 3, ..Plan::mixed(self.size, seed) }
     }
 

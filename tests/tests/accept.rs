@@ -82,7 +82,7 @@ impl Run {
         let image = self.check_view(to);
         let submit = now_ns();
         self.agent.ctl(&["revert", "demo", "--at", &to.to_string()]);
-        self.oracle.reverted(&image, submit);
+        self.oracle.reverted(&image, to, submit);
         self.check_live("volume after the revert");
     }
 
