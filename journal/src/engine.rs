@@ -349,14 +349,16 @@ impl Engine {
 
     // -- the clock -----------------------------------------------------------------------------------------------------
 
-    /// A new instant at once, or `None` when the mark must be raised first.
+    /// A new instant at once, or `None` when the mark must be raised first. That is begun: whoever does without an instant for now, as the rounds of an idle
+    /// volume do, finds one later.
     pub(crate) fn try_tick(self: &Rc<Self>) -> Option<Instant> {
         if !self.clock_ready.get() {
             return None;
         }
         let instant = self.clock.tick(self.host.wall_ns());
         // Raised ahead of need, so that the guest seldom waits for it.
-        if instant.is_some_and(|i| i.0 + RESERVE_AHEAD_NS / 2 >= self.clock.high_water().0) && !self.raising.get() {
+        let low = instant.is_none_or(|i| i.0 + RESERVE_AHEAD_NS / 2 >= self.clock.high_water().0);
+        if low && !self.raising.get() {
             let engine = Rc::clone(self);
             self.host.spawn(Box::pin(async move { engine.raise_clock().await }));
         }

@@ -28,16 +28,8 @@ pub const ALPHABET: [(&str, &[(Action, Then)]); 14] = [
     ("disable, enable", &[(Action::Disable { vol: 0 }, Then::Go), (Action::Enable { vol: 0 }, Then::Go)]),
     // Closes the active log and drops or thins it.
     ("clean the newest log", &[(Action::CleanLog { vol: 0, pick: NEWEST }, Then::Go)]),
-    // An eighth of the reserved duration goes by, and a round of the engine: the active log is closed, if it has a write. Asked in between, as by other volumes of the
-    // host: a round takes an instant only where the clock's mark need not be raised for it.
-    (
-        "rotate",
-        &[
-            (Action::Freeze { ns: 10_801 * SECOND }, Then::Go),
-            (Action::Ask, Then::Go),
-            (Action::Sleep { ns: SECOND * 6 / 10 }, Then::Go),
-        ],
-    ),
+    // An eighth of the reserved duration goes by, and two rounds of the engine, since the clock's mark has to be raised: the active log is closed, if it has a write.
+    ("rotate", &[(Action::Freeze { ns: 10_801 * SECOND }, Then::Go), (Action::Sleep { ns: SECOND * 6 / 10 }, Then::Go)]),
     // All of it goes by: what is closed, and older than the active log, is evicted.
     ("evict", &[(Action::Freeze { ns: 86_401 * SECOND }, Then::Go), (Action::Sleep { ns: SECOND }, Then::Go)]),
     // To between two writes: an instant that is not the oldest, mostly of the active log.
