@@ -90,6 +90,30 @@ impl<S: Clone + 'static> ShardHandle<S> {
         Ok(Self { name: name.to_owned(), messages, heartbeat, clients, thread: Some(thread).into() })
     }
 
+    /// A shard on the caller's own thread and ring: for the fuzzers, since another thread's answers take longer than an input. The
+    /// future serves it; it ends when the handle is dropped and with it all that it gave out, and answers what is left.
+    #[cfg(feature = "fuzzing")]
+    pub(crate) fn here(ring: Ring, state: S) -> (Self, impl Future<Output = Rc<Clients>>) {
+        let (messages, mut received) = mpsc::unbounded_channel::<Message<S>>();
+        let stats = Arc::<ClientStats>::default();
+        let handle = Self {
+            name: "here".to_owned(),
+            messages,
+            heartbeat: ring.heartbeat(),
+            clients: Arc::clone(&stats),
+            thread: std::sync::Mutex::new(None),
+        };
+        let (clients, files) = (Clients::new(ring.clone(), stats), Files::new(ring.clone()));
+        let context = Context { state, ring, clients, files };
+        let served = async move {
+            while let Some(Message::Run(run)) = received.recv().await {
+                run(&context);
+            }
+            context.clients
+        };
+        (handle, served)
+    }
+
     /// Runs a closure on the shard and the future that it makes, beside the shard's other work. Dropping the returned future does
     /// not stop the work.
     ///

@@ -22,6 +22,7 @@ pub const TARGETS: &[Target] = &[
     ("segment", cdp_journal::fuzzing::segment),
     ("frame", cdp_journal::fuzzing::frame),
     ("index", cdp_journal::fuzzing::index),
+    ("run", cdp_journal::fuzzing::run),
     #[cfg(feature = "proto")]
     ("words", words),
     #[cfg(feature = "agent")]

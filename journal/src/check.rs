@@ -273,6 +273,27 @@ pub fn check(path: &Path, progress: &mut dyn FnMut(u64, u64)) -> Result<Report, 
     check_medium(Box::new(File::open(path).map_err(open)?), path, progress)
 }
 
+/// The entries of a run, if nothing is wrong with it: for the fuzzers, who hold the engine's reader against this one.
+#[cfg(feature = "fuzzing")]
+pub(crate) fn whole_run(
+    medium: Box<dyn Medium>,
+    geometry: Geometry,
+    root: &format::RunRoot,
+    log_id: u64,
+    kind: StreamKind,
+) -> Option<Vec<format::IndexEntry>> {
+    let mut source = Source::new(medium).expect("a medium that has an end");
+    let layout = Layout { disk_id: [0; 16], geometry };
+    let inside = |segment: u32, block: u32| u64::from(segment) < geometry.segments && block < layout.segment_blocks();
+    let run = RunOf { root, log_id, kind, allowed: &inside };
+    let mut entries = Vec::new();
+    let walked = run::walk(&mut source, &layout, &run, &mut Tally::default(), &mut |_, entry| {
+        entries.push(*entry);
+        Ok(())
+    });
+    walked.ok().map(|()| entries)
+}
+
 /// What a disk's bytes are read from.
 pub trait Medium: Read + Seek {}
 

@@ -3,6 +3,8 @@
 //! The first byte of an input says whether checksums are made right first (odd): random bytes would never get past them. Each answers whether the bytes were
 //! taken for what they claim to be, so that a test can tell a corpus that reaches behind the checks from one that does not.
 
+mod tree;
+
 use crate::disk::SegmentRef;
 use crate::format::{
     self, ClockPage, FrameHeader, Geometry, IndexPageHeader, SegmentFooter, SegmentHeader, StreamKind, Superblock,
@@ -11,6 +13,8 @@ use crate::format::{
 use crate::index::IndexPage;
 use crate::types::BLOCK;
 use uuid::Uuid;
+
+pub use tree::run;
 
 /// The blocks of an input, padded to whole ones, and whether checksums are to be made right.
 fn blocks(data: &[u8]) -> Option<(bool, Vec<u8>)> {
@@ -107,7 +111,7 @@ pub fn frame(data: &[u8]) -> bool {
     crate::volume::read_frame(&bytes, header) && parsed.is_some()
 }
 
-/// A page of an index run.
+/// A page of an index run. ([`run`] takes whole ones.)
 pub fn index(data: &[u8]) -> bool {
     let Some((sealed, mut bytes)) = blocks(data) else { return false };
     let page = &mut bytes[..BLOCK as usize];

@@ -181,6 +181,10 @@ fn sound(entry: &IndexEntry, kind: StreamKind) -> Result<(), &'static str> {
     if entry.mask == 0 {
         return Err("index entry without sectors");
     }
+    // The engine takes none of these either.
+    if entry.mask != 0xff && entry.instant.get() == 0 {
+        return Err("index entry of some sectors without an instant");
+    }
     Ok(())
 }
 

@@ -37,6 +37,12 @@ impl Granule {
         if self.is_full() {
             return 0;
         }
+        if u64::from(last - first) + 1 == GRANULE {
+            // Without 64 containers that would be made to be thrown away: a long range is made of such.
+            let new = GRANULE - self.count;
+            *self = Self { count: GRANULE, ..Self::default() };
+            return new;
+        }
         let new = if first == last { u64::from(self.bits.insert(first)) } else { self.bits.insert_range(first..=last) };
         self.count += new;
         self.inserts += 1;

@@ -1,8 +1,10 @@
-//! What the fuzzers reach; among it a door to the transmission phase as a whole ([`stream`]).
+//! What the fuzzers reach; among it a door to the transmission phase as a whole ([`stream`]) and one to the handshake ([`handshake`]).
 //!
 //! A client's bytes go through a pair of sockets to the real reader and writer, on a real ring, before an export in memory. What
 //! comes back is held against the protocol, told here a second time: which requests have to be done, what they read, what the
 //! export holds in the end.
+
+mod negotiation;
 
 use std::cell::{Cell, RefCell};
 use std::io;
@@ -30,8 +32,8 @@ use super::wire::{self, ChunkHead, Request, STRING_MAX, SimpleReply, chunk, comm
 use super::{ClientStats, ExportSource, NbdConfig, NbdSession, Seat};
 use crate::ring::{Ring, SendBatch};
 
-pub(crate) use super::handshake::plain;
 pub(crate) use super::transmission::fuzz_request;
+pub(crate) use negotiation::handshake;
 
 /// Bytes of the export: a few blocks and part of one.
 const SIZE: u64 = (64 << 10) + SECTOR;
@@ -73,12 +75,22 @@ pub(crate) fn stream(data: &[u8]) -> bool {
         0 => usize::MAX,
         pace => (usize::from(pace) * 8 + 5).max(bytes.len() / SENDS_MAX),
     };
-    let ring = RING.take().map_or_else(|| Ring::new().expect("io_uring"), ManuallyDrop::into_inner);
+    let ring = take_ring();
     let memory = Memory::new(ring.clone(), agreed.read_only);
     let heard = ring.run_and_keep(converse(ring.clone(), Rc::clone(&memory), agreed, bytes.clone(), piece));
-    RING.set(Some(ManuallyDrop::new(ring)));
+    keep_ring(ring);
     said.compare(&bytes, &heard, agreed, &memory);
     said.asked.iter().any(|asked| is_good(&asked.request, agreed))
+}
+
+/// The thread's ring, for one input.
+fn take_ring() -> Ring {
+    RING.take().map_or_else(|| Ring::new().expect("io_uring"), ManuallyDrop::into_inner)
+}
+
+/// Gives it back. After a panic nobody does: it is closed then.
+fn keep_ring(ring: Ring) {
+    RING.set(Some(ManuallyDrop::new(ring)));
 }
 
 /// What the handshake agreed on, and how much may be in flight.
@@ -301,6 +313,9 @@ impl Export for Memory {
     }
 
     fn changed_since(&self, _since: Instant) -> LocalFuture<'static, Result<Rc<Touched>>> {
+        if !self.read_only {
+            return self.answer(0, Err(Error::State("only what is read-only can tell".to_owned())));
+        }
         let mut changed = Touched::new();
         for block in CHANGED {
             changed.insert(block);

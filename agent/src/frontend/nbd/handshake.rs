@@ -19,11 +19,11 @@ use super::{BLOCK_MIN, BLOCK_PREFERRED, ExportDirectory, ExportInfo, PAYLOAD_MAX
 use crate::shard::{ExportClaim, ShardGone};
 
 /// Longest option that is read.
-const OPTION_MAX: u32 = 64 << 10;
+pub(super) const OPTION_MAX: u32 = 64 << 10;
 /// Longest option that is skipped; a longer one ends the connection.
-const OPTION_SKIP_MAX: u32 = 1 << 20;
+pub(super) const OPTION_SKIP_MAX: u32 = 1 << 20;
 /// Zero bytes after the answer to EXPORT_NAME, for clients that do not ask to leave them out.
-const EXPORT_NAME_ZEROES: usize = 124;
+pub(super) const EXPORT_NAME_ZEROES: usize = 124;
 
 /// A metadata context that clients can choose.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
