@@ -25,11 +25,18 @@ export CDP_BIN="$PWD/target/release"
 share() { echo $((seconds * $1 / 100)); }
 failed=0
 
-echo "==> simulator, all profiles: $(share 30) s"
-target/sim/cdp-sim --seed "$(($(date +%s) * 100000))" --seconds "$(share 30)" --threads 2 --keep-going | tee "$logs/sim"
-[ "${PIPESTATUS[0]}" = 0 ] || failed=$((failed + 1))
-histories=$(sed -n 's/^\([0-9]*\) histories, .*/\1/p' "$logs/sim" | tail -n 1)
-violations=$(sed -n 's/^[0-9]* histories, \([0-9]*\) violations.*/\1/p' "$logs/sim" | tail -n 1)
+# Simulates with some profiles for so many hundredths of the time.
+simulate() {
+    echo "==> simulator, profiles of $1: $(share "$2") s"
+    target/sim/cdp-sim --profile "$1" --seed "$(($(date +%s) * 100000))" --seconds "$(share "$2")" --threads 2 --keep-going | tee "$logs/sim-$1"
+    [ "${PIPESTATUS[0]}" = 0 ] || failed=$((failed + 1))
+}
+simulate all 20
+simulate more 10
+histories=$(sed -n 's/^\([0-9]*\) histories, .*/\1/p' "$logs"/sim-* | paste -sd+)
+histories=${histories:+$((histories))}
+violations=$(sed -n 's/^[0-9]* histories, \([0-9]*\) violations.*/\1/p' "$logs"/sim-* | paste -sd+)
+violations=${violations:+$((violations))}
 
 # Goes on where the last soak ended it, so that a few short ones try all of it; then it begins anew.
 kept=target/exhaust-4

@@ -86,6 +86,9 @@ step "build of the simulator" cargo build --locked --profile sim -p cdp-sim || f
 # Fixed seeds, so that a change fails by its own fault; `make soak` takes others. At least 20,000 histories have crashes.
 histories=${CDP_SIM_HISTORIES:-32000}
 step simulator target/sim/cdp-sim --seed 200000 --histories "$histories" --least-crashed "$((histories * 5 / 8))" --threads 2
+# What came after the profiles of `all`; a history of `ring` takes as long as many others.
+later=$((histories / 32))
+step "simulator, later profiles" target/sim/cdp-sim --profile more --seed 200000 --histories "$later" --least-crashed "$((later / 2))" --threads 2
 step exhaustion target/sim/cdp-sim --exhaust 3 --subsets 1 --threads 2
 step "deliberate faults" cargo test --locked -p cdp-sim --features mutations --test mutations
 # A workspace of its own, with a flag of its own.

@@ -21,6 +21,8 @@ use crate::world::{Counts, OpenView, SEGMENT, Vol, World};
 const VIEWS_OPEN_MAX: usize = 8;
 /// With more operations in flight the next one waits for its own end.
 const IN_FLIGHT_MAX: u32 = 24;
+/// Calls of admins that begin beside others.
+const CALLS_MAX: u32 = 3;
 
 /// Runs one operation, as far as the next one waits for it.
 pub async fn execute(world: &Rc<World>, op: &Op) {
@@ -40,14 +42,17 @@ pub async fn execute(world: &Rc<World>, op: &Op) {
         watched.set(true);
     } else if overlaps(world, op) {
         let (w, action, watched) = (Rc::clone(world), op.action.clone(), Rc::clone(&watched));
+        let call = u32::from(is_call(&action));
         world.in_flight.set(world.in_flight.get() + 1);
+        world.calls.set(world.calls.get() + call);
         SimHost(Rc::clone(&world.running().executor)).spawn(Box::pin(async move {
-            other(&w, &action).await;
+            other(&w, &action, true).await;
             watched.set(true);
             w.in_flight.set(w.in_flight.get() - 1);
+            w.calls.set(w.calls.get() - call);
         }));
     } else {
-        other(world, &op.action).await;
+        other(world, &op.action, false).await;
         watched.set(true);
     }
     if op.then == Then::Barrier && world.running.borrow().is_some() {
@@ -70,10 +75,30 @@ fn overlaps(world: &World, op: &Op) -> bool {
             | Action::CheckView { .. }
             | Action::Mark { .. }
     );
-    world.history.setup.overlap && op.then == Then::Go && beside && world.in_flight.get() <= IN_FLIGHT_MAX
+    let setup = &world.history.setup;
+    let may = setup.overlap && beside || setup.admins && is_call(&op.action) && world.calls.get() < CALLS_MAX;
+    may && op.then == Then::Go && world.in_flight.get() <= IN_FLIGHT_MAX
 }
 
-async fn other(world: &Rc<World>, action: &Action) {
+/// Calls of admins that the engine does one after the other for a volume, whenever they are asked for. They are judged in the order in which they are
+/// answered: each is in effect when it is answered, and the next one is not before that.
+fn is_call(action: &Action) -> bool {
+    matches!(
+        action,
+        Action::Revert { force: true, .. }
+            | Action::RevertGroup { .. }
+            | Action::DryRun { .. }
+            | Action::UndoRevert { .. }
+            | Action::Enable { .. }
+            | Action::Disable { .. }
+            | Action::Edit { .. }
+            | Action::CleanAll { .. }
+            | Action::CleanLog { .. }
+    )
+}
+
+/// `beside`: the next operations do not wait for this one.
+async fn other(world: &Rc<World>, action: &Action, beside: bool) {
     match *action {
         Action::Verify { vol } => {
             barrier(world).await;
@@ -120,7 +145,7 @@ async fn other(world: &Rc<World>, action: &Action) {
         Action::Revert { vol, at, force, release } => {
             revert(world, &world.volumes[vol], at, None, force, release).await
         }
-        Action::RevertGroup { at } => group::revert(world, at).await,
+        Action::RevertGroup { at } => group::revert(world, at, beside).await,
         Action::UndoRevert { vol } => {
             let vol = &world.volumes[vol];
             if vol.last_revert.get() > 0 {
@@ -422,10 +447,10 @@ async fn close(world: &Rc<World>, view: &Rc<OpenView>) {
 async fn try_view(world: &Rc<World>, vol: &Rc<Vol>, time: u64, writable: bool) -> Option<Rc<OpenView>> {
     let handle = vol.handle();
     let before = Vol::covers(&handle.info(), time);
-    let cleaning = vol.cleaning.get();
+    let cleaning = vol.cleaning.get() > 0;
     let result = handle.open_view(Instant(time), "", writable).await;
     // All of history is about to end, and says so.
-    let ending = (cleaning || vol.cleaning.get()) && matches!(result, Err(Error::State(_)));
+    let ending = (cleaning || vol.cleaning.get() > 0) && matches!(result, Err(Error::State(_)));
     let info = handle.info();
     let after = Vol::covers(&info, time);
     match result {
@@ -520,17 +545,22 @@ async fn revert(world: &Rc<World>, vol: &Rc<Vol>, at: u64, exact: Option<u64>, f
         barrier(world).await;
         vol.guard.take();
     }
+    let connected = vol.guard.borrow().is_some() && !vol.disconnected.get();
+    let call = world.call_begins(vol);
     vol.revert_begins(force);
+    vol.hold_begins(force && !release);
+    if world.history.setup.heavy {
+        // Room for one that is refused, or cut off, may cost all but the newest log.
+        vol.forget_history();
+    }
     let before = Vol::covers(&handle.info(), target);
     let now = world.now(vol);
-    vol.oracle.borrow_mut().revert_begin(target, now);
+    let number = vol.oracle.borrow_mut().revert_begin(target, now);
     let request = RevertRequest { target: Instant(target), force, release, dry_run: false };
-    if force && !release {
-        vol.held.set(None);
-    }
     let result = handle.revert(request).await;
     vol.revert_ends();
-    vol.held.set(Some(handle.info().held));
+    vol.hold_ends(handle.info().held);
+    let alone = world.call_ends(vol, call);
     let after = Vol::covers(&handle.info(), target);
     let done = result.is_ok();
     match result {
@@ -540,7 +570,7 @@ async fn revert(world: &Rc<World>, vol: &Rc<Vol>, at: u64, exact: Option<u64>, f
             world.count(|counts| counts.reverts += 1);
             vol.last_revert.set(report.instant.0);
             world.instants.borrow_mut().extend([report.instant.0 - 1, report.instant.0]);
-            let verdict = vol.oracle.borrow_mut().revert_done(report.instant.0);
+            let verdict = vol.oracle.borrow_mut().revert_done(number, report.instant.0);
             if let Err(text) = verdict {
                 return world.fail(text);
             }
@@ -555,14 +585,14 @@ async fn revert(world: &Rc<World>, vol: &Rc<Vol>, at: u64, exact: Option<u64>, f
             world.say(|| format!("volume {}: revert to {target}: {error}", vol.index));
             if world.any_fault() && matches!(error, Error::Gone(_) | Error::Device { .. }) {
                 let now = world.now(vol);
-                vol.oracle.borrow_mut().revert_uncertain(now);
+                vol.oracle.borrow_mut().revert_uncertain(number, now);
             } else {
-                vol.oracle.borrow_mut().revert_refused();
+                vol.oracle.borrow_mut().revert_refused(number);
                 vol.revert_refused(force);
             }
             let held = !force && !leave_first;
             let expected = match error {
-                Error::State(_) => held || !before || handle.info().state == CdpState::Off,
+                Error::State(_) => held || !before || !alone || handle.info().state == CdpState::Off,
                 Error::OutOfCoverage { .. } => !before || !after,
                 Error::NoSpace { .. } => true,
                 _ => false,
@@ -571,6 +601,15 @@ async fn revert(world: &Rc<World>, vol: &Rc<Vol>, at: u64, exact: Option<u64>, f
                 return world.fail(format!("revert to {target}: {error}"));
             }
         }
+    }
+    if world.history.setup.admins {
+        // In the step of the answer: what is under way beside it may change this in the next.
+        let held = handle.info().held;
+        if done && connected && alone && held == release {
+            return world.fail(format!("held: {held} after a forced revert with release: {release}"));
+        }
+        verify(world, vol).await;
+        return come_back(world, vol).await;
     }
     verify(world, vol).await;
     if world.failed() {
@@ -598,15 +637,39 @@ async fn revert(world: &Rc<World>, vol: &Rc<Vol>, at: u64, exact: Option<u64>, f
     }
 }
 
+/// A client comes back after a revert. Others may be under way: the last of them lets it in.
+pub async fn come_back(world: &Rc<World>, vol: &Rc<Vol>) {
+    let others = || world.failed() || vol.reverts_under_way.get() > 0;
+    if others() {
+        return;
+    }
+    if vol.handle().info().held {
+        if vol.handle().export().connect(true, Box::new(|| {})).is_ok() {
+            return world.fail("a client came in before the release");
+        }
+        boot::release(world, vol).await;
+    }
+    if !others() && (vol.guard.borrow().is_none() || vol.disconnected.get()) {
+        vol.guard.take();
+        boot::connect(world, vol);
+    }
+}
+
 /// A revert that is only asked about must change nothing.
 async fn dry_run(world: &Rc<World>, vol: &Rc<Vol>, at: u64) {
     let handle = vol.handle();
     let target = world.pick_instant(&handle.info(), at);
     let before = Vol::covers(&handle.info(), target);
     let request = RevertRequest { target: Instant(target), force: true, release: false, dry_run: true };
+    // Reverts beside it, and those whose client has not come back, do what it must not.
+    let reverting = || vol.disconnected.get() || handle.info().held || vol.reverts_under_way.get() > 0;
+    let (beside, steps) = (world.history.setup.admins && reverting(), vol.revert_steps.get());
+    let call = world.call_begins(vol);
     let result = handle.revert(request).await;
+    world.call_ends(vol, call);
     let info = handle.info();
-    if vol.disconnected.get() || info.held {
+    let others = beside || world.history.setup.admins && vol.revert_steps.get() != steps;
+    if (vol.disconnected.get() || info.held) && !others {
         return world.fail("a dry run of a revert disconnected the client");
     }
     match result {
@@ -667,8 +730,29 @@ async fn status(world: &Rc<World>, vol: &Rc<Vol>, sector: u64, count: u64) {
     }
 }
 
+/// A call that may change the switch begins.
+fn switch_begins(vol: &Vol) {
+    vol.switching.set(vol.switching.get() + 1);
+}
+
+/// It has ended, and this is how the switch is now. While another is under way, that one may have changed it by the next step.
+fn switch_ends(vol: &Vol, on: Option<bool>) {
+    vol.switching.set(vol.switching.get() - 1);
+    vol.expect_on.set(on.filter(|_| vol.switching.get() == 0));
+}
+
+/// The last of several calls that might have changed the switch has ended: if it is on, what comes is journaled again.
+fn protect_again(world: &World, vol: &Vol) {
+    let info = vol.handle().info();
+    let on = info.state == CdpState::On && info.health == Health::Ok && world.journal_is_sound(vol);
+    if on && vol.switching.get() == 0 {
+        vol.protect();
+    }
+}
+
 /// Switches CDP on.
 pub async fn enable(world: &Rc<World>, vol: &Rc<Vol>) {
+    let call = world.call_begins(vol);
     let gap = vol.gap_open.take();
     let began = world.clock();
     // However the call ends, also by a crash.
@@ -676,23 +760,28 @@ pub async fn enable(world: &Rc<World>, vol: &Rc<Vol>) {
         vol.gaps.borrow_mut().push((from, began));
     }
     let was = vol.expect_on.replace(None);
+    switch_begins(vol);
+    vol.enabling.set(vol.enabling.get() + 1);
     let result = vol.handle().enable().await;
+    vol.enabling.set(vol.enabling.get() - 1);
+    let alone = world.call_ends(vol, call);
     match result {
         Ok(()) => {
-            vol.expect_on.set(Some(true));
+            switch_ends(vol, Some(true));
             world.count(|counts| counts.switches += 1);
             let info = vol.handle().info();
             if info.state != CdpState::On {
                 return world.fail("the switch is off after enable");
             }
-            if info.health == Health::Ok && world.journal_is_sound(vol) {
+            // What may switch it off again is not under way.
+            if info.health == Health::Ok && world.journal_is_sound(vol) && vol.switching.get() == 0 {
                 vol.protect();
                 vol.trust(world.clock());
             }
             world.remember();
         }
         Err(error) => {
-            vol.expect_on.set(was);
+            switch_ends(vol, was.filter(|_| alone));
             // After an error the protection may come on by itself later.
             vol.gap_open.set(gap.filter(|_| !world.any_fault()));
             vol.oracle.borrow_mut().sync_failed();
@@ -704,19 +793,29 @@ pub async fn enable(world: &Rc<World>, vol: &Rc<Vol>) {
 }
 
 async fn disable(world: &Rc<World>, vol: &Rc<Vol>) {
+    let call = world.call_begins(vol);
     vol.unprotect();
     let was = vol.expect_on.replace(None);
+    switch_begins(vol);
     let result = vol.handle().disable().await;
+    let alone = world.call_ends(vol, call);
     match result {
         Ok(()) => {
-            vol.expect_on.set(Some(false));
+            switch_ends(vol, Some(false));
             world.count(|counts| counts.switches += 1);
+            if vol.handle().info().state != CdpState::Off {
+                return world.fail("the switch is on after disable");
+            }
             let from = vol.gap_open.get().unwrap_or_else(|| world.clock());
-            vol.gap_open.set(Some(from));
+            // Unless it may be on again at any step.
+            vol.gap_open.set(Some(from).filter(|_| vol.enabling.get() == 0));
             world.remember();
         }
         Err(error) => {
-            vol.expect_on.set(was);
+            switch_ends(vol, was.filter(|_| alone));
+            if !alone {
+                protect_again(world, vol);
+            }
             let has_cdp = vol.handle().info().settings.is_some();
             if has_cdp && !world.any_fault() {
                 world.fail(format!("disable of volume {}: {error}", vol.index));
@@ -732,17 +831,31 @@ async fn edit(world: &Rc<World>, vol: &Rc<Vol>, segments: u64, duration_s: u64) 
         priority: if segments.is_multiple_of(2) { Priority::Low } else { Priority::High },
     };
     vol.capacity.set(vol.capacity.get().max(settings.reserve_capacity));
+    vol.shortest_s.set(vol.shortest_s.get().min(duration_s));
+    let call = world.call_begins(vol);
+    vol.editing.set(vol.editing.get() + 1);
     let had = vol.handle().info().settings;
-    match vol.handle().edit(move |_| settings).await {
+    // What was old enough until now may be gone; beside other edits nobody knows what held until now.
+    let longer = world.history.setup.admins || had.is_some_and(|had| had.reserve_duration_s < duration_s);
+    if longer {
+        vol.forget_history();
+    }
+    let result = vol.handle().edit(move |_| settings).await;
+    vol.editing.set(vol.editing.get() - 1);
+    let alone = world.call_ends(vol, call);
+    match result {
         Ok(()) => {
             world.count(|counts| counts.edits += 1);
+            if longer {
+                vol.forget_history();
+            }
             let info = vol.handle().info();
             if info.settings != Some(settings) {
                 world.fail(format!("settings after edit: {:?}, expected {settings:?}", info.settings));
             }
         }
         Err(Error::NoSpace { .. } | Error::Invalid { .. } | Error::State(_)) => {
-            if vol.handle().info().settings != had {
+            if alone && vol.handle().info().settings != had {
                 world.fail("a refused edit changed the settings");
             }
         }
@@ -754,11 +867,14 @@ async fn edit(world: &Rc<World>, vol: &Rc<Vol>, segments: u64, duration_s: u64) 
 async fn clean_all(world: &Rc<World>, vol: &Rc<Vol>) {
     let has_views = world.views.borrow().iter().any(|view| view.vol == vol.index);
     let was_protected = vol.protected.get();
+    let call = world.call_begins(vol);
     vol.unprotect();
-    vol.cleaning.set(true);
+    vol.begin_cleaning();
     let was = vol.expect_on.replace(None);
+    switch_begins(vol);
     let cleaned = vol.handle().clean(None).await;
     vol.end_cleaning(world.clock());
+    let alone = world.call_ends(vol, call);
     match cleaned {
         Ok(()) => {
             world.count(|counts| counts.cleans += 1);
@@ -767,16 +883,18 @@ async fn clean_all(world: &Rc<World>, vol: &Rc<Vol>) {
             if info.settings.is_some() || !info.coverage.is_empty() || !info.logs.is_empty() {
                 return world.fail(format!("volume {} after clean: {info:?}", vol.index));
             }
-            vol.expect_on.set(Some(false));
+            switch_ends(vol, Some(false));
             vol.gaps.borrow_mut().push((0, now));
-            vol.gap_open.set(Some(now));
+            vol.gap_open.set(Some(now).filter(|_| vol.enabling.get() == 0));
             // Enable gives the defaults again.
             let default = world.history.setup.reserve_segments * SEGMENT;
             vol.capacity.set(vol.capacity.get().max(default));
         }
         Err(error) => {
-            vol.expect_on.set(was);
-            if was_protected {
+            switch_ends(vol, was.filter(|_| alone));
+            if !alone {
+                protect_again(world, vol);
+            } else if was_protected {
                 vol.protect();
             }
             if world.any_fault() {
@@ -796,10 +914,12 @@ async fn clean_log(world: &Rc<World>, vol: &Rc<Vol>, pick: u64) {
     }
     let log = info.logs[(pick % info.logs.len() as u64) as usize].clone();
     let began = world.clock();
+    let call = world.call_begins(vol);
     vol.forget_history();
-    vol.cleaning.set(true);
+    vol.begin_cleaning();
     let cleaned = vol.handle().clean(Some(log.seq)).await;
     vol.end_cleaning(world.clock());
+    world.call_ends(vol, call);
     match cleaned {
         Ok(()) => {
             world.count(|counts| counts.cleans += 1);

@@ -49,7 +49,11 @@ fn config(world: &World) -> EngineConfig {
     EngineConfig {
         backlog_bytes_max: setup.backlog_bytes,
         // Small batches, so that two of them are under way also on small volumes.
-        destage_blocks_max: if setup.stragglers { 1 } else { [1, 4, 2048][(world.history.seed % 3) as usize] },
+        destage_blocks_max: match setup.stragglers {
+            true => 1,
+            false if setup.heavy => [8, 64, 2048][(world.history.seed % 3) as usize],
+            false => [1, 4, 2048][(world.history.seed % 3) as usize],
+        },
         // Frames side by side as often as can be, like an agent's, and one after the other.
         frames_in_flight_max: [2, 4, 1, 2][(world.history.seed % 4) as usize],
         frame_company_blocks: [0, 2, 20][(world.history.seed / 4 % 3) as usize],
@@ -163,7 +167,7 @@ pub fn disk_id(i: usize) -> Uuid {
 /// Opens a volume, checks what survived and reopens its views. Answers whether it is served.
 pub async fn open(world: &Rc<World>, vol: &Rc<Vol>) -> bool {
     let running = world.running();
-    vol.revert_ends();
+    vol.calls_are_over();
     let accepted = world.accepted.get().filter(|(index, _)| *index == vol.index).map(|(_, health)| health);
     let spec = VolumeSpec {
         id: vol.id,
@@ -237,7 +241,7 @@ pub async fn open(world: &Rc<World>, vol: &Rc<Vol>) -> bool {
     if healthy {
         vol.trust(world.clock());
     }
-    vol.cleaning.set(false);
+    vol.cleaning.set(0);
     if accepted.is_some() {
         vol.kept.borrow_mut().clear();
     }
@@ -245,7 +249,7 @@ pub async fn open(world: &Rc<World>, vol: &Rc<Vol>) -> bool {
     if accepted.is_some() || world.distrusts(vol, vol.history.get().1) {
         vol.forget_history();
     }
-    if let Some(instant) = vol.forgotten(&info, world.clock()) {
+    if let Some(instant) = vol.forgotten(&info, world.clock(), world.history.setup.heavy) {
         let text = format!("volume {}: instant {instant} is not covered after a restart", vol.index);
         world.fail(format!("history was forgotten: {text}: {:?} {:?}", info.coverage, info.logs));
         return false;
@@ -375,9 +379,12 @@ async fn unserved(world: &World, vol: &Vol) -> bool {
 
 /// The admin lets clients in again.
 pub async fn release(world: &World, vol: &Vol) {
-    vol.held.set(None);
-    match vol.handle().release().await {
-        Ok(()) => vol.held.set(Some(false)),
+    vol.hold_begins(true);
+    let released = vol.handle().release().await;
+    vol.holding.set(vol.holding.get() - 1);
+    match released {
+        // Another call that is under way may have held it again by the next step.
+        Ok(()) => vol.held.set((vol.holding.get() == 0).then_some(false)),
         // A CDP disk is being left, and the primary does not take what is in memory alone.
         Err(Error::State(why)) if world.cdp_faulty.get() && vol.primary.is_faulty() => {
             world.say(|| format!("volume {}: release: {why}; all disks work again", vol.index));
@@ -398,13 +405,20 @@ pub async fn release(world: &World, vol: &Vol) {
 /// A client opens the volume for writing. Asked to go, it does so after a moment.
 pub fn connect(world: &Rc<World>, vol: &Rc<Vol>) {
     vol.disconnected.set(false);
+    let number = vol.connections.get() + 1;
+    vol.connections.set(number);
     let (w, v) = (Rc::downgrade(world), Rc::clone(vol));
     let leave = move || {
         v.disconnected.set(true);
         let Some(world) = w.upgrade().filter(|world| world.running.borrow().is_some()) else { return };
         let host = SimHost(Rc::clone(&world.running().executor));
         let ns = world.shared.rng.below(2_000_000);
-        host.0.after(ns, move || drop(v.guard.take()));
+        host.0.after(ns, move || {
+            // Not the next one, if that has come by then.
+            if v.connections.get() == number {
+                drop(v.guard.take());
+            }
+        });
     };
     match vol.handle().export().connect(true, Box::new(leave)) {
         Ok(guard) => *vol.guard.borrow_mut() = Some(guard),

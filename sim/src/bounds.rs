@@ -1,6 +1,7 @@
 //! What must hold whenever anybody looks: bounds, gaps, history that goes only for a reason, trouble that ends when its cause has.
 
 use std::cell::Cell;
+use std::collections::BTreeMap;
 use std::rc::Rc;
 
 use cdp_journal::FenceState;
@@ -37,12 +38,18 @@ pub fn look(world: &World) {
             let text = format!("volume {} is {:?} without a fault: {}", vol.index, info.health, info.health_reason);
             return world.fail(text);
         }
+        note_given_back(vol, &info);
+        if let Some(settings) = info.settings {
+            // A call that is under way may have raised it.
+            vol.capacity.set(vol.capacity.get().max(settings.reserve_capacity));
+        }
         if info.used_bytes > vol.capacity.get() {
             let text = format!("volume {} uses {} of {} bytes", vol.index, info.used_bytes, vol.capacity.get());
             return world.fail(format!("reserve_capacity is exceeded: {text}: {:?}", info.logs));
         }
         if let Some(settings) = info.settings
             && info.used_bytes <= settings.reserve_capacity
+            && vol.editing.get() == 0
         {
             vol.capacity.set(settings.reserve_capacity);
         }
@@ -73,12 +80,20 @@ pub fn look(world: &World) {
     }
 }
 
+/// Counts what the logs held that have gone since the last look.
+fn note_given_back(vol: &Vol, info: &VolumeInfo) {
+    let held: BTreeMap<u64, u64> = info.logs.iter().map(|log| (log.seq, log.use_bytes)).collect();
+    let seen = vol.logs_seen.replace(held.clone());
+    let gone: u64 = seen.iter().filter(|(seq, _)| !held.contains_key(*seq)).map(|(_, bytes)| bytes).sum();
+    vol.given_back.set(vol.given_back.get() + gone);
+}
+
 /// What is not recorded now has no history that goes on. While a switch is under way, or a failed CDP disk is being left, writes wait, and it may show.
 fn open_end_is_right(world: &World, vol: &Vol, info: &VolumeInfo) -> bool {
     let unrecorded = [Health::Offline, Health::NeedsJournal, Health::PrimaryChanged].contains(&info.health);
     let goes_on = info.coverage.iter().any(|interval| interval.end.is_none());
     let leaving = world.folder.fence(vol.id).is_some_and(|fence| fence.state == FenceState::Detaching);
-    if !goes_on || !(unrecorded || info.state == CdpState::Off) || leaving || vol.cleaning.get() {
+    if !goes_on || !(unrecorded || info.state == CdpState::Off) || leaving || vol.cleaning.get() > 0 {
         vol.open_end.set(None);
         return true;
     }
@@ -107,18 +122,26 @@ fn history_is_kept(world: &World, vol: &Vol, info: &VolumeInfo) -> bool {
         log: info.logs.last().map_or(last.log, |log| log.seq),
         age: (age_now, boot_ns),
     };
-    if vol.cleaning.get() {
+    if vol.cleaning.get() > 0 {
         return true;
     }
     vol.last_look.set(look);
+    // The agent counts from its start.
+    let made_room = look.evicted.saturating_sub(if last.fresh { 0 } else { last.evicted });
+    world.count(|counts| counts.made_room += made_room);
+    let shortest_s = vol.shortest_s.get();
+    if vol.editing.get() == 0 {
+        vol.shortest_s.set(u64::MAX);
+    }
     // Over a restart the clock of ages may step back with the wall clock: what was old enough before is gone.
     let age_now = age_now.max(last.age.0 + (boot_ns - last.age.1));
-    let aged = |instant: u64| age_now.saturating_sub(instant) / 1_000_000_000 >= look.duration_s.min(last.duration_s);
+    let duration_s = look.duration_s.min(last.duration_s).min(shortest_s);
+    let aged = |instant: u64| age_now.saturating_sub(instant) / 1_000_000_000 >= duration_s;
     // An eviction before a crash may not have been counted at a look.
     let evicted = (last.fresh || stats.evicted_capacity > last.evicted)
         && (last.used_bytes.max(look.used_bytes) > vol.capacity.get() / 4
             || look.revert_steps > last.revert_steps
-            || !look.revert_steps.is_multiple_of(2));
+            || vol.reverts_under_way.get() > 0);
     let mut kept = vol.kept.borrow_mut();
     kept.retain(|instant| !world.distrusts(vol, *instant));
     let gone: Vec<u64> = kept.iter().copied().filter(|instant| !Vol::covers(info, *instant)).collect();

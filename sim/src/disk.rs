@@ -192,6 +192,8 @@ pub struct SimDisk {
     stragglers: Cell<bool>,
     /// A discard need not make zeroes.
     lazy_discards: Cell<bool>,
+    /// Discards that came here.
+    discards: Cell<u64>,
     state: RefCell<State>,
 }
 
@@ -217,6 +219,7 @@ impl SimDisk {
             slow_ns: Cell::new(0),
             stragglers: Cell::new(false),
             lazy_discards: Cell::new(false),
+            discards: Cell::new(0),
             state: RefCell::new(State {
                 size,
                 told: size,
@@ -253,6 +256,11 @@ impl SimDisk {
     /// hold; so too after a power cut. Otherwise, as of a file, it makes zeroes.
     pub fn set_lazy_discards(&self, lazy: bool) {
         self.lazy_discards.set(lazy);
+    }
+
+    /// Discards that came here so far.
+    pub fn discards(&self) -> u64 {
+        self.discards.get()
     }
 
     /// The device as one incarnation of the agent sees it.
@@ -923,6 +931,7 @@ impl Device for Handle {
     }
 
     fn discard(&self, offset: u64, len: u64) -> LocalFuture<'static, io::Result<()>> {
+        self.disk.discards.set(self.disk.discards.get() + 1);
         let mut pieces = pieces_of(offset, len, None, true);
         if self.disk.lazy_discards.get() {
             // Drawn from the time, so that the draws before and after are what they were.

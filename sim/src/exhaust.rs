@@ -29,7 +29,10 @@ pub const ALPHABET: [(&str, &[(Action, Then)]); 14] = [
     // Closes the active log and drops or thins it.
     ("clean the newest log", &[(Action::CleanLog { vol: 0, pick: NEWEST }, Then::Go)]),
     // An eighth of the reserved duration goes by, and two rounds of the engine, since the clock's mark has to be raised: the active log is closed, if it has a write.
-    ("rotate", &[(Action::Freeze { ns: 10_801 * SECOND }, Then::Go), (Action::Sleep { ns: SECOND * 6 / 10 }, Then::Go)]),
+    (
+        "rotate",
+        &[(Action::Freeze { ns: 10_801 * SECOND }, Then::Go), (Action::Sleep { ns: SECOND * 6 / 10 }, Then::Go)],
+    ),
     // All of it goes by: what is closed, and older than the active log, is evicted.
     ("evict", &[(Action::Freeze { ns: 86_401 * SECOND }, Then::Go), (Action::Sleep { ns: SECOND }, Then::Go)]),
     // To between two writes: an instant that is not the oldest, mostly of the active log.
@@ -154,6 +157,8 @@ fn setup() -> Setup {
         stragglers: false,
         begin_eighths: 8,
         overlap: false,
+        admins: false,
+        heavy: false,
     }
 }
 

@@ -192,6 +192,11 @@ async fn request(world: &Rc<World>, vol: &Rc<Vol>, action: &Action) {
             if world.history.is_short() {
                 world.remember();
             }
+            world.count(|counts| match action {
+                Action::Zero { .. } => counts.zeroes += 1,
+                Action::Trim { .. } => counts.discards += 1,
+                _ => {}
+            });
             world.say(|| format!("vol {} op {op}: acked at {}", vol.index, now.0));
         }
         (_, Err(error)) if !forgiven(world, vol, forced, &error) => {

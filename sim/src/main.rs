@@ -34,7 +34,7 @@ struct Args {
     /// Threads, each with a history of its own.
     #[arg(long, default_value_t = 1)]
     threads: usize,
-    /// Kind of history; `all` takes each in turn.
+    /// Kind of history; `all` takes most of them in turn, `more` those that came later.
     #[arg(long, default_value = "all")]
     profile: String,
     /// Only these operations (as a shortened history prints them).
@@ -70,8 +70,8 @@ struct Args {
 fn main() -> anyhow::Result<ExitCode> {
     let args = Args::parse();
     ensure!(
-        args.profile == "all" || profiles().contains(&args.profile.as_str()),
-        "--profile {}: one of all, {}",
+        ["all", "more"].contains(&args.profile.as_str()) || profiles().contains(&args.profile.as_str()),
+        "--profile {}: one of all, more, {}",
         args.profile,
         profiles().join(", ")
     );
@@ -245,7 +245,7 @@ fn many(args: &Args) -> anyhow::Result<ExitCode> {
     let seconds = began.elapsed().as_secs_f64();
     println!(
         "{histories} histories, {failed} violations, {seconds:.1} s: {} with crashes, {} operations, {} kills, {} power cuts, \
-         {} of either in a start after the other, {} clean stops, {} reverts, {} evictions, {} switches, {} edits, {} cleans, {} resizes, {} marks, {} scratch writes, {} reads and {} view reads checked, {} views refused, {} faults, {} steps, {:.1} h of virtual time",
+         {} of either in a start after the other, {} clean stops, {} reverts, {} evictions, {} to make room seen, {} laps in {} histories, {} switches, {} edits, {} cleans, {} resizes, {} marks, {} calls beside others, {} discards, {} zeroes, {} punches, {} scratch writes, {} reads and {} view reads checked, {} views refused, {} faults, {} steps, {:.1} h of virtual time",
         counts.crashed,
         counts.ops,
         counts.kills,
@@ -254,11 +254,18 @@ fn many(args: &Args) -> anyhow::Result<ExitCode> {
         counts.restarts,
         counts.reverts,
         counts.evicted,
+        counts.made_room,
+        counts.laps,
+        counts.wrapped,
         counts.switches,
         counts.edits,
         counts.cleans,
         counts.resizes,
         counts.marks,
+        counts.beside,
+        counts.discards,
+        counts.zeroes,
+        counts.punches,
         counts.scratch_writes,
         counts.reads_checked,
         counts.views_checked,

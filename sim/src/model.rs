@@ -6,7 +6,8 @@
 //! most T, has covered. What a read shows narrows the intervals and fixes the order of overlapping writes, so that every later
 //! read, of any view or of the volume, must agree with it.
 //!
-//! A revert starts an epoch: below its own writes lies what a read at its target gives. A crash has an unknown cut: the writes
+//! A revert starts an epoch: below its own writes lies what a read at its target gives. Several may be under way at once: they are made in the order in which
+//! they are answered, each after the answer to the one before. A crash has an unknown cut: the writes
 //! up to it survive, the others are gone for good; what is seen afterwards narrows the cut, and a lost write before a surviving
 //! one is a violation. Where two histories are possible (a revert in flight at a crash) both are carried on until one fails.
 
@@ -89,11 +90,19 @@ struct Op {
 
 #[derive(Clone, Debug)]
 struct Revert {
+    id: u32,
     lo: Time,
     hi: Time,
     target: u64,
     /// Number of the group's revert that it is part of; 0: alone.
     group: u64,
+}
+
+impl Revert {
+    /// Neither answered nor cut off.
+    fn is_pending(&self) -> bool {
+        self.hi.0 == u64::MAX
+    }
 }
 
 #[derive(Clone, Debug)]
@@ -133,7 +142,9 @@ pub struct Model {
     blocks: Vec<Vec<Version>>,
     order: Vec<BTreeSet<(u32, u32)>>,
     ops: Vec<Op>,
+    /// In the order in which they were made; those that are pending last.
     reverts: Vec<Revert>,
+    reverts_begun: u32,
     crashes: Vec<Crash>,
     /// Blocks of which nothing is known up to an instant.
     ruined: BTreeMap<u64, u64>,
@@ -153,6 +164,7 @@ impl Model {
             order: vec![BTreeSet::new(); blocks],
             ops: vec![first],
             reverts: Vec::new(),
+            reverts_begun: 0,
             crashes: Vec::new(),
             ruined: BTreeMap::new(),
             event: 1,
@@ -243,45 +255,69 @@ impl Model {
         unordered.for_each(|op| op.weak = true);
     }
 
-    /// A revert is asked for.
-    pub fn revert_begin(&mut self, target: u64, now: Time) {
-        self.reverts.push(Revert { lo: now, hi: Time(u64::MAX, u64::MAX), target, group: 0 });
+    /// A revert is asked for: its number.
+    pub fn revert_begin(&mut self, target: u64, now: Time) -> u32 {
+        self.reverts_begun += 1;
+        let id = self.reverts_begun;
+        self.reverts.push(Revert { id, lo: now, hi: Time(u64::MAX, u64::MAX), target, group: 0 });
+        id
     }
 
-    /// The revert just begun is part of a group's.
-    pub fn revert_in_group(&mut self, group: u64) {
-        if let Some(revert) = self.reverts.last_mut() {
+    /// The revert is part of a group's.
+    pub fn revert_in_group(&mut self, id: u32, group: u64) {
+        if let Some(revert) = self.reverts.iter_mut().find(|revert| revert.id == id) {
             revert.group = group;
         }
     }
 
-    /// The revert took place at `instant`.
-    pub fn revert_done(&mut self, instant: u64) -> Result<(), String> {
-        let revert = self.reverts.last_mut().ok_or("a revert that was not begun")?;
+    /// The revert took place at `instant`, and is answered.
+    pub fn revert_done(&mut self, id: u32, instant: u64) -> Result<(), String> {
+        let mut revert = self.take_revert(id).ok_or("a revert that was not begun")?;
         if instant <= revert.lo.0 {
             return Err(format!(
-                "revert at {instant}, which the clock had passed when it was asked for ({:?})",
+                "revert at {instant}, not after it was asked for and the one before it was made: {:?}",
                 revert.lo
             ));
         }
-        (revert.lo, revert.hi) = (Time(instant, revert.lo.1), Time(instant, revert.lo.1));
+        let at = Time(instant, revert.lo.1);
+        (revert.lo, revert.hi) = (at, at);
+        self.put_revert(revert);
+        // One of them is made only when the one before it is answered.
+        self.reverts.iter_mut().filter(|other| other.is_pending()).for_each(|other| other.lo = other.lo.max(at));
         Ok(())
     }
 
     /// The revert was refused.
-    pub fn revert_refused(&mut self) {
-        self.reverts.pop();
+    pub fn revert_refused(&mut self, id: u32) {
+        self.take_revert(id);
     }
 
     /// The revert took place at some time before now.
-    pub fn revert_happened(&mut self, now: Time) {
-        if let Some(revert) = self.reverts.last_mut() {
+    pub fn revert_happened(&mut self, id: u32, now: Time) {
+        if let Some(mut revert) = self.take_revert(id) {
             revert.hi = revert.hi.min(now);
+            self.put_revert(revert);
         }
     }
 
-    fn revert_pending(&self) -> bool {
-        self.reverts.last().is_some_and(|revert| revert.hi.0 == u64::MAX)
+    fn take_revert(&mut self, id: u32) -> Option<Revert> {
+        let place = self.reverts.iter().position(|revert| revert.id == id)?;
+        Some(self.reverts.remove(place))
+    }
+
+    /// Puts one that was made before those that are pending.
+    fn put_revert(&mut self, revert: Revert) {
+        let place = self.reverts.iter().position(Revert::is_pending).unwrap_or(self.reverts.len());
+        self.reverts.insert(place, revert);
+    }
+
+    fn pending(&self) -> Vec<u32> {
+        self.reverts.iter().filter(|revert| revert.is_pending()).map(|revert| revert.id).collect()
+    }
+
+    /// Of those that are pending at most this one was made.
+    fn keep_pending(&mut self, id: Option<u32>) {
+        self.reverts.retain(|revert| !revert.is_pending() || Some(revert.id) == id);
     }
 
     /// The agent died.
@@ -742,12 +778,12 @@ impl Oracle {
         self.all(|world| world.unordered(power));
     }
     /// See [`Model::revert_begin`].
-    pub fn revert_begin(&mut self, target: u64, now: Time) {
-        self.all(|world| world.revert_begin(target, now));
+    pub fn revert_begin(&mut self, target: u64, now: Time) -> u32 {
+        self.all(|world| world.revert_begin(target, now))
     }
     /// See [`Model::revert_in_group`].
-    pub fn revert_in_group(&mut self, group: u64) {
-        self.all(|world| world.revert_in_group(group));
+    pub fn revert_in_group(&mut self, id: u32, group: u64) {
+        self.all(|world| world.revert_in_group(id, group));
     }
     /// Whether a group's revert happened here; `None`: both are still possible.
     pub fn reverted_in_group(&self, group: u64) -> Option<bool> {
@@ -760,24 +796,33 @@ impl Oracle {
         self.worlds.retain(|world| world.reverts.iter().any(|revert| revert.group == group) == happened);
     }
     /// See [`Model::revert_done`].
-    pub fn revert_done(&mut self, instant: u64) -> Result<(), String> {
-        self.judge(|world| world.revert_done(instant))
+    pub fn revert_done(&mut self, id: u32, instant: u64) -> Result<(), String> {
+        self.judge(|world| world.revert_done(id, instant))
     }
     /// See [`Model::revert_refused`].
-    pub fn revert_refused(&mut self) {
-        self.all(Model::revert_refused);
+    pub fn revert_refused(&mut self, id: u32) {
+        self.all(|world| world.revert_refused(id));
     }
     /// The call failed in the middle: the revert happened or did not.
-    pub fn revert_uncertain(&mut self, now: Time) {
+    pub fn revert_uncertain(&mut self, id: u32, now: Time) {
         let mut others = self.worlds.clone();
-        others.iter_mut().for_each(Model::revert_refused);
-        self.all(|world| world.revert_happened(now));
+        others.iter_mut().for_each(|world| world.revert_refused(id));
+        self.all(|world| world.revert_happened(id, now));
         self.worlds.extend(others);
     }
-    /// See [`Model::crash`]. A revert in flight happened or did not.
+    /// See [`Model::crash`]. A revert in flight happened or did not; of several at most one did.
     pub fn crash(&mut self, kind: CrashKind, physical_bytes: u64, now: Time) {
-        let mut others: Vec<Model> = self.worlds.iter().filter(|world| world.revert_pending()).cloned().collect();
-        others.iter_mut().for_each(Model::revert_refused);
+        let mut others = Vec::new();
+        for world in &mut self.worlds {
+            let pending = world.pending();
+            let instead = pending.iter().skip(1).map(|id| Some(*id)).chain(pending.first().map(|_| None));
+            for made in instead {
+                let mut other = world.clone();
+                other.keep_pending(made);
+                others.push(other);
+            }
+            world.keep_pending(pending.first().copied());
+        }
         self.worlds.extend(others);
         self.all(|world| world.crash(kind, physical_bytes, now));
     }

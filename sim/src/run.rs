@@ -13,7 +13,7 @@ use crate::guest;
 use crate::model::CrashKind;
 use crate::rng::mix;
 use crate::workload::{Crash, History};
-use crate::world::{Counts, World, in_full};
+use crate::world::{Counts, SEGMENT, World, in_full};
 
 /// How a history went.
 #[derive(Clone, Debug)]
@@ -77,6 +77,10 @@ fn report(world: &World, panic: Option<String>) -> Report {
     counts.steps = world.shared.steps();
     counts.crashed = u64::from(counts.kills + counts.power_cuts > 0);
     counts.virtual_ns = world.shared.boot_ns();
+    let reserved = world.history.setup.reserve_segments * SEGMENT;
+    counts.laps = world.volumes.iter().map(|vol| vol.given_back.get() / reserved).sum();
+    counts.wrapped = u64::from(counts.laps > 0);
+    counts.punches = world.volumes.iter().map(|vol| vol.primary.discards()).sum();
     Report {
         failure: world.failure.borrow().clone().or(panic),
         at: world.next.get(),
@@ -156,6 +160,7 @@ fn bury(world: &World, executor: &Rc<Executor>) -> bool {
     executor.kill();
     world.running.take();
     world.in_flight.set(0);
+    world.calls.set(0);
     if clean {
         // What was still on its way, a segment fetched ahead of need, say, has happened or not when the process is gone.
         for disk in world.disks() {

@@ -252,6 +252,10 @@ pub struct Setup {
     pub begin_eighths: u64,
     /// Views are opened, read and written, and marks set, while other operations of admins are under way.
     pub overlap: bool,
+    /// Admins' calls that change history, settings or the switch begin while others are under way, too.
+    pub admins: bool,
+    /// Several times the reservation is written: in larger batches, or a history would take minutes, and history goes quickly.
+    pub heavy: bool,
 }
 
 /// A seed's history.
@@ -303,6 +307,11 @@ struct Profile {
     rewrite: bool,
     resize: u64,
     overlap: bool,
+    /// Writes of the whole volume, again and again, into the least reservation that there is.
+    ring: bool,
+    /// Zeroes as often as data, history that goes by its age (only then do discards reach the primary), and the time for that.
+    discard: bool,
+    admins: bool,
 }
 
 const BASE: Profile = Profile {
@@ -328,9 +337,12 @@ const BASE: Profile = Profile {
     rewrite: false,
     resize: 0,
     overlap: false,
+    ring: false,
+    discard: false,
+    admins: false,
 };
 
-const PROFILES: [Profile; 18] = [
+const PROFILES: [Profile; 21] = [
     BASE,
     Profile {
         name: "writes",
@@ -360,12 +372,49 @@ const PROFILES: [Profile; 18] = [
     Profile { name: "rewrite", rewrite: true, revert: 12, crash: 8, flush: 16, view: 4, switch: 0, clean: 0, ..BASE },
     Profile { name: "overlap", overlap: true, view: 40, revert: 8, clean: 4, crash: 2, ..BASE },
     Profile { name: "both-fault", fault: 4, primary_fault: 4, revert: 5, crash: 5, many: true, ..BASE },
+    Profile {
+        name: "ring",
+        ring: true,
+        write: 100,
+        view: 16,
+        revert: 4,
+        switch: 1,
+        clean: 0,
+        crash: 5,
+        clock: 1,
+        read: 3,
+        ..BASE
+    },
+    Profile {
+        name: "discard",
+        discard: true,
+        write: 26,
+        trim: 26,
+        view: 16,
+        revert: 5,
+        clean: 3,
+        crash: 6,
+        restart: 2,
+        clock: 3,
+        ..BASE
+    },
+    Profile {
+        name: "admins",
+        admins: true,
+        overlap: true,
+        view: 16,
+        revert: 14,
+        switch: 16,
+        clean: 6,
+        crash: 4,
+        ..BASE
+    },
 ];
 
-/// They are taken in turn.
-const IN_TURN: u64 = PROFILES.len() as u64;
+/// `all` takes so many in turn, and `more` those that came later: so the seeds of `all` go on meaning what they meant.
+const IN_TURN: u64 = 18;
 
-/// Names of all profiles; `all` takes each in turn by the seed (the long ones of `capacity` less often).
+/// Names of all profiles. `all` takes the first 18 in turn by the seed (the long ones of `capacity` less often), `more` the others.
 pub fn profiles() -> Vec<&'static str> {
     PROFILES.iter().map(|profile| profile.name).collect()
 }
@@ -378,6 +427,7 @@ pub fn generate(seed: u64, profile: &str, ops: usize) -> Option<History> {
             place if PROFILES[place].huge && !(seed / IN_TURN).is_multiple_of(4) => 0,
             place => place,
         },
+        "more" => (IN_TURN + seed % (PROFILES.len() as u64 - IN_TURN)) as usize,
         name => PROFILES.iter().position(|profile| profile.name == name)?,
     };
     let profile = &PROFILES[place];
@@ -396,7 +446,7 @@ pub fn generate(seed: u64, profile: &str, ops: usize) -> Option<History> {
 fn setup(profile: &Profile, rng: &Rng, extra: &Rng) -> Setup {
     let volumes = if profile.many && extra.one_in(4) {
         3
-    } else if profile.many || (!profile.huge && rng.one_in(6)) {
+    } else if profile.many || (!profile.huge && !profile.ring && rng.one_in(6)) || (profile.admins && extra.one_in(2)) {
         2
     } else {
         1
@@ -408,11 +458,13 @@ fn setup(profile: &Profile, rng: &Rng, extra: &Rng) -> Setup {
     } else {
         1
     };
-    let reserve_segments = if profile.big || profile.huge { rng.range(32, 34) } else { rng.range(34, 44) };
+    let reserve_segments =
+        if profile.big || profile.huge || profile.ring { rng.range(32, 34) } else { rng.range(34, 44) };
     let sectors = |_| {
         let blocks = match (profile.big, profile.huge) {
             (_, true) => rng.range(800, 1200),
             (true, _) => 64 + rng.below(64),
+            _ if profile.ring => rng.range(400, 560),
             _ if profile.rewrite => *rng.pick(&[1, 2, 3]),
             _ => *rng.pick(&[1, 2, 4, 8, 16, 32, 64]),
         };
@@ -427,15 +479,24 @@ fn setup(profile: &Profile, rng: &Rng, extra: &Rng) -> Setup {
         physical: (*rng.pick(&[512, 4096]), *rng.pick(&[512, 4096])),
         files: rng.one_in(2),
         reserve_segments,
-        duration_s: if rng.one_in(4) { rng.range(5, 100) } else { 86400 },
+        duration_s: match profile {
+            // What goes there goes for want of room.
+            Profile { ring: true, .. } => 86400,
+            Profile { discard: true, .. } if !rng.one_in(4) => rng.range(5, 40),
+            Profile { discard: true, .. } => 86400,
+            _ if rng.one_in(4) => rng.range(5, 100),
+            _ => 86400,
+        },
         backlog_bytes: backlog_least.max(*rng.pick(&[256 << 10, 1 << 20, 16 << 20])),
         flush_primary: rng.one_in(8) || profile.rewrite,
         stragglers: profile.rewrite,
         marker_interval_s: *rng.pick(&[1, 5, 60]),
-        enabled: !rng.one_in(10),
+        enabled: profile.ring || !rng.one_in(10),
         primary_slow_ns,
         begin_eighths: if profile.resize > 0 { extra.range(1, 7) } else { 8 },
         overlap: profile.overlap,
+        admins: profile.admins,
+        heavy: profile.ring,
     }
 }
 
@@ -500,15 +561,27 @@ fn op(profile: &Profile, setup: &Setup, rng: &Rng, extra: &Rng) -> Op {
         }
         4 => view(profile, vol, sectors, rng),
         5 if profile.group && !rng.one_in(3) => Action::RevertGroup { at: rng.bits() },
+        5 if profile.admins && rng.one_in(4) => Action::RevertGroup { at: rng.bits() },
         5 if rng.one_in(4) => Action::UndoRevert { vol },
         5 if rng.one_in(6) => Action::DryRun { vol, at: rng.bits() },
+        // Whether one without force is refused hangs on what another, beside it, has done to the client.
+        5 if profile.admins => Action::Revert { vol, at: rng.bits(), force: true, release: rng.one_in(2) },
         5 => Action::Revert { vol, at: rng.bits(), force: !rng.one_in(4), release: rng.one_in(2) },
+        6 if profile.ring => {
+            Action::Edit { vol, capacity: rng.range(32, setup.reserve_segments), duration_s: setup.duration_s }
+        }
+        6 if profile.admins && rng.one_in(3) => edit(setup, vol, rng),
         6 => switch(setup, vol, rng),
         7 if rng.one_in(4) => Action::CleanAll { vol },
         7 => Action::CleanLog { vol, pick: rng.bits() },
         8 => Action::Crash(Crash {
             power: rng.one_in(2),
-            steps: if rng.one_in(4) { rng.range(1, 3000) } else { rng.range(1, 200) },
+            steps: match profile {
+                // Its operations take many.
+                Profile { ring: true, .. } => rng.range(1, *rng.pick(&[200, 3000, 30_000])),
+                _ if rng.one_in(4) => rng.range(1, 3000),
+                _ => rng.range(1, 200),
+            },
             again: if rng.one_in(4) { Some(rng.range(1, 300)) } else { None },
             down_ns: *rng.pick(&[1_000_000, 1_000_000_000, 100_000_000_000]),
         }),
@@ -528,6 +601,9 @@ fn op(profile: &Profile, setup: &Setup, rng: &Rng, extra: &Rng) -> Op {
         13 => Action::StepClock {
             by_ns: *rng.pick(&[-3_600_000_000_000, -1_000_000_000, -1_000, 1_000, 1_000_000_000, 3_600_000_000_000]),
         },
+        14 if profile.discard && rng.one_in(2) => {
+            Action::Sleep { ns: *rng.pick(&[1_500_000_000, 6_000_000_000, 30_000_000_000]) }
+        }
         _ if rng.one_in(3) => {
             Action::Sleep { ns: *rng.pick(&[1_000, 300_000, 20_000_000, 1_500_000_000, 30_000_000_000]) }
         }
@@ -536,6 +612,7 @@ fn op(profile: &Profile, setup: &Setup, rng: &Rng, extra: &Rng) -> Op {
     };
     let then = match rng.below(8) {
         0..4 => Then::Go,
+        4..6 if profile.admins => Then::Go,
         4..7 => Then::Wait,
         _ => Then::Barrier,
     };
@@ -563,9 +640,9 @@ fn range(profile: &Profile, sectors: u64, rng: &Rng) -> (u64, u64) {
 }
 
 fn write(profile: &Profile, vol: usize, sectors: u64, rng: &Rng) -> Action {
-    let (sector, count) = range(profile, sectors, rng);
+    let (sector, count) = if profile.ring && !rng.one_in(3) { (0, sectors) } else { range(profile, sectors, rng) };
     let fua = rng.one_in(10);
-    if rng.one_in(8) {
+    if rng.one_in(if profile.discard { 2 } else { 8 }) {
         Action::Zero { vol, sector, count, no_hole: rng.one_in(2), fua }
     } else {
         Action::Write { vol, sector, count, fua }
@@ -588,11 +665,15 @@ fn switch(setup: &Setup, vol: usize, rng: &Rng) -> Action {
     match rng.below(6) {
         0 | 1 => Action::Disable { vol },
         2..5 => Action::Enable { vol },
-        _ => Action::Edit {
-            vol,
-            capacity: rng.range(setup.reserve_segments - 2, setup.reserve_segments),
-            duration_s: *rng.pick(&[10, 100, 86400]),
-        },
+        _ => edit(setup, vol, rng),
+    }
+}
+
+fn edit(setup: &Setup, vol: usize, rng: &Rng) -> Action {
+    Action::Edit {
+        vol,
+        capacity: rng.range(setup.reserve_segments - 2, setup.reserve_segments),
+        duration_s: *rng.pick(&[10, 100, 86400]),
     }
 }
 
@@ -644,9 +725,10 @@ mod tests {
 
     #[test]
     fn a_seed_fixes_the_history_and_every_range_lies_inside_its_volume() {
-        for seed in 0..500 {
-            let a = generate(seed, "all", 80).expect("a profile");
-            let b = generate(seed, "all", 80).expect("a profile");
+        for seed in 0..1000u64 {
+            let profile = if seed.is_multiple_of(2) { "all" } else { "more" };
+            let a = generate(seed / 2, profile, 80).expect("a profile");
+            let b = generate(seed / 2, profile, 80).expect("a profile");
             assert_eq!(a.ops, b.ops);
             assert_eq!(a.setup, b.setup);
             for op in &a.ops {

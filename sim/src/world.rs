@@ -24,7 +24,7 @@ use crate::workload::History;
 pub const SEGMENT: u64 = 1 << 20;
 
 /// Profiles whose host does all that one may do.
-const IN_FULL: [&str; 2] = ["mixed", "resize"];
+const IN_FULL: [&str; 5] = ["mixed", "resize", "ring", "discard", "admins"];
 
 /// Whether a history's host does also what the simulator learnt last: discards that are hints, and a crash in a start of another kind than the one before
 /// it. Of the other profiles seeds are kept, which go on meaning what they meant.
@@ -57,6 +57,18 @@ pub struct Counts {
     pub resizes: u64,
     pub scratch_writes: u64,
     pub evicted: u64,
+    /// Logs that were seen to go for want of room.
+    pub made_room: u64,
+    /// How often all that reservations may hold was given back to be used again.
+    pub laps: u64,
+    /// Histories with such a lap.
+    pub wrapped: u64,
+    /// Discards of guests, and those that reached a primary.
+    pub discards: u64,
+    pub punches: u64,
+    pub zeroes: u64,
+    /// Calls of admins that began while another one was under way on the same volume.
+    pub beside: u64,
     pub steps: u64,
     pub faults: u64,
     pub virtual_ns: u64,
@@ -83,6 +95,13 @@ impl Counts {
         self.resizes += other.resizes;
         self.scratch_writes += other.scratch_writes;
         self.evicted += other.evicted;
+        self.made_room += other.made_room;
+        self.laps += other.laps;
+        self.wrapped += other.wrapped;
+        self.discards += other.discards;
+        self.punches += other.punches;
+        self.zeroes += other.zeroes;
+        self.beside += other.beside;
         self.steps += other.steps;
         self.faults += other.faults;
         self.virtual_ns += other.virtual_ns;
@@ -158,13 +177,13 @@ pub struct Vol {
     pub reverting: Cell<Option<u64>>,
     /// Since when all disks work and nobody asks for anything, and there is a backlog.
     pub backlog: Cell<Option<u64>>,
-    /// A log is being cleaned: what is acked meanwhile may lie in it.
-    pub cleaning: Cell<bool>,
+    /// Calls under way that clean: what is acked meanwhile may lie in what they take.
+    pub cleaning: Cell<u32>,
     /// When a log was cleaned last: what began before that may have lain in it.
     pub cleaned: Cell<u64>,
     /// Raised whenever protection may change.
     pub switches: Cell<u64>,
-    /// The user's switch as last acknowledged; `None`: a call was cut off by a crash.
+    /// The user's switch as last acknowledged; `None`: a call that may change it is under way, or was cut off by a crash.
     pub expect_on: Cell<Option<bool>>,
     /// Offline until protection comes on by itself: an enable was cut off by a crash.
     pub cut_off: Cell<bool>,
@@ -174,6 +193,24 @@ pub struct Vol {
     pub gaps: RefCell<Vec<(u64, u64)>>,
     /// Not recording since this instant.
     pub gap_open: Cell<Option<u64>>,
+    /// Calls of admins that are under way on it, and how many there were so far.
+    pub calls: Cell<(u32, u64)>,
+    /// Those of them that may change the switch, and those that may switch it on.
+    pub switching: Cell<u32>,
+    /// See `switching`.
+    pub enabling: Cell<u32>,
+    /// Those that may change the settings' capacity and duration.
+    pub editing: Cell<u32>,
+    /// Reverts that are under way.
+    pub reverts_under_way: Cell<u32>,
+    /// Calls under way that may change the hold.
+    pub holding: Cell<u32>,
+    /// Least seconds of history that an edit has asked for since the last look.
+    pub shortest_s: Cell<u64>,
+    /// What its logs held at the last look, by their seq.
+    pub logs_seen: RefCell<BTreeMap<u64, u64>>,
+    /// What those held that have gone since.
+    pub given_back: Cell<u64>,
     /// Bytes of CDP disk that it may occupy now.
     pub capacity: Cell<u64>,
     /// Instant of the newest revert.
@@ -184,15 +221,17 @@ pub struct Vol {
     pub handle: RefCell<Option<Rc<Volume>>>,
     /// The client's hold.
     pub guard: RefCell<Option<ClientGuard>>,
+    /// How often a client has come.
+    pub connections: Cell<u64>,
     /// The engine asked the client to go.
     pub disconnected: Cell<bool>,
     /// Markers that were set: name, instant.
     pub marks: RefCell<Vec<(String, u64)>>,
-    /// Held by a forced revert until the release; `None`: a call was cut off by a crash.
+    /// Held by a forced revert until the release; `None`: a call that may change it is under way, or was cut off by a crash.
     pub held: Cell<Option<bool>>,
     /// Forced reverts begun, but for those that were refused and sent nobody away: calls that overlap one may be refused.
     pub forced: Cell<u64>,
-    /// Begins and ends of reverts, refused ones too: odd while one is under way. What one needs costs history, whatever comes of it.
+    /// Begins and ends of reverts, refused ones too. What one needs costs history, whatever comes of it.
     pub revert_steps: Cell<u64>,
     /// Reverts that happened, or may have.
     pub reverts: Cell<u64>,
@@ -229,12 +268,34 @@ impl Vol {
     /// A revert is asked for.
     pub fn revert_begins(&self, force: bool) {
         self.reverts.set(self.reverts.get() + 1);
-        self.revert_steps.set(self.revert_steps.get().next_multiple_of(2) + 1);
+        self.revert_steps.set(self.revert_steps.get() + 1);
+        self.reverts_under_way.set(self.reverts_under_way.get() + 1);
         self.forced.set(self.forced.get() + u64::from(force));
     }
-    /// It was made or refused, or the agent died.
+    /// It was made or refused.
     pub fn revert_ends(&self) {
-        self.revert_steps.set(self.revert_steps.get().next_multiple_of(2));
+        self.revert_steps.set(self.revert_steps.get() + 1);
+        self.reverts_under_way.set(self.reverts_under_way.get() - 1);
+    }
+    /// The agent died: no call is under way any more. What was being cleaned is for whoever looks at what is left.
+    pub fn calls_are_over(&self) {
+        self.revert_steps.set(self.revert_steps.get() + u64::from(self.reverts_under_way.replace(0)));
+        self.calls.set((0, self.calls.get().1));
+        for under_way in [&self.switching, &self.enabling, &self.editing, &self.holding] {
+            under_way.set(0);
+        }
+    }
+    /// A call that may change the hold begins; `may_hold`: not only take one back.
+    pub fn hold_begins(&self, may_hold: bool) {
+        self.holding.set(self.holding.get() + 1);
+        if may_hold || self.holding.get() > 1 || self.held.get() != Some(false) {
+            self.held.set(None);
+        }
+    }
+    /// It has ended, and this is how the hold is now. While another is under way, that one may have changed it by the next step.
+    pub fn hold_ends(&self, held: bool) {
+        self.holding.set(self.holding.get() - 1);
+        self.held.set((self.holding.get() == 0).then_some(held));
     }
     /// It was refused, certainly.
     pub fn revert_refused(&self, force: bool) {
@@ -275,7 +336,7 @@ impl Vol {
         let lasting = if power { durable } else { acked };
         self.lasting.set((durable, lasting));
         // A clean that was cut off happened, or did not.
-        let cleaning = self.cleaning.get();
+        let cleaning = self.cleaning.get() > 0;
         self.kept.borrow_mut().retain(|instant| *instant <= lasting && !cleaning);
         if power {
             self.history.set((self.history.get().0, self.history.get().0));
@@ -285,11 +346,15 @@ impl Vol {
         }
     }
     fn was_not_cleaned(&self, instant: u64) -> bool {
-        !self.cleaning.get() && instant > self.cleaned.get()
+        self.cleaning.get() == 0 && instant > self.cleaned.get()
     }
-    /// A call that cleans has ended.
+    /// A call that cleans begins.
+    pub fn begin_cleaning(&self) {
+        self.cleaning.set(self.cleaning.get() + 1);
+    }
+    /// It has ended.
     pub fn end_cleaning(&self, now: u64) {
-        self.cleaning.set(false);
+        self.cleaning.set(self.cleaning.get() - 1);
         self.cleaned.set(now);
     }
     /// What was history may be gone, and rightly.
@@ -297,18 +362,21 @@ impl Vol {
         self.history.set((0, 0));
         self.history_bytes.set(0);
     }
-    /// The instant that the history must reach still, and does not, of all that is known.
-    pub fn forgotten(&self, info: &VolumeInfo, now: u64) -> Option<u64> {
-        /// Far from what fills a reservation, and far from what ages out.
-        const BYTES: u64 = 4 << 20;
-        const LOGS: usize = 4;
+    /// The instant that the history must reach still, and does not, of all that is known. `heavy`: much may be in flight besides.
+    pub fn forgotten(&self, info: &VolumeInfo, now: u64, heavy: bool) -> Option<u64> {
+        /// Far from what fills a reservation: bytes, and logs.
+        const LITTLE: (u64, usize) = (4 << 20, 4);
+        /// The same with several MiB in flight; of the two logs one is begun by the start.
+        const LITTLE_HEAVY: (u64, usize) = (1 << 20, 2);
+        /// Far from what ages out.
         const AGE_NS: u64 = 43_200_000_000_000;
+        let (bytes, logs) = if heavy { LITTLE_HEAVY } else { LITTLE };
         let newest = self.history.get().1;
         let kept = info.settings.is_some_and(|settings| settings.reserve_duration_s >= 86400);
-        let near = self.history_bytes.get() <= BYTES && now.saturating_sub(newest) <= AGE_NS;
+        let near = self.history_bytes.get() <= bytes && now.saturating_sub(newest) <= AGE_NS;
         // Each log behind it takes segments, however little it holds.
         let newer = info.logs.iter().filter(|log| log.start.0 > newest).count();
-        (newest > 0 && kept && near && newer <= LOGS && !Self::covers(info, newest)).then_some(newest)
+        (newest > 0 && kept && near && newer <= logs && !Self::covers(info, newest)).then_some(newest)
     }
     /// Certainly not journaled from here until [`Vol::protect`].
     pub fn unprotect(&self) {
@@ -428,8 +496,10 @@ pub struct World {
     pub given: Cell<u64>,
     /// Time that the agent was stopped (SIGSTOP) so far.
     pub frozen_ns: Cell<u64>,
-    /// Guest requests in flight.
+    /// Guest requests in flight, and what admins do beside them.
     pub in_flight: Cell<u32>,
+    /// Calls of admins among these that others may be beside.
+    pub calls: Cell<u32>,
     /// Numbers for the summary.
     pub counts: RefCell<Counts>,
     /// Print what happens.
@@ -488,7 +558,7 @@ impl World {
                 ailing: Cell::default(),
                 reverting: Cell::default(),
                 backlog: Cell::default(),
-                cleaning: Cell::new(false),
+                cleaning: Cell::new(0),
                 cleaned: Cell::new(0),
                 switches: Cell::new(0),
                 expect_on: Cell::new(Some(false)),
@@ -496,11 +566,21 @@ impl World {
                 tampered: Cell::new(false),
                 gaps: RefCell::default(),
                 gap_open: Cell::new(Some(0)),
+                calls: Cell::new((0, 0)),
+                switching: Cell::new(0),
+                enabling: Cell::new(0),
+                editing: Cell::new(0),
+                reverts_under_way: Cell::new(0),
+                holding: Cell::new(0),
+                shortest_s: Cell::new(u64::MAX),
+                logs_seen: RefCell::default(),
+                given_back: Cell::new(0),
                 capacity: Cell::new(setup.reserve_segments * SEGMENT),
                 last_revert: Cell::new(0),
                 before_write: Cell::new(None),
                 handle: RefCell::default(),
                 guard: RefCell::default(),
+                connections: Cell::new(0),
                 disconnected: Cell::new(false),
                 marks: RefCell::default(),
                 held: Cell::new(Some(false)),
@@ -547,6 +627,7 @@ impl World {
             given: Cell::new(0),
             frozen_ns: Cell::new(0),
             in_flight: Cell::new(0),
+            calls: Cell::new(0),
             counts: RefCell::default(),
             trace,
         })
@@ -596,6 +677,24 @@ impl World {
         if now > 0 && instants.last().is_none_or(|last| *last < now) {
             instants.push(now);
         }
+    }
+
+    /// A call of an admin begins on a volume. Answers its number; 0: another one is under way there.
+    pub fn call_begins(&self, vol: &Vol) -> u64 {
+        let (under_way, begun) = vol.calls.get();
+        vol.calls.set((under_way + 1, begun + 1));
+        if under_way == 0 {
+            return begun + 1;
+        }
+        self.count(|counts| counts.beside += 1);
+        0
+    }
+
+    /// It has ended. Answers whether no other one was under way there at any time of it.
+    pub fn call_ends(&self, vol: &Vol, number: u64) -> bool {
+        let (under_way, begun) = vol.calls.get();
+        vol.calls.set((under_way - 1, begun));
+        number == begun
     }
 
     /// An instant to look at or go back to: mostly one that was remembered and is in the volume's history.

@@ -157,12 +157,12 @@ fn history(seed: u64, wrong: Wrong) -> Result<(), String> {
             10 if rng.one_in(2) => {
                 let target = *rng.pick(&instants);
                 let now = oracle.now(clock);
-                oracle.revert_begin(target, now);
+                let revert = oracle.revert_begin(target, now);
                 clock += 5;
                 volume.events.push(Event::Revert { at: clock, target });
                 flushed_until = clock;
                 cut_off.iter_mut().for_each(|(_, flushed)| *flushed = true);
-                oracle.revert_done(clock)?;
+                oracle.revert_done(revert, clock)?;
                 instants.extend([clock, clock - 1]);
             }
             11 if rng.one_in(2) => {
@@ -321,6 +321,69 @@ fn a_revert_in_flight_at_a_crash_may_have_happened_or_not_but_not_both() {
         oracle.check(0, &a, When::Between(now, now)).expect("one of the two");
         assert_eq!(oracle.worlds(), 1);
         assert!(oracle.check(1, &b, When::Between(now, now)).is_err(), "the other one");
+    }
+}
+
+/// Two writes of a volume of one block, and two reverts that are under way: to before the first write, and to between them.
+fn with_two_reverts() -> (Oracle, [u32; 2], [u32; 2]) {
+    let mut oracle = Oracle::new(1, 8, vec![true]);
+    let writes = [10, 30].map(|clock| {
+        let now = oracle.now(clock);
+        let op = oracle.begin(Kind::Data, 0, 8, false, now);
+        let now = oracle.now(clock + 10);
+        oracle.ack(op, false, now);
+        op
+    });
+    let reverts = [10, 25].map(|target| {
+        let now = oracle.now(50);
+        oracle.revert_begin(target, now)
+    });
+    (oracle, writes, reverts)
+}
+
+/// Whether the first sector may hold what an operation wrote.
+fn may_show(oracle: &Oracle, op: u32, when: When) -> bool {
+    let mut sector = [0; SECTOR];
+    fill(1, op, 0, &mut sector);
+    oracle.clone().check(0, &sector, when).is_ok()
+}
+
+#[test]
+fn of_two_reverts_under_way_that_which_is_answered_first_was_made_first() {
+    let (mut oracle, [first, second], [far, near]) = with_two_reverts();
+    let now = oracle.now(50);
+    let all = [0, first, second].map(|op| may_show(&oracle, op, When::Between(now, now)));
+    assert_eq!(all, [true; 3], "neither is answered");
+    oracle.revert_done(near, 60).expect("it was asked for");
+    let now = oracle.now(60);
+    let seen = |oracle: &Oracle, when| [0, first, second].map(|op| may_show(oracle, op, when));
+    assert_eq!(seen(&oracle, When::Between(now, now)), [true, true, false], "the other may have been made since");
+    assert_eq!(seen(&oracle, When::At(55)), [false, false, true], "nothing was made by then");
+    assert!(oracle.clone().revert_done(far, 58).is_err(), "the other was made first, and answered last");
+    let mut refused = oracle.clone();
+    refused.revert_refused(far);
+    assert_eq!(seen(&refused, When::Between(now, now)), [false, true, false]);
+    oracle.revert_done(far, 70).expect("it was asked for");
+    let now = oracle.now(70);
+    assert_eq!(seen(&oracle, When::Between(now, now)), [true, false, false]);
+    assert_eq!(seen(&oracle, When::At(65)), [false, true, false]);
+    assert_eq!(seen(&oracle, When::At(55)), [false, false, true]);
+}
+
+#[test]
+fn of_two_reverts_in_flight_at_a_crash_one_was_made_or_none() {
+    let (mut oracle, [first, second], [far, _]) = with_two_reverts();
+    oracle.revert_in_group(far, 7);
+    let now = oracle.now(60);
+    oracle.crash(CrashKind::Kill, 4096, now);
+    assert_eq!((oracle.worlds(), oracle.reverted_in_group(7)), (3, None));
+    let now = oracle.now(100);
+    for (op, group) in [(0, true), (first, false), (second, false)] {
+        let mut seen = oracle.clone();
+        let mut sector = [0; SECTOR];
+        fill(1, op, 0, &mut sector);
+        seen.check(0, &sector, When::Between(now, now)).expect("one of the three");
+        assert_eq!((seen.worlds(), seen.reverted_in_group(7)), (1, Some(group)));
     }
 }
 
