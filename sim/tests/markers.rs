@@ -6,8 +6,9 @@ use std::rc::Rc;
 
 use cdp_journal::info::MarkerKind;
 use cdp_journal::{BLOCK, EngineConfig, Host as _, RevertRequest, payload_buf};
+use cdp_sim::disk::{FaultKind, FaultOn};
 use cdp_sim::executor::{Executor, Outcome, Shared, SimHost};
-use common::{Place, SECOND};
+use common::{Place, SECOND, every};
 
 /// Goal: however long a volume is protected, markers that nobody named stay few, and a named one can always be set; the newest of them all stay, the oldest too, and
 /// named or quiesced ones never go.
@@ -76,6 +77,41 @@ fn no_marker_says_flush_after_a_revert_or_a_time_without_a_journal() {
         volume.edit(|_| settings).await.unwrap();
         volume.enable().await.unwrap();
         assert_eq!(mark("enabled").await, MarkerKind::Crash);
+        engine.stop().await.unwrap();
+    };
+    assert_eq!(executor.run(Box::pin(root)), Outcome::Done);
+}
+
+/// Goal: what was written, and acked, while a flush was under way was not flushed: no instant behind it is flush-clean, and no marker says so.
+/// Method: the sync of a flush takes a second; half of that later there is a write. Then the same without it.
+#[test]
+fn what_is_written_while_a_flush_is_under_way_is_not_flushed() {
+    let executor = Executor::new(Shared::new(103, 1_700_000_000 * SECOND));
+    let place = Place::new(160, 16);
+    let exec = Rc::clone(&executor);
+    let root = async move {
+        let host = SimHost(Rc::clone(&exec));
+        let (engine, volume) = place.start(&exec, EngineConfig::default()).await;
+        let export = volume.export();
+        let write = async || export.write(0, BLOCK as u32, payload_buf(0, BLOCK as u32), false).await.unwrap();
+        for beside in [true, false] {
+            write().await;
+            let before = engine.tick().await.unwrap();
+            place.cdp.fault(every(FaultOn::Sync, FaultKind::Slow(SECOND)));
+            let writer = async {
+                host.sleep(SECOND / 2).await;
+                if beside {
+                    write().await;
+                }
+            };
+            let (flushed, ()) = futures::future::join(export.flush(), writer).await;
+            flushed.unwrap();
+            place.cdp.heal();
+            let now = engine.tick().await.unwrap();
+            let clean = volume.flush_near(now).await.unwrap().before.is_some_and(|at| at > before);
+            let kind = volume.mark("", MarkerKind::Crash, now).await.unwrap().kind;
+            assert_eq!((clean, kind == MarkerKind::Flush), (!beside, !beside), "a write beside the flush: {beside}");
+        }
         engine.stop().await.unwrap();
     };
     assert_eq!(executor.run(Box::pin(root)), Outcome::Done);

@@ -339,7 +339,7 @@ impl Volume {
                         self.until_left().await?;
                         continue;
                     }
-                    self.note_flush_point();
+                    self.note_flush_point(upto);
                     if self.engine()?.config().flush_primary {
                         self.drained(upto).await?;
                     }
@@ -412,15 +412,16 @@ impl Volume {
             .collect()
     }
 
-    /// Records a flush in the open frame; it travels with the next write, or with the frame that marks an idle volume.
-    fn note_flush_point(self: &Rc<Self>) {
+    /// Records a flush of all up to an instant in the open frame; it travels with the next write, or with the frame that marks an idle volume.
+    fn note_flush_point(self: &Rc<Self>, upto: Instant) {
         let Ok(engine) = self.engine() else { return };
         let mut state = self.state.borrow_mut();
         if state.mode != Mode::Journal || !state.wrote_since_flush || state.reverting.is_some() {
             return;
         }
         let Some(instant) = engine.try_tick() else { return };
-        let clean = state.writes_inflight == 0;
+        // What was written, and perhaps acked, while the sync was under way is in a view of now, and was not flushed.
+        let clean = state.writes_inflight == 0 && state.instant_last == upto;
         let Some(log) = state.logs.back().cloned() else { return };
         if log.state.borrow().unframed > usable_bytes(log.disk.geometry.segment_size) / 4 {
             return;
