@@ -405,7 +405,12 @@ impl ExtentMap {
 
     /// Takes a range out.
     pub fn remove(&mut self, block: u64, count: u64) {
-        if self.ranges.is_empty() {
+        self.cut(block, count, true);
+    }
+
+    /// Takes a range out. Where one of those in it would be two pieces behind that, and may not be split, the shorter piece goes, too.
+    pub fn cut(&mut self, block: u64, count: u64, may_split: bool) {
+        if self.ranges.is_empty() || count == 0 {
             return;
         }
         let end = block + count;
@@ -414,11 +419,12 @@ impl ExtentMap {
         let keys: Vec<u64> = self.ranges.range(first..end).map(|(s, _)| *s).collect();
         for key in keys {
             let Some((count, instant)) = self.ranges.remove(&key) else { continue };
-            if key < block {
-                self.ranges.insert(key, (block - key, instant));
+            let (before, behind) = (block.saturating_sub(key), (key + count).saturating_sub(end));
+            if before > 0 && (may_split || before >= behind) {
+                self.ranges.insert(key, (before, instant));
             }
-            if key + count > end {
-                self.ranges.insert(end, (key + count - end, instant));
+            if behind > 0 && (may_split || behind > before) {
+                self.ranges.insert(end, (behind, instant));
             }
         }
     }

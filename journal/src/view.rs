@@ -85,6 +85,14 @@ impl Volume {
         let config = engine.config().clone();
         // Every write at or before the instant is in the journal before the view answers.
         self.completed_up_to(time).await;
+        // And durable: what an instant has once shown, and what was copied of it, no power cut may change.
+        let (disk, upto) = {
+            let state = self.state.borrow();
+            (state.attach.as_ref().map(|attach| Rc::clone(&attach.disk)), time.min(state.instant_last))
+        };
+        if let Some(disk) = disk {
+            self.sync_journal(&disk, upto).await?;
+        }
         let log = self.viewable(time, now)?;
         let mut state = self.state.borrow_mut();
         // While the journal is left the primary moves on without before-images; views that were open have been lost.

@@ -226,3 +226,49 @@ fn ranges_are_punched_beside_the_sealing_of_a_log() {
     let outcome = over.recv_timeout(std::time::Duration::from_secs(120)).expect("it never came back");
     assert_eq!(outcome, Outcome::Done);
 }
+
+/// Goal: however the guest writes into what it discarded, and over a start, few discards are remembered: all of them are in what a new log begins with, and the
+/// guest's next write waits for that.
+/// Method: every second block of one large discard is written; then discards side by side, one block each, beyond what is remembered. After either the
+/// agent starts anew, and a new log begins.
+#[test]
+fn what_is_remembered_of_discards_stays_small_in_what_a_log_begins_with() {
+    const WRITES: u64 = 60_000;
+    // 64 bytes for each, in frames and in the copy at a segment's end, and what else a log begins with.
+    const CARRY_MAX: u64 = 2 * 32_768 * 64 * 5 / 4;
+    let (shared, place) = (Shared::new(7, 1_700_000_000 * SECOND), Rc::new(Place::new(2048, 1024)));
+    for start in 0..3 {
+        let executor = Executor::new(Rc::clone(&shared));
+        let (exec, place) = (Rc::clone(&executor), Rc::clone(&place));
+        let root = async move {
+            let (engine, volume) = place.start(&exec, EngineConfig::default()).await;
+            let kept = |now: Option<Settings>| Settings { reserve_capacity: 1800 << 20, ..now.unwrap() };
+            volume.edit(kept).await.unwrap();
+            let export = volume.export();
+            match start {
+                0 => {
+                    export.trim(0, 512 << 20).await.unwrap();
+                    for number in 0..WRITES {
+                        let offset = number * 2 * BLOCK;
+                        export.write(offset, BLOCK as u32, payload_buf(offset, BLOCK as u32), false).await.unwrap();
+                    }
+                }
+                1 => {
+                    for number in 0..WRITES {
+                        export.trim((512 << 20) + number * 2 * BLOCK, BLOCK as u32).await.unwrap();
+                    }
+                }
+                _ => {}
+            }
+            export.flush().await.unwrap();
+            let before = volume.stats().journal_bytes;
+            volume.disable().await.unwrap();
+            let carried = volume.stats().journal_bytes - before;
+            volume.enable().await.unwrap();
+            assert!(carried < CARRY_MAX, "start {start}: a log begins with {} KiB", carried >> 10);
+            engine.stop().await.unwrap();
+        };
+        assert_eq!(executor.run(Box::pin(root)), Outcome::Done);
+        executor.kill();
+    }
+}

@@ -8,7 +8,7 @@ use std::rc::Rc;
 
 use futures::future::join_all;
 
-use super::{Mode, State, Volume, blocks_of};
+use super::{Mode, State, Volume, blocks_of, whole_mask};
 use crate::buf::{IoBuf, Slice};
 use crate::engine::BlockStatus;
 use crate::error::{Error, Result};
@@ -25,7 +25,7 @@ const STEP: u64 = 1 << 20;
 /// Most blocks that one status request resolves.
 const STATUS_BLOCKS: u64 = 16384;
 /// How deep reverts of reverts may nest while none of them is copied.
-const REVERT_DEPTH: u32 = 64;
+pub(crate) const REVERT_DEPTH: u32 = 64;
 
 /// Which state is read.
 #[derive(Clone)]
@@ -113,12 +113,16 @@ impl Volume {
         if !self.live_needs_layers(offset, len) {
             return Ok(vec![self.read_primary(offset, len).await?]);
         }
+        self.of_live(async || self.read_at(&Point::Live, offset, len).await).await
+    }
+
+    /// What is asked of the newest state. A CDP disk that fails meanwhile is no business of the guest's: the answer is what is there once that disk has been left.
+    async fn of_live<T>(self: &Rc<Self>, ask: impl AsyncFn() -> Result<T>) -> Result<T> {
         loop {
-            let error = match self.read_at(&Point::Live, offset, len).await {
+            let error = match ask().await {
                 Err(error @ (Error::Gone(_) | Error::Device { .. })) => error,
                 result => return result,
             };
-            // A CDP disk that failed is no business of the guest's: the answer is what is there once that disk has been left.
             if !self.state.borrow().disk_failed() {
                 return Err(error);
             }
@@ -223,10 +227,28 @@ impl Volume {
         blocks.map(|(block, _)| *block).collect()
     }
 
+    /// The sectors of a block that somebody has to tell of, and the others: past the end of a volume that ends inside the block there are zeroes.
+    fn wanted(&self, block: u64) -> (u8, Layers) {
+        let mut layers = Vec::with_capacity(1);
+        let state = self.state.borrow();
+        let mut mask = whole_mask(state.size, block);
+        if mask != 0xFF {
+            // An older state may have been larger than what there is of the primary now.
+            let most = state.sizes.iter().map(|(_, size)| *size).fold(state.size, u64::max);
+            mask = whole_mask(most, block);
+            if mask == 0 {
+                mask = 0xFF;
+            }
+        }
+        if mask != 0xFF {
+            layers.push(Layer { mask: !mask, source: Source::Zero });
+        }
+        (mask, layers)
+    }
+
     /// Rule 3 and 4 for the newest state.
     async fn resolve_live(self: &Rc<Self>, row: &Row, block: u64) -> Result<Layers> {
-        let mut missing = 0xFF;
-        let mut layers = Vec::with_capacity(1);
+        let (mut missing, mut layers) = self.wanted(block);
         self.unwritten(row, row.logs.len(), block, &mut missing, &mut layers, 0, None).await?;
         Ok(layers)
     }
@@ -241,8 +263,7 @@ impl Volume {
         depth: u32,
     ) -> LocalFuture<'a, Result<Layers>> {
         Box::pin(async move {
-            let mut missing = 0xFFu8;
-            let mut layers = Vec::with_capacity(1);
+            let (mut missing, mut layers) = self.wanted(block);
             let mut entries = Vec::new();
             let log = &row.logs[h];
             // 1. The newest write in h at or before the instant.
@@ -473,7 +494,7 @@ impl Volume {
     pub(crate) async fn status(self: &Rc<Self>, offset: u64, len: u64) -> Result<Vec<BlockStatus>> {
         self.check_range(offset, len)?;
         self.serving()?;
-        self.status_at(&Point::Live, offset, len).await
+        self.of_live(async || self.status_at(&Point::Live, offset, len).await).await
     }
 
     pub(crate) async fn status_at(self: &Rc<Self>, point: &Point, offset: u64, len: u64) -> Result<Vec<BlockStatus>> {

@@ -13,6 +13,7 @@ use std::rc::Rc;
 
 use uuid::Uuid;
 
+use super::write::HINTS_MAX;
 use super::{Attach, CloseReason, Mode, State, Ticket, Volume, whole_mask};
 use crate::buf::{IoBuf, Slice};
 use crate::disk::{Disk, SegmentRef};
@@ -611,7 +612,8 @@ impl Volume {
         state.sizes = control.sizes.clone();
         state.markers = control.markers.iter().map(|m| ((m.time, m.name.clone()), m.clone())).collect();
         Self::thin_markers(&mut state);
-        for (seq, block, count, instant) in &control.hints {
+        // The frames have them all, also those for which there was no room any more.
+        for (seq, block, count, instant) in control.hints.iter().take(HINTS_MAX) {
             if let Some(log) = logs.iter().find(|l| l.seq == *seq) {
                 log.state.borrow_mut().hints.insert(*block, *count, *instant);
             }
@@ -624,7 +626,8 @@ impl Volume {
                 let hints: Vec<_> = log.hints.iter().collect();
                 for (block, count, _) in hints {
                     for b in touched.iter_from(block).take_while(|b| *b < block + count) {
-                        log.hints.remove(b, 1);
+                        let may_split = log.hints.len() < HINTS_MAX;
+                        log.hints.cut(b, 1, may_split);
                     }
                 }
             }

@@ -12,6 +12,7 @@ use uuid::Uuid;
 use zerocopy::IntoBytes as _;
 
 use super::history::CloseReason;
+use super::read::REVERT_DEPTH;
 use super::{AdminLock, Mode, State, Ticket, Volume};
 use crate::engine::{Engine, RevertRequest};
 use crate::error::{Error, Result};
@@ -168,6 +169,15 @@ impl Volume {
             if !state.on && !request.dry_run {
                 return Err(Error::State(format!(
                     "volume {:?} is switched off: `enable` it first, so that the revert can be undone",
+                    state.name
+                )));
+            }
+            let pending =
+                |log: &&Rc<Log>| log.state.borrow().revert.as_ref().is_some_and(|revert| !revert.left.is_empty());
+            let pending = state.logs.iter().filter(pending).count();
+            if pending >= REVERT_DEPTH as usize && !request.dry_run {
+                return Err(Error::State(format!(
+                    "{pending} reverts of volume {:?} wait to be copied: what they bring back could not be told any more",
                     state.name
                 )));
             }

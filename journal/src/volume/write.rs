@@ -22,8 +22,9 @@ use crate::overlay::RANGE_BYTES;
 use crate::signal::yield_now;
 use crate::types::{BLOCK, Instant, SECTOR};
 
-/// Most discards of a volume that are remembered, neighbours of one request as one.
-const HINTS_MAX: usize = 32768;
+/// Most ranges of a volume's discards that are remembered: each is in memory, and in the carry of every log, which the guest's next write waits for. Without one
+/// room on the primary is not given back, and nothing else.
+pub(crate) const HINTS_MAX: usize = 32768;
 
 /// What admission decided.
 enum Admitted {
@@ -282,8 +283,7 @@ impl Volume {
                 let ticket = {
                     let mut state = self.state.borrow_mut();
                     let log = self.record(&mut state, wanted, instant);
-                    // Each is in memory and in the carry of every log; without it only room on the primary is not given back.
-                    if state.logs.iter().map(|log| log.state.borrow().hints.len()).sum::<usize>() < HINTS_MAX {
+                    if Self::hints(&state) < HINTS_MAX {
                         log.state.borrow_mut().hints.insert(first, blocks, instant);
                     }
                     let frame = self.open_frame(&mut state, &log, 0, true);
@@ -646,13 +646,14 @@ impl Volume {
         if state.lost_blocks.is_some() {
             Self::overwrite_lost(state, wanted, active.seq);
         }
-        if wanted.blocks > 0 && !state.punch.is_empty() {
-            state.punch.remove(wanted.first, wanted.blocks);
-        }
-        for log in state.logs.iter().chain(&state.leaving) {
-            let mut log = log.state.borrow_mut();
-            if !log.hints.is_empty() {
-                log.hints.remove(wanted.first, wanted.blocks);
+        if wanted.blocks > 0 {
+            let may_split = state.punch.len() < HINTS_MAX;
+            state.punch.cut(wanted.first, wanted.blocks, may_split);
+            let hints = Self::hints(state);
+            if hints > 0 {
+                for log in state.logs.iter().chain(&state.leaving) {
+                    log.state.borrow_mut().hints.cut(wanted.first, wanted.blocks, hints < HINTS_MAX);
+                }
             }
         }
         {
@@ -665,6 +666,11 @@ impl Volume {
             log.io_last = instant;
         }
         active
+    }
+
+    /// Ranges of discards that are remembered.
+    fn hints(state: &State) -> usize {
+        state.logs.iter().chain(&state.leaving).map(|log| log.state.borrow().hints.len()).sum()
     }
 
     /// Lost blocks that are written through the journal can be read again; their old content stays lost.
