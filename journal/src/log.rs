@@ -507,21 +507,22 @@ impl Log {
         point: VolumePoint,
     ) -> Result<Placed> {
         let segment_blocks = (self.disk.geometry.segment_size / BLOCK) as u32;
+        // Blocks of a footer for so many entries, with a copy of so many bytes of control records.
+        let footer = |entries: usize, side: usize| (pages_for(entries) + side.div_ceil(BLOCK as usize) + 1) as u32;
+        let alone = 1 + frame.blocks() + footer(frame.entry_count(), frame.side_bytes());
+        if alone > segment_blocks {
+            // It would fit no segment, however many were taken for it.
+            let needed = u64::from(alone) * BLOCK;
+            return Err(Error::NoSpace { what: "frame", needed, free: self.disk.geometry.segment_size });
+        }
         loop {
             // Does it fit the open segment? What the footer will need is kept free.
             let full = {
                 let mut state = self.state.borrow_mut();
                 let (stream, index) = Self::stream(&mut state, kind);
                 let entries = index.mem.len() + stream.entries_placed + frame.entry_count();
-                let footer = pages_for(entries) as u32
-                    + (stream.side.len() + frame.side_bytes()).div_ceil(BLOCK as usize) as u32
-                    + 1;
+                let footer = footer(entries, stream.side.len() + frame.side_bytes());
                 let position = stream.position.max(1);
-                if 1 + frame.blocks() + footer > segment_blocks {
-                    // It would fit no segment, however many were taken for it.
-                    let needed = u64::from(1 + frame.blocks() + footer) * BLOCK;
-                    return Err(Error::NoSpace { what: "frame", needed, free: self.disk.geometry.segment_size });
-                }
                 if stream.segments.is_empty() || stream.finished {
                     None
                 } else if position + frame.blocks() + footer <= segment_blocks {

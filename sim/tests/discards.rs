@@ -5,7 +5,7 @@ mod common;
 use std::cell::Cell;
 use std::rc::Rc;
 
-use cdp_journal::info::Settings;
+use cdp_journal::info::{Health, Settings};
 use cdp_journal::{BLOCK, EngineConfig, Host as _, payload_buf};
 use cdp_sim::disk::{FaultKind, FaultOn};
 use cdp_sim::executor::{Executor, Outcome, Shared, SimHost};
@@ -270,5 +270,31 @@ fn what_is_remembered_of_discards_stays_small_in_what_a_log_begins_with() {
         };
         assert_eq!(executor.run(Box::pin(root)), Outcome::Done);
         executor.kill();
+    }
+}
+
+/// Goal: whatever is zeroed, a frame that does not fit the open segment goes into the next one: a CDP disk does not fail for it.
+/// Method: frames of nothing but zeroes, whose index entries fill the open segment's footer; then a write as large as a frame may be.
+#[test]
+fn zeroes_that_fill_an_index_cost_no_cdp_disk() {
+    for frames in 10..18u64 {
+        let executor = Executor::new(Shared::new(frames, 1_700_000_000 * SECOND));
+        let place = Place::new(160, 64);
+        let exec = Rc::clone(&executor);
+        let root = async move {
+            let host = SimHost(Rc::clone(&exec));
+            let (engine, volume) = place.start(&exec, EngineConfig::default()).await;
+            let export = volume.export();
+            for _ in 0..frames {
+                let zero = |_| export.write_zeroes(BLOCK, 30 * BLOCK as u32, false, false);
+                futures::future::try_join_all((0..69).map(zero)).await.unwrap();
+            }
+            let len = 64 * BLOCK as u32;
+            export.write(64 * BLOCK, len, payload_buf(64 * BLOCK, len), false).await.unwrap();
+            host.sleep(SECOND).await;
+            assert_eq!(volume.info().health, Health::Ok, "after {frames} frames");
+            engine.stop().await.unwrap();
+        };
+        assert_eq!(executor.run(Box::pin(root)), Outcome::Done);
     }
 }

@@ -33,3 +33,22 @@ fn a_volume_that_rests_loses_what_is_too_old_and_gets_its_marker() {
     };
     assert_eq!(executor.run(Box::pin(root)), Outcome::Done);
 }
+
+/// Goal: a wall clock that was set back keeps nothing from the primary: instants run ahead of it until it has come up.
+#[test]
+fn what_is_written_after_the_clock_was_set_back_reaches_the_primary() {
+    let executor = Executor::new(Shared::new(67, 1_700_000_000 * SECOND));
+    let place = Place::new(160, 16);
+    let exec = Rc::clone(&executor);
+    let root = async move {
+        let host = SimHost(Rc::clone(&exec));
+        let (engine, volume) = place.start(&exec, EngineConfig::default()).await;
+        exec.shared.step_wall(-3600 * SECOND as i64);
+        let export = volume.export();
+        export.write(0, BLOCK as u32, payload_buf(0, BLOCK as u32), false).await.unwrap();
+        host.sleep(5 * SECOND).await;
+        assert_eq!(volume.info().backlog_bytes, 0);
+        engine.stop().await.unwrap();
+    };
+    assert_eq!(executor.run(Box::pin(root)), Outcome::Done);
+}

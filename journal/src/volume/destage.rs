@@ -284,8 +284,8 @@ impl Volume {
 
     /// Bytes of a block range, cut at the end of the primary.
     fn bytes_of(&self, block: u64, count: u64) -> (u64, u64) {
-        let start = block * BLOCK;
-        (start, (count * BLOCK).min(self.primary_bytes.get().saturating_sub(start)))
+        let start = block.saturating_mul(BLOCK);
+        (start, count.saturating_mul(BLOCK).min(self.primary_bytes.get().saturating_sub(start)))
     }
 
     /// Brings what is due of a log to the primary: batches are prepared while earlier ones are finished.
@@ -457,7 +457,9 @@ impl Volume {
         }
         let Some(engine) = self.engine.upgrade() else { return false };
         let deep = Self::backlog(state) * 8 >= engine.config().backlog_bytes_max * eighths;
-        let urgent = inner.closed || state.drain_waiters > 0 || deep || state.backlog_full;
+        // Also where instants run ahead of a wall clock that was set back.
+        let rests = self.host.boot_ns().saturating_sub(state.last_write_ns) >= LINGER_NS;
+        let urgent = inner.closed || state.drain_waiters > 0 || deep || state.backlog_full || rests;
         urgent || inner.overlay.oldest().is_some_and(|oldest| oldest.0 <= self.linger_until())
     }
 

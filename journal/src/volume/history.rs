@@ -574,7 +574,9 @@ impl Volume {
             // Only now: while the log may come back after a power cut, the primary holds what its instants before the discard show.
             let mut state = self.state.borrow_mut();
             let hints = std::mem::take(&mut log.state.borrow_mut().hints);
-            if state.attach.as_ref().is_some_and(|attach| Rc::ptr_eq(&attach.disk, &log.disk)) {
+            // Nor where the volume is being closed: the fence will tell what the primary is then.
+            let stays = state.mode == Mode::Journal;
+            if stays && state.attach.as_ref().is_some_and(|attach| Rc::ptr_eq(&attach.disk, &log.disk)) {
                 // Without their instants neighbours are one range.
                 hints.iter().for_each(|(block, count, _)| state.punch.insert(block, count, Instant::ZERO));
             }

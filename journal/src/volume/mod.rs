@@ -582,7 +582,9 @@ impl Volume {
     pub(crate) async fn store_lost_blocks(&self) -> Result<()> {
         {
             let state = self.state.borrow();
-            if !state.lost_changed && state.lost_blocks.is_none() {
+            // Not while somebody else is still telling it.
+            let told = state.fence.as_ref().is_none_or(|fence| fence.lost_blocks.is_empty());
+            if !state.lost_changed && state.lost_blocks.is_none() && told {
                 return Ok(());
             }
         }
