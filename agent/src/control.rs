@@ -380,6 +380,7 @@ impl Control {
 
     /// Takes a device or file into service. Answers the volume that is there when it is the same one.
     pub async fn add_volume(&self, new: NewVolume) -> Result<Uuid> {
+        self.refuse_own(&new.path).await?;
         let _changing = self.changing.lock().await;
         if let Some(same) = self.same_volume(&new) {
             return Ok(same);
@@ -646,6 +647,7 @@ impl Control {
         self.open_anew(volume, None, true).await
     }
 
+    /// Opens a volume anew by an admin's word; a state that forbids serving it all the same is an error.
     async fn open_anew(&self, volume: Uuid, accept: Option<Health>, attach: bool) -> Result<VolumeStatus> {
         let (record, shard) = {
             let registry = self.registry.read();
@@ -684,7 +686,14 @@ impl Control {
         });
         self.noted(volume, reopened.await.unwrap_or_else(|_| Err(stopping())))?;
         self.settle_reverts().await;
-        self.volume(volume).await
+        let after = self.volume(volume).await?;
+        match &after.info {
+            // It was opened, and refused: what the admin said was not enough.
+            Ok(info) if matches!(info.health, Health::NeedsJournal | Health::PrimaryChanged) => {
+                Err(Error::State(info.health_reason.clone()))
+            }
+            _ => Ok(after),
+        }
     }
 
     /// Notes of a volume that it is not served, where that is how closing or opening it ended.
@@ -869,6 +878,7 @@ impl Control {
 
     /// Makes a CDP disk of a device or file and takes it into use.
     pub async fn init_disk(&self, path: PathBuf, size: u64, options: InitOptions) -> Result<DiskStatus> {
+        self.refuse_own(&path).await?;
         let _changing = self.changing.lock().await;
         if self.registry.read().disks.iter().any(|disk| disk.path == path && disk.failed.is_none()) {
             return Err(Error::Exists { what: "CDP disk", name: path.display().to_string() });
@@ -1359,14 +1369,18 @@ async fn prepare_disk_file(path: &Path, size: u64, force: bool) -> Result<()> {
                 preallocate(&path, size)
             }
             Err(error) => Err(Error::device("look at", shown, &error)),
+            // Opening such a one could wait for ever.
+            Ok(found) if !found.is_file() && !found.file_type().is_block_device() => {
+                Err(Error::invalid("path", shown, "a block device or a regular file"))
+            }
             Ok(found) => {
                 let is = signature::size(&path)
                     .map_err(|error| Error::device("ask for the size of", shown.clone(), &error))?;
                 if size != 0 && size != is {
                     return Err(Error::invalid("size", size, format!("{shown} is there and has {is} bytes")));
                 }
-                let content = signature::find(&path).map_err(|error| Error::device("read", shown.clone(), &error))?;
-                if let Some(content) = content.filter(|_| !force) {
+                let unread = |error: std::io::Error| Error::device("read", shown.clone(), &error);
+                if !force && let Some(content) = signature::find(&path).map_err(unread)? {
                     return Err(Error::State(format!("{shown} holds {content}: use force to overwrite it")));
                 }
                 if found.is_file() { reserve(&path, is) } else { Ok(()) }

@@ -276,6 +276,8 @@ async fn take_files(config: &Config, views: &[ViewRecord]) -> Option<fuse::Place
     let places: Vec<(PathBuf, String)> =
         views.iter().filter_map(|view| view.mount.clone()).map(|mount| (mount.dir, mount.device)).collect();
     let taken = tokio::task::spawn_blocking(move || {
+        // First of all: whatever is attached there while another agent has the directory is not an earlier one's.
+        let place = fuse::Place::take(&dir)?;
         let images = fuse::directory_of(&dir, ExportKind::View);
         let calls = images.with_file_name("calls");
         // Also of a view that was opened and not recorded any more.
@@ -292,7 +294,8 @@ async fn take_files(config: &Config, views: &[ViewRecord]) -> Option<fuse::Place
         for dir in swept {
             tracing::warn!(dir = %dir.display(), "a view of an agent that is gone was mounted there: it is unmounted");
         }
-        fuse::Place::take(&dir)
+        place.clear();
+        Ok::<_, std::io::Error>(place)
     });
     match taken.await {
         Ok(Ok(place)) => Some(place),

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use anyhow::{Context as _, Result};
 use cdp_agent::config::{CONFIG_PATH, Config, LogFormat};
 use cdp_agent::daemon::{self, Dev};
+use cdp_agent::state::StateError;
 use cdp_proto::parse;
 use clap::Parser;
 use tracing_subscriber::EnvFilter;
@@ -16,8 +17,8 @@ static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 
 /// Continuous data protection of VM disks: serves volumes over NBD, keeps every write, shows and restores any instant.
 ///
-/// Exit status: 0 after an orderly stop, 1 when it failed while running, 2 when the command line, the configuration or the
-/// state is wrong, so that starting again would not help.
+/// Exit status: 0 after an orderly stop, 1 when it failed while starting or running, 2 when the command line or the configuration
+/// is wrong or a file of the state is damaged, so that starting again would not help.
 #[derive(Debug, Parser)]
 #[command(version)]
 struct Args {
@@ -69,8 +70,17 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tracing::error!("{error:#}");
-            ExitCode::from(if error.is::<cdp_agent::state::StateError>() { 2 } else { 1 })
+            ExitCode::from(exit_status(&error))
         }
+    }
+}
+
+/// 2, after which the unit leaves it at that, only for what no further start mends: a state directory that a predecessor has not let go of yet, or that
+/// cannot be read just now, may be had at the next one.
+fn exit_status(error: &anyhow::Error) -> u8 {
+    match error.downcast_ref::<StateError>() {
+        Some(StateError::Damaged { .. }) => 2,
+        _ => 1,
     }
 }
 

@@ -13,8 +13,10 @@ pub mod nbd;
 use std::ffi::OsString;
 use std::io;
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use cdp_journal::{Error, Result};
@@ -131,6 +133,53 @@ pub fn loops() -> Vec<Loop> {
     };
     let names = entries.flatten().filter_map(|entry| entry.file_name().into_string().ok());
     names.filter(|name| name.starts_with("loop")).filter_map(one).collect()
+}
+
+/// Whether to use `path` is to use a file of the agent's own, which are mounted at `dirs`: such a file, by whatever name, or a block device that rests on one by way of
+/// a loop device. The look may wait for the agent's own answer: only from a thread that answers nobody.
+///
+/// # Errors
+/// When the list of mounts cannot be read.
+pub fn is_own(path: &Path, dirs: &[PathBuf]) -> io::Result<bool> {
+    let ours = |mount: &&Mount| mount.kind.starts_with("fuse") && dirs.contains(&mount.dir);
+    let systems: Vec<(u32, u32)> = mounted()?.iter().filter(ours).map(|mount| mount.device).collect();
+    if systems.is_empty() {
+        return Ok(false);
+    }
+    let split = |device: u64| (libc::major(device), libc::minor(device));
+    // First by its name, which asks nobody.
+    let lies_there = |file: &Path| {
+        let there = || std::fs::metadata(file).is_ok_and(|found| systems.contains(&split(found.dev())));
+        dirs.iter().any(|dir| file.starts_with(dir)) || there()
+    };
+    if lies_there(path) {
+        return Ok(true);
+    }
+    let found = std::fs::metadata(path).ok().filter(|found| found.file_type().is_block_device());
+    let Some(found) = found else { return Ok(false) };
+    let below = rests_on(split(found.rdev()));
+    Ok(loops().iter().any(|bound| below.contains(&bound.device) && lies_there(&bound.file)))
+}
+
+/// A block device, or the one that it is a partition of, and all that it is made of (by device mapper, MD).
+fn rests_on(device: (u32, u32)) -> Vec<(u32, u32)> {
+    let mut found = Vec::new();
+    let mut folders = vec![PathBuf::from(format!("/sys/dev/block/{}:{}", device.0, device.1))];
+    while let Some(folder) = folders.pop() {
+        let Ok(mut folder) = folder.canonicalize() else { continue };
+        if folder.join("partition").exists() {
+            folder.pop();
+        }
+        let Some(device) = std::fs::read_to_string(folder.join("dev")).ok().and_then(|text| numbers(&text)) else {
+            continue;
+        };
+        if !found.contains(&device) {
+            found.push(device);
+            let made_of = std::fs::read_dir(folder.join("slaves")).into_iter().flatten().flatten();
+            folders.extend(made_of.map(|entry| entry.path()));
+        }
+    }
+    found
 }
 
 /// Looks into an image: its partitions, or the whole where there are none, and what each one holds.
@@ -408,11 +457,22 @@ fn run(command: &Command) -> Result<Output> {
 /// A tool that speaks its own words (no translations) and is killed when the thread that started it ends.
 fn in_own_words(command: &Command) -> Command {
     // By `setpriv` and not between fork and exec: so no copy of this process, with all its locked memory, is made.
-    let mut wrapped = Command::new("setpriv");
+    let mut wrapped = Command::new(setpriv());
     wrapped.args(["--pdeathsig", "KILL", "--"]).arg(command.get_program()).args(command.get_args());
     wrapped.env("LC_ALL", "C").env("PATH", tool_path());
     wrapped.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     wrapped
+}
+
+/// Where `setpriv` is: for a bare name and a search path of its own for the child, the standard library would fork this process.
+fn setpriv() -> &'static Path {
+    static FOUND: OnceLock<PathBuf> = OnceLock::new();
+    FOUND.get_or_init(|| {
+        let path = tool_path();
+        let mut places = std::env::split_paths(&path).map(|dir| dir.join("setpriv"));
+        // Where there is none, starting it says so.
+        places.find(|place| place.is_absolute() && place.is_file()).unwrap_or_else(|| PathBuf::from("setpriv"))
+    })
 }
 
 /// A service's path may lack the administrator's tools.
@@ -449,6 +509,25 @@ mod tests {
         assert_eq!(mount_line(b"1 2 x:y / /a - b c"), None);
         assert_eq!(unescape(b"a\\04"), b"a\\04");
         assert!(mounted().expect("there is a list").iter().any(|mount| mount.dir == Path::new("/")));
+    }
+
+    #[test]
+    fn tools_are_started_by_a_path() {
+        let command = in_own_words(&Command::new("true"));
+        let program = Path::new(command.get_program());
+        assert!(program.is_absolute() || !Path::new("/usr/bin/setpriv").exists(), "{}", program.display());
+    }
+
+    #[test]
+    fn what_is_on_no_mount_of_ours_is_not_ours() {
+        let temp = tempfile::tempdir().expect("temporary directory");
+        let file = temp.path().join("file");
+        std::fs::write(&file, "x").expect("write");
+        assert!(!is_own(&file, &[temp.path().to_owned()]).expect("there is a list"), "nothing is mounted there");
+        assert!(rests_on((0, 0)).is_empty(), "there is no such device");
+        for bound in loops() {
+            assert!(rests_on(bound.device).contains(&bound.device), "{}", bound.name);
+        }
     }
 
     #[test]

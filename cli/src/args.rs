@@ -171,7 +171,8 @@ pub enum Disk {
     /// Make a CDP disk of a block device or file, and take it into use
     #[command(
         after_help = "Examples:\n  cdpctl disk init /dev/nvme1n1\n  cdpctl disk init /var/lib/cdp/cdp.img --size 200GiB\n\n\
-        A disk that is in use is refused. One that holds a journal, a file system or a partition table wants --force."
+        A disk that is in use is refused. One that holds a journal, a file system or a partition table wants --force,\n\
+        and so does one with anything but zeroes in its first or last MiB."
     )]
     Init(DiskInit),
     /// List the CDP disks

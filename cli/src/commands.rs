@@ -67,7 +67,7 @@ pub async fn run(cli: Cli) -> Result<Answer, Failure> {
         Command::View(View::Close { id, force }) => view::close(agent, id, force).await,
         Command::View(View::Ls(args)) => files::list(agent, args).await,
         Command::View(View::Cp(args)) => files::copy(agent, args).await,
-        Command::Revert(args) => revert::revert(agent, args).await,
+        Command::Revert(args) => revert::revert(agent, args, format).await,
         Command::Release(args) => revert::release(agent, args).await,
         Command::Clean(args) => clean::clean(agent, args).await,
         Command::Events(args) => events::show(agent, args, format).await,

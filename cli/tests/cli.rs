@@ -360,6 +360,21 @@ fn revert_waits_for_the_copying_and_shows_no_bar_to_a_pipe() {
     assert!(fake.question().starts_with("RevertRequest"), "there is nothing to wait for: {}", fake.question());
 }
 
+/// Goal: a revert that was made is told also where the wait for its copying fails, in both forms, and how to undo it.
+#[test]
+fn a_revert_that_cannot_be_waited_for_is_told_all_the_same() {
+    let fake = Fake::start();
+    let call = ["revert", "short", "--at", "halfway", "--wait"];
+    let ran = fake.json(&call);
+    assert_eq!(ran.code, 6, "{ran:?}");
+    let (made, failure) = (ran.value(), serde_json::from_str::<serde_json::Value>(&ran.err).expect("one line of JSON"));
+    assert_eq!((&made["copied"], &made["success"], &made["undo_time"]), (&json!(false), &json!(1), &json!(NOW - 1)));
+    assert_eq!(failure["error"]["status"], "ABORTED", "{failure}");
+    let ran = fake.run(&call);
+    assert!(ran.code == 6 && ran.out.contains("cdpctl revert short --undo"), "{ran:?}");
+    assert!(ran.err.starts_with("cdpctl: wait for the revert: "), "{ran:?}");
+}
+
 #[test]
 fn clean_tells_nothing_given_from_log_zero() {
     let fake = Fake::start();

@@ -122,8 +122,9 @@ impl Disk {
                 format!("a power of two from 1 MiB to 256 MiB, of which at least 8 fit a disk of {size} bytes"),
             )
         })?;
-        if !options.force {
-            let (result, page) = device.read(0, IoBuf::zeroed(4096)).await;
+        // Either copy makes it a CDP disk, as it does for a start.
+        for at in [format::SUPERBLOCK_A, format::SUPERBLOCK_B].into_iter().filter(|_| !options.force) {
+            let (result, page) = device.read(at, IoBuf::zeroed(4096)).await;
             result.map_err(io("read superblock"))?;
             if page.starts_with(&Superblock::MAGIC) {
                 return Err(Error::Exists { what: "CDP disk", name: "superblock".into() });

@@ -4,8 +4,9 @@ mod common;
 
 use std::rc::Rc;
 
+use cdp_journal::format;
 use cdp_journal::info::{CdpState, Health, Priority, Settings};
-use cdp_journal::{BLOCK, Engine, EngineConfig, Host as _, InitOptions, VolumeSpec, payload_buf};
+use cdp_journal::{BLOCK, Engine, EngineConfig, Error, Host as _, InitOptions, IoBuf, VolumeSpec, payload_buf};
 use cdp_sim::disk::{FaultKind, FaultOn, SimDisk};
 use cdp_sim::executor::{Executor, Outcome, Shared, SimHost};
 use common::{Place, SECOND, every};
@@ -160,4 +161,26 @@ fn a_prepared_revert_can_be_given_up_while_its_volume_is_being_closed() {
         engine.stop().await.unwrap();
     };
     assert_eq!(executor.run(Box::pin(root)), Outcome::Done);
+}
+
+/// Goal: a CDP disk that has lost one copy of its superblock is not made anew by mistake: a start would take the other one, with all history.
+#[test]
+fn a_cdp_disk_with_one_superblock_left_is_not_made_anew_unasked() {
+    let (one, id) = (SimDisk::new(3, "one", 160 << 20, 4096, false), Uuid::from_u128(3));
+    let executor = Executor::new(Shared::new(43, 1_700_000_000 * SECOND));
+    let exec = Rc::clone(&executor);
+    let root = async move {
+        let init = async |force: bool| {
+            Engine::init_disk(one.attach(&exec), InitOptions { segment_size: MIB, force }, id, 0).await
+        };
+        init(false).await.unwrap();
+        for lost in [format::SUPERBLOCK_A, format::SUPERBLOCK_B] {
+            one.attach(&exec).write(lost, vec![IoBuf::zeroed(4096).share()]).await.unwrap();
+            let made = init(false).await;
+            assert!(matches!(made, Err(Error::Exists { .. })), "without the copy at {lost}: {made:?}");
+            init(true).await.unwrap();
+        }
+    };
+    assert_eq!(executor.run(Box::pin(root)), Outcome::Done);
+    executor.kill();
 }

@@ -168,6 +168,24 @@ fn a_bad_configuration_is_refused_by_line_and_key() {
     }
 }
 
+/// Goal: status 2, after which the unit tries no more, is for what no further start mends: not for a state folder that a predecessor still has because it
+/// cannot die yet, but for one that is damaged.
+#[test]
+fn a_state_folder_that_is_in_use_may_be_tried_again_and_a_damaged_one_may_not() {
+    let mut agent = Agent::configured(CONFIG);
+    fs::create_dir(agent.file("state")).unwrap();
+    let lock = fs::File::create(agent.file("state/lock")).unwrap();
+    lock.try_lock().unwrap();
+    let (status, said) = agent.run_to_end();
+    assert!(status.code() == Some(1) && said.contains("another agent runs on it"), "{status}: {said}");
+    drop(lock);
+    agent.start_unserved();
+    agent.stop();
+    fs::write(agent.file("state/clock"), "junk").unwrap();
+    let (status, said) = agent.run_to_end();
+    assert!(status.code() == Some(2) && said.contains("state/clock"), "{status}: {said}");
+}
+
 /// Goal: the way of an admin on a fresh host: configuration, a CDP disk, a volume, history, restart.
 #[test]
 fn a_configured_agent_takes_disks_and_volumes_and_has_them_again_after_a_restart() {
@@ -347,6 +365,26 @@ fn a_primary_under_another_identity_can_be_vouched_for() {
     agent.kill();
     agent.start();
     assert_eq!(health(&agent), "ok", "it is known by its new identity from then on");
+}
+
+/// Goal: an attach after which the volume is not served does not say that its history was taken over.
+/// Method: as above behind a clean stop, which says what mtime the primary had: a copy has another, and for what is in it nobody can vouch.
+#[test]
+fn an_attach_that_leaves_the_volume_unserved_is_an_error_with_the_reason() {
+    let mut agent = Agent::dev("8MiB", "512MiB");
+    some_writes(&agent, 12);
+    agent.stop();
+    let (primary, copy) = (agent.file("primary.img"), agent.file("copy.img"));
+    fs::copy(&primary, &copy).unwrap();
+    fs::rename(&copy, &primary).unwrap();
+    agent.start_unserved();
+    assert_eq!(health(&agent), "primary_changed");
+    let refused = agent.ctl_refused(&["volume", "attach", "demo"], &["its mtime changed"]);
+    assert_eq!(refused.code, Some(exit::REFUSED), "{refused}");
+    assert_eq!(health(&agent), "primary_changed");
+    assert!(Client::connect(&agent.socket(), "demo").is_err(), "it is served");
+    agent.ctl(&["volume", "override", "demo", "--accept", "primary_changed"]);
+    agent.connect("demo").close();
 }
 
 /// Goal: without the CDP disk that holds acked writes, the volume is not served; with it again, nothing is missing; only a

@@ -3,6 +3,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Write};
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
@@ -215,7 +216,11 @@ fn bad_calls_are_refused_in_words_that_help() {
     File::create(file("spare.img")).unwrap().set_len(1 << 20).unwrap();
     agent.ctl(&["mark", "demo", "--name", "taken"]);
     let (cdp, primary, spare, tiny) = (file("cdp.img"), file("primary.img"), file("spare.img"), file("tiny.img"));
-    let missing = file("missing.img");
+    let (missing, fifo, unknown) = (file("missing.img"), file("fifo"), file("unknown.img"));
+    cdp_tests::local::run("mkfifo", &[&fifo]);
+    // At its end, where pools and members of arrays are told.
+    File::create(&unknown).unwrap().set_len(64 << 20).unwrap();
+    OpenOptions::new().write(true).open(&unknown).unwrap().write_all_at(b"?", (64 << 20) - 4096).unwrap();
     use exit::{NO_SPACE, NOT_FOUND, OUT_OF_COVERAGE, REFUSED, USAGE};
     // call, words of the refusal, exit codes that fit
     let table: &[(&[&str], &[&str], &[i32])] = &[
@@ -261,6 +266,9 @@ fn bad_calls_are_refused_in_words_that_help() {
         (&["disk", "init", &primary], &["primary.img"], &[REFUSED, USAGE]),
         (&["disk", "init", &cdp], &["cdp.img"], &[REFUSED, USAGE]),
         (&["disk", "init", &tiny], &[], &[USAGE, NO_SPACE, REFUSED]),
+        (&["disk", "init", &dir], &["regular file"], &[USAGE]),
+        (&["disk", "init", &fifo, "--force"], &["fifo", "regular file"], &[USAGE]),
+        (&["disk", "init", &unknown], &["unknown.img", "force"], &[REFUSED]),
         (&["disk", "init", &spare, "--segment-size", "3MiB"], &["3"], &[USAGE]),
     ];
     for (call, words, codes) in table {

@@ -9,7 +9,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use cdp_tests::local::{self, Loop, Mounted, assert_nothing_attached, mounts_under, run};
-use cdp_tests::process::{Agent, scrape};
+use cdp_tests::process::{Agent, exit, scrape};
 use cdp_tests::{Rng, seed, skip_unless_mountable};
 use nix::fcntl::{FallocateFlags, fallocate};
 
@@ -257,6 +257,37 @@ fn a_killed_agents_mounts_are_replaced() {
     }
     agent.stop();
     assert!(mounts_under(agent.dir()).is_empty());
+}
+
+/// Goal: the agent takes nothing for a disk that it serves itself: its shard would wait for its own answer, for ever.
+/// Method: files of a volume and of a view, by their names, by a link, by another mount of them, and behind a loop device.
+#[test]
+fn the_agents_own_files_are_no_disks_for_it() {
+    skip_unless_mountable!();
+    let mut agent = Agent::dev("16MiB", "1GiB");
+    let file = |name: &str| agent.file(name).to_str().unwrap().to_owned();
+    let (volume, link, bound) = (file("volumes/demo"), file("link"), file("bound"));
+    agent.connect("demo").write(0, &[1; 4096]).unwrap();
+    let view = agent.ctl(&["view", "open", "demo", "--at", "now"])["path"].as_str().unwrap().to_owned();
+    std::os::unix::fs::symlink(&volume, &link).unwrap();
+    fs::create_dir(&bound).unwrap();
+    run("mount", &["--bind", &file("volumes"), &bound]);
+    let mounted = Mounted(PathBuf::from(&bound));
+    let device = Loop::on(Path::new(&volume), 0, 0);
+    for own in [volume.clone(), view, link, format!("{bound}/demo"), device.0.clone()] {
+        let own = own.as_str();
+        for call in [&["volume", "add", "own", "--path", own][..], &["disk", "init", own, "--force"][..]] {
+            let refused = agent.ctl_refused(call, &[own, "own files"]);
+            assert_eq!(refused.code, Some(exit::USAGE), "{refused}");
+        }
+    }
+    assert_eq!(agent.ctl(&["volume", "list"])["list"].as_array().map(Vec::len), Some(1));
+    assert_eq!(agent.ctl(&["disk", "list"])["disks"].as_array().map(Vec::len), Some(1));
+    assert!(agent.live_image("demo")[..4096] == [1; 4096], "it is served as ever");
+    drop(device);
+    mounted.unmount();
+    assert_nothing_attached(agent.dir());
+    agent.stop();
 }
 
 /// Goal: an agent that cannot have FUSE says so and serves everything else.

@@ -7,7 +7,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use cdp_tests::local::{Loop, Mounted, assert_nothing_attached, attached, mounts_under, run};
-use cdp_tests::process::{Agent, binaries, exit};
+use cdp_tests::process::{Agent, CONFIG, binaries, exit};
 use cdp_tests::{Rng, rounds, seed, skip_unless_mountable};
 use serde_json::Value;
 
@@ -291,6 +291,28 @@ fn killed_in_the_middle_nothing_is_left_that_nobody_owns() {
     }
     disk.agent.stop();
     assert_nothing_attached(disk.agent.dir());
+}
+
+/// Goal: an agent that may not have a directory of files, because another one serves its files there, takes nothing away that the other one has attached.
+#[test]
+fn a_second_agent_on_the_same_directory_of_files_leaves_the_views_of_the_first_mounted() {
+    skip_unless_mountable!();
+    let mut disk = Disk::make("ext4", false);
+    let dir = disk.agent.file("looked-at");
+    let view = disk.open(&["--at", "now", "--mount", text(&dir)]);
+    let mut second = Agent::configured(&format!("{CONFIG}[fuse]\ndir = {:?}\n", disk.agent.dir()));
+    second.start_unserved();
+    assert!(second.log_tail().contains("another agent serves its files"), "{}", second.log_tail());
+    for running in [true, false] {
+        assert_eq!(mounts_under(&dir), [dir.clone()], "unmounted; the second one runs: {running}");
+        assert!(dir.join("lost+found").exists(), "it is not served; the second one runs: {running}");
+        if running {
+            second.stop();
+        }
+    }
+    disk.agent.ctl(&["view", "close", view["id"].as_str().unwrap()]);
+    assert_nothing_attached(disk.agent.dir());
+    disk.agent.stop();
 }
 
 /// Goal: a view with an end ends by itself, with an event, also when it is mounted and in use.

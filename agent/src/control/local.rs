@@ -88,6 +88,25 @@ impl Control {
         }
     }
 
+    /// Refuses to take for a disk what this agent serves itself: its shard would wait, in a system call, for its own answer. Asked before anything is
+    /// locked, since also this may wait for an answer.
+    pub(super) async fn refuse_own(&self, path: &Path) -> Result<()> {
+        let views = self.local.read().clone();
+        let Some(views) = views else { return Ok(()) };
+        let path = path.to_owned();
+        blocking(move || {
+            let near = views.parent().unwrap_or(&views);
+            let near = near.canonicalize().unwrap_or_else(|_| near.to_owned());
+            let own = mounts::is_own(&path, &["views", "volumes"].map(|name| near.join(name)));
+            if own.map_err(|error| Error::device("read", "/proc/self/mountinfo", &error))? {
+                let bound = "none of the agent's own files, and no device that is made of one";
+                return Err(Error::invalid("path", path.display(), bound));
+            }
+            Ok(())
+        })
+        .await
+    }
+
     /// Opens a view, or answers the one that is open.
     pub async fn open_view(
         &self,

@@ -14,7 +14,7 @@ use serde_json::json;
 use super::batch::{self, Part};
 use super::{files::with_files, when::Fields};
 use crate::{
-    args::{Revert, ViewFiles, Volumes},
+    args::{Format, Revert, ViewFiles, Volumes},
     connect::Agent,
     failure::Failure,
     files_differ,
@@ -23,7 +23,7 @@ use crate::{
     shape,
 };
 
-pub async fn revert(agent: &Agent, args: Revert) -> Result<Answer, Failure> {
+pub async fn revert(agent: &Agent, args: Revert, format: Format) -> Result<Answer, Failure> {
     let what = args.at.as_ref().map_or_else(|| "revert --undo".to_owned(), |at| format!("revert to {at}"));
     let Fields { snapshot_name, timestamp, ago_ns, flush_before } = args.at.map(Fields::from).unwrap_or_default();
     let question = v1::RevertRequest {
@@ -53,12 +53,13 @@ pub async fn revert(agent: &Agent, args: Revert) -> Result<Answer, Failure> {
         .collect();
     let mut top = json!({ "dry_run": dry_run });
     if args.wait && !done.is_empty() {
-        if let Err(failure) = wait(agent, done).await {
-            // The revert is made and holds; losing sight of its copying must not hide how to undo it.
-            eprint!("{}", parts.iter().map(|part| format!("{}\n", part.line)).collect::<String>());
+        let copied = wait(agent, done).await;
+        top = output::merge(top, json!({ "copied": copied.is_ok() }));
+        if let Err(failure) = copied {
+            // The revert is made and holds; losing sight of its copying must not hide that, nor how to undo it.
+            let _ = output::print(&batch::answer(parts, top), format); // how the wait ended is what counts
             return Err(failure);
         }
-        top = output::merge(top, json!({ "copied": true }));
     }
     Ok(batch::answer(parts, top))
 }

@@ -15,6 +15,8 @@ use tonic::{Code, Request, Response, Status, transport::Server};
 pub const NOW: u64 = 1_630_057_893_506_590_075;
 pub const VOLUME: &str = "aae751ba-8b97-4259-9579-c40cbb806d9d";
 pub const VIEW: &str = "7c1f0a52-5d0e-4a53-9d0c-0f0f5c3f4d11";
+/// The volume "short", whose copying is never seen to its end.
+pub const SHORT: &str = "0b5f5f0e-4c1e-4f0c-8a55-6d7a54a3b6c2";
 pub const HOST: &str = "48459090-6ced-4476-a6b4-2880b1e21d5a";
 
 /// A running fake agent.
@@ -136,7 +138,7 @@ impl Agent {
                     success += 1;
                     done(v1::VolumeResult {
                         volume: volume.clone(),
-                        volume_uuid: VOLUME.into(),
+                        volume_uuid: if volume == "short" { SHORT } else { VOLUME }.into(),
                         volume_name: volume.clone(),
                         ..Default::default()
                     })
@@ -440,8 +442,12 @@ impl CdpAgent for Agent {
     }
 
     async fn wait_revert(&self, request: Request<v1::WaitRevertRequest>) -> Answer<Self::WaitRevertStream> {
-        self.hear(request);
-        ok(Box::pin(tokio_stream::iter([Ok(progress(0)), Ok(progress(50)), Ok(progress(100))])))
+        let question = self.hear(request);
+        let last = match question.volumes.iter().any(|volume| volume == SHORT) {
+            true => Err(Status::aborted("the agent is stopping")),
+            false => Ok(progress(100)),
+        };
+        ok(Box::pin(tokio_stream::iter([Ok(progress(0)), Ok(progress(50)), last])))
     }
 
     async fn release(&self, request: Request<v1::ReleaseRequest>) -> Answer<v1::ReleaseResponse> {

@@ -53,8 +53,7 @@ pub struct Place {
 }
 
 impl Place {
-    /// Takes the directory; what an earlier agent left mounted there is detached. Programs that still have files of it open get errors, as
-    /// they do already.
+    /// Takes the directory, and touches nothing that is mounted there.
     ///
     /// # Errors
     /// When another agent serves its files there.
@@ -65,17 +64,20 @@ impl Place {
         loop {
             let file = File::options().create(true).truncate(false).write(true).mode(0o600).open(&path)?;
             match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-                Ok(lock) => {
-                    detach(&directory_of(dir, ExportKind::Volume));
-                    detach(&directory_of(dir, ExportKind::View));
-                    return Ok(Self { dir: dir.to_owned(), lock });
-                }
+                Ok(lock) => return Ok(Self { dir: dir.to_owned(), lock }),
                 Err((_, Errno::EWOULDBLOCK)) if Instant::now() < end => std::thread::sleep(LOCK_RETRY),
                 Err((_, Errno::EWOULDBLOCK)) => {
                     return Err(io::Error::other(format!("another agent serves its files in {}", dir.display())));
                 }
                 Err((_, error)) => return Err(error.into()),
             }
+        }
+    }
+
+    /// Detaches what an earlier agent left mounted there. Programs that still have files of it open get errors, as they do already.
+    pub fn clear(&self) {
+        for kind in [ExportKind::Volume, ExportKind::View] {
+            detach(&directory_of(&self.dir, kind));
         }
     }
 

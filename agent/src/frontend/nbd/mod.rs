@@ -48,8 +48,15 @@ const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 const PUMP_BYTES: usize = 256 << 10;
 /// How long a TLS client that goes on sending may take to see that the connection has ended.
 const PUMP_LINGER: Duration = Duration::from_secs(1);
-/// A TCP peer that does not acknowledge for so long is gone, milliseconds.
+/// A TCP peer that does not acknowledge for so long is gone, milliseconds: what was sent to it, or that it is asked whether it is there.
 const TCP_USER_TIMEOUT_MS: u32 = 30_000;
+/// A TCP peer that says nothing for so long is asked whether it is there, seconds.
+const TCP_KEEPALIVE_IDLE_S: u32 = 15;
+/// And again after so long, seconds. The system gives up at the first question behind the user timeout: so it takes the loss of three, and half a minute. (With the first
+/// question behind that timeout, the loss of a single one would do.)
+const TCP_KEEPALIVE_INTERVAL_S: u32 = 5;
+/// How many go unanswered until a peer is gone, on systems where the user timeout does not count for that.
+const TCP_KEEPALIVE_COUNT: u32 = 3;
 
 /// Bounds of the server.
 #[derive(Clone, Debug)]
@@ -349,6 +356,9 @@ fn blocking(stream: std::os::unix::net::UnixStream) -> io::Result<std::os::unix:
 fn prepare_tcp(stream: &TcpStream) -> io::Result<()> {
     stream.set_nodelay(true)?;
     setsockopt(stream, sockopt::KeepAlive, &true)?;
+    setsockopt(stream, sockopt::TcpKeepIdle, &TCP_KEEPALIVE_IDLE_S)?;
+    setsockopt(stream, sockopt::TcpKeepInterval, &TCP_KEEPALIVE_INTERVAL_S)?;
+    setsockopt(stream, sockopt::TcpKeepCount, &TCP_KEEPALIVE_COUNT)?;
     setsockopt(stream, sockopt::TcpUserTimeout, &TCP_USER_TIMEOUT_MS)?;
     Ok(())
 }

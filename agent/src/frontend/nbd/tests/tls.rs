@@ -2,6 +2,7 @@
 
 use std::process::Command;
 
+use nix::sys::socket::getsockopt;
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio_rustls::TlsConnector;
@@ -267,6 +268,25 @@ fn a_tcp_peer_that_ends_its_handshake_too_late_finds_no_seat() {
     let mut stream = fixture.runtime.block_on(TcpStream::connect(("127.0.0.1", port))).unwrap();
     let go = info("disk", &[]);
     assert_eq!(fixture.runtime.block_on(first_option(&mut stream, option::GO, &go)).unwrap(), reply::ACK);
+}
+
+/// Goal: a client whose host died without a word goes after a while, though nothing is sent to it: it holds a seat, and counts as one that writes.
+#[test]
+fn a_silent_tcp_client_is_asked_whether_it_is_there() {
+    let fixture = Fixture::new();
+    fixture.runtime.block_on(async {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let _client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let (stream, _) = listener.accept().await.unwrap();
+        prepare_tcp(&stream).unwrap();
+        assert!(getsockopt(&stream, sockopt::KeepAlive).unwrap());
+        let idle = getsockopt(&stream, sockopt::TcpKeepIdle).unwrap();
+        let interval = getsockopt(&stream, sockopt::TcpKeepInterval).unwrap();
+        let count = getsockopt(&stream, sockopt::TcpKeepCount).unwrap();
+        assert!(idle + interval * count <= 120, "{idle} s, then {count} times {interval} s");
+        let given_up_ms = getsockopt(&stream, sockopt::TcpUserTimeout).unwrap();
+        assert!((idle + interval) * 1000 < given_up_ms, "one question that is lost would end it");
+    });
 }
 
 #[test]
