@@ -553,6 +553,7 @@ impl Volume {
             self.sync_completed(disk).await?;
         }
         self.changed.until(|| (self.state.borrow().leaving.is_empty() || disk.failure().is_some()).then_some(())).await;
+        self.emptied.set(true);
         // Hints: a stop does not wait for what is not punched yet.
         self.state.borrow_mut().punch.clear();
         self.changed.until(|| (!self.state.borrow().punching || disk.failure().is_some()).then_some(())).await;

@@ -172,7 +172,8 @@ fn a_region_that_takes_no_writes_costs_protection_and_no_write() {
     const PIECE: u32 = 64 << 10;
     const PIECES: u64 = 160;
     let (shared, place) = (Shared::new(137, 1_700_000_000 * SECOND), Rc::new(Place::new(160, 16)));
-    let segment = Geometry::of(place.cdp.size(), 1 << 20).unwrap().at(8, 0);
+    let geometry = Geometry::of(place.cdp.size(), 1 << 20).unwrap();
+    let segment = geometry.at(geometry.segments as u32 - 9, 0);
     place.cdp.fault(every_within(FaultOn::Any, FaultKind::Eio, segment, 1 << 20));
     for life in 0..2 {
         let executor = Executor::new(Rc::clone(&shared));

@@ -482,8 +482,10 @@ impl Volume {
     /// Whether the oldest log can be given up for somebody else's sake.
     pub(crate) fn can_lose_oldest(&self, disk: &Rc<Disk>) -> bool {
         let state = self.state.borrow();
-        // Once everything is on the primary a volume on its way out of the journal gives all of it back itself; until then it may need the room, too.
+        // Once everything is on the primary a volume on its way out of the journal gives all of it back itself; until then it may need the room, too. Of one that is
+        // being closed a log that went would leave holes to punch, behind a fence that tells what the primary is.
         !self.left_in_order.get()
+            && !self.emptied.get()
             && state.attach.as_ref().is_some_and(|a| Rc::ptr_eq(&a.disk, disk))
             && state.leaving.is_empty()
             && Self::oldest_can_go(&state)
@@ -574,9 +576,7 @@ impl Volume {
             // Only now: while the log may come back after a power cut, the primary holds what its instants before the discard show.
             let mut state = self.state.borrow_mut();
             let hints = std::mem::take(&mut log.state.borrow_mut().hints);
-            // Nor where the volume is being closed: the fence will tell what the primary is then.
-            let stays = state.mode == Mode::Journal;
-            if stays && state.attach.as_ref().is_some_and(|attach| Rc::ptr_eq(&attach.disk, &log.disk)) {
+            if state.attach.as_ref().is_some_and(|attach| Rc::ptr_eq(&attach.disk, &log.disk)) {
                 // Without their instants neighbours are one range.
                 hints.iter().for_each(|(block, count, _)| state.punch.insert(block, count, Instant::ZERO));
             }

@@ -303,6 +303,8 @@ pub struct Volume {
     pub(crate) fence_busy: Cell<bool>,
     /// The journal is being left in order, with everything on the primary: a disk that fails now changes nothing.
     pub(crate) left_in_order: Cell<bool>,
+    /// It is being closed, and everything is on the primary.
+    pub(crate) emptied: Cell<bool>,
 }
 
 /// A flag that is taken back when this goes.

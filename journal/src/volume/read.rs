@@ -176,16 +176,7 @@ impl Volume {
             let epoch = self.image_epoch.get();
             let mut resolved = Vec::with_capacity(todo.len());
             for block in &todo {
-                let layers = match point {
-                    Point::Live => self.resolve_live(&row, *block).await?,
-                    Point::At(instant, log) => {
-                        let h = row
-                            .position(log)
-                            .ok_or_else(|| Error::Gone("the log of this instant was evicted".into()))?;
-                        self.resolve_at(&row, h, *block, *instant, 0).await?
-                    }
-                };
-                resolved.push((*block, layers));
+                resolved.push((*block, self.resolve(point, &row, *block).await?));
             }
             // What lies in one piece is answered as it was read.
             let whole = if buf.is_none() { self.read_whole(&row, &resolved).await? } else { None };
@@ -227,28 +218,32 @@ impl Volume {
         blocks.map(|(block, _)| *block).collect()
     }
 
-    /// The sectors of a block that somebody has to tell of, and the others: past the end of a volume that ends inside the block there are zeroes.
-    fn wanted(&self, block: u64) -> (u8, Layers) {
-        let mut layers = Vec::with_capacity(1);
-        let state = self.state.borrow();
-        let mut mask = whole_mask(state.size, block);
-        if mask != 0xFF {
+    /// A block at a point.
+    async fn resolve(self: &Rc<Self>, point: &Point, row: &Row, block: u64) -> Result<Layers> {
+        let mut layers = match point {
+            Point::Live => self.resolve_live(row, block).await?,
+            Point::At(instant, log) => {
+                let h = row.position(log).ok_or_else(|| Error::Gone("the log of this instant was evicted".into()))?;
+                self.resolve_at(row, h, block, *instant, 0).await?
+            }
+        };
+        // What lies behind the end of a volume that ends inside the block nobody asks for: it may be unknown.
+        let bad = |layer: &&mut Layer| matches!(layer.source, Source::Lost | Source::Unreadable);
+        for layer in layers.iter_mut().filter(bad) {
+            let state = self.state.borrow();
             // An older state may have been larger than what there is of the primary now.
             let most = state.sizes.iter().map(|(_, size)| *size).fold(state.size, u64::max);
-            mask = whole_mask(most, block);
-            if mask == 0 {
-                mask = 0xFF;
+            if layer.mask & whole_mask(most, block) == 0 {
+                layer.source = Source::Zero;
             }
         }
-        if mask != 0xFF {
-            layers.push(Layer { mask: !mask, source: Source::Zero });
-        }
-        (mask, layers)
+        Ok(layers)
     }
 
     /// Rule 3 and 4 for the newest state.
     async fn resolve_live(self: &Rc<Self>, row: &Row, block: u64) -> Result<Layers> {
-        let (mut missing, mut layers) = self.wanted(block);
+        let mut missing = 0xFF;
+        let mut layers = Vec::with_capacity(1);
         self.unwritten(row, row.logs.len(), block, &mut missing, &mut layers, 0, None).await?;
         Ok(layers)
     }
@@ -263,7 +258,8 @@ impl Volume {
         depth: u32,
     ) -> LocalFuture<'a, Result<Layers>> {
         Box::pin(async move {
-            let (mut missing, mut layers) = self.wanted(block);
+            let mut missing = 0xFFu8;
+            let mut layers = Vec::with_capacity(1);
             let mut entries = Vec::new();
             let log = &row.logs[h];
             // 1. The newest write in h at or before the instant.
@@ -517,15 +513,7 @@ impl Volume {
         // Resolved before the map is asked: what moves from the overlay to the primary in between is in the map.
         let mut resolved = Vec::with_capacity(count as usize);
         for block in first..first + count {
-            let layers = match point {
-                Point::Live => self.resolve_live(&row, block).await?,
-                Point::At(instant, log) => {
-                    let h =
-                        row.position(log).ok_or_else(|| Error::Gone("the log of this instant was evicted".into()))?;
-                    self.resolve_at(&row, h, block, *instant, 0).await?
-                }
-            };
-            resolved.push((block, layers));
+            resolved.push((block, self.resolve(point, &row, block).await?));
         }
         let primary_end = end.min(self.primary_bytes.get());
         let holes = if primary_end > offset {

@@ -127,6 +127,7 @@ pub(crate) async fn open(engine: &Rc<Engine>, spec: VolumeSpec) -> Result<Rc<Vol
         admin: Cell::new(false),
         fence_busy: Cell::new(false),
         left_in_order: Cell::new(false),
+        emptied: Cell::new(false),
     });
     if let Some(fence) = &fence
         && let Some(lost) = lost_of(fence)
