@@ -21,8 +21,9 @@ use cdp_journal::{
     Device, Engine, EngineConfig, Error, Export, Fence, FenceState, InitOptions, Instant, Result, Volume, VolumeSpec,
 };
 use cdp_proto::v1::EventKind;
-use futures::future::{BoxFuture, FutureExt as _, join_all};
+use futures::future::{BoxFuture, Either, FutureExt as _, join, join_all, select};
 use parking_lot::RwLock;
+use tokio::sync::oneshot;
 use uuid::Uuid;
 
 use crate::config::{Attach, Config, VolumeConfig};
@@ -33,6 +34,7 @@ use crate::frontend::nbd::{ExportDirectory, ExportEntry, ExportInfo, ExportKind,
 use crate::groups::Group;
 use crate::mounts::nbd::NbdDevices;
 use crate::quiesce::Quiesces;
+use crate::ring::Ring;
 use crate::shard::ShardHandle;
 use crate::state::{DiskRecord, Saved, ShardStore, StateDir, ViewRecord, VolumeRecord};
 
@@ -45,6 +47,14 @@ pub use local::{MountWish, Terms, ViewStatus};
 /// A predecessor that was killed keeps its disks locked until the kernel has ended its last requests; the lock on the state
 /// directory, which we have by then, says that it is gone.
 const PREDECESSOR_PATIENCE: Duration = Duration::from_secs(10);
+/// A disk that answers nothing for so long when it is opened hangs: the agent goes on without it.
+const OPEN_PATIENCE: Duration = Duration::from_secs(30);
+/// How long an answer that can do without a new instant waits for one.
+const INSTANT_PATIENCE: Duration = Duration::from_secs(2);
+/// Connections that are cut off get so long to end.
+const CUT_GRACE: Duration = Duration::from_secs(1);
+/// A shard's thread gets so long to end: it waits seconds for what the kernel still has of it.
+const SHARD_GRACE: Duration = Duration::from_secs(10);
 
 /// A shard with its engine.
 pub type Shard = ShardHandle<Local>;
@@ -55,7 +65,45 @@ pub struct Local {
     /// The engine.
     pub engine: Rc<Engine>,
     /// The primaries, kept so that a volume can be opened anew without losing their locks.
-    primaries: Rc<RefCell<HashMap<Uuid, Rc<dyn Device>>>>,
+    primaries: Rc<RefCell<HashMap<Uuid, Disk>>>,
+}
+
+impl Local {
+    /// Opens a volume on its primary, and keeps that. Where the primary hangs the opening is left to itself: it keeps the primary, the engine opens the volume no
+    /// second time meanwhile, and what comes of it is closed again.
+    async fn open(&self, ring: &Ring, spec: VolumeSpec, primary: Disk) -> Result<VolumeInfo> {
+        let (id, path) = (spec.id, PathBuf::from(&spec.path));
+        let hangs = primary.until_hanging(u64::try_from(OPEN_PATIENCE.as_nanos()).unwrap_or(u64::MAX));
+        let (tell, told) = oneshot::channel();
+        let local = self.clone();
+        ring.spawn(async move {
+            let opened = local.engine.open_volume(spec).await.map(|volume| {
+                local.primaries.borrow_mut().insert(id, primary);
+                volume.info()
+            });
+            if let Err(Ok(_)) = tell.send(opened) {
+                tracing::warn!(volume = %id, "its primary answers now, too late to be served: restart the agent");
+                if let Err(error) = local.close(id).await {
+                    tracing::warn!(volume = %id, %error, "it could not be closed again");
+                }
+            }
+        });
+        match select(told, hangs).await {
+            Either::Left((opened, _)) => opened.unwrap_or_else(|_| Err(stopping())),
+            Either::Right(_) => Err(open_error(hanging(&path))),
+        }
+    }
+
+    /// Closes a volume, whether it is open or not, and lets its primary go.
+    async fn close(&self, volume: Uuid) -> Result<()> {
+        let closed = self.engine.close_volume(volume).await;
+        // However it ended, nothing of the volume runs any more.
+        self.primaries.borrow_mut().remove(&volume);
+        match closed {
+            Err(Error::NotFound { .. }) => Ok(()),
+            closed => closed,
+        }
+    }
 }
 
 impl ExportSource for Local {
@@ -95,6 +143,8 @@ pub struct ShardStats {
     pub volumes: Vec<(VolumeInfo, VolumeStats, usize)>,
     /// By CDP disk.
     pub disks: Vec<DiskInfo>,
+    /// Writes wait for the state directory.
+    pub state_failing: bool,
 }
 
 /// A volume to be added.
@@ -288,6 +338,12 @@ impl Control {
         ticked.await.unwrap_or_else(|_| Err(stopping()))
     }
 
+    /// The same; where none is to be had, since the state directory takes no mark, the newest one that was given out.
+    pub async fn instant_or_newest(&self) -> Result<Instant> {
+        let ticked = tokio::time::timeout(INSTANT_PATIENCE, self.instant()).await;
+        ticked.unwrap_or_else(|_| Ok(self.clock.previous()))
+    }
+
     // ---- volumes ----
 
     /// The volume of this uuid (in any case) or name.
@@ -402,7 +458,8 @@ impl Control {
             Some(_) => Claims::new(),
             None => claims(&self.state.fences().map_err(|error| Error::State(error.to_string()))?),
         };
-        let (shard, info) = self.open_volume(&record, &claims, tokio::time::Instant::now()).await?;
+        let file = open_file(&record.path).await?;
+        let (shard, info) = self.open_volume(&record, &claims, file).await?;
         record.size = info.size;
         let uuid = record.uuid;
         let message = format!("volume {:?} added: {}", record.name, record.path.display());
@@ -448,7 +505,12 @@ impl Control {
     /// Refuses a device or file that is in use here already, under whatever path.
     /// `anew`: but for a CDP disk of that path that could not be opened, because its making was cut off, say.
     fn check_identity(&self, path: &Path, field: &'static str, anew: bool) -> Result<()> {
-        let Some(identity) = FileId::of(path) else { return Ok(()) };
+        self.check_unused(FileId::of(path), path, field, anew)
+    }
+
+    /// The same of what was found at the path.
+    fn check_unused(&self, identity: Option<FileId>, path: &Path, field: &'static str, anew: bool) -> Result<()> {
+        let Some(identity) = identity else { return Ok(()) };
         let registry = self.registry.read();
         let used =
             |disk: &&DiskSlot| disk.identity == Some(identity) && !(anew && disk.failed.is_some() && disk.path == path);
@@ -457,8 +519,7 @@ impl Control {
             return Err(Error::invalid(field, path.display(), bound));
         }
         if let Some(slot) = registry.volumes.values().find(|slot| slot.identity == Some(identity)) {
-            let name = format!("{} (primary of volume {:?})", path.display(), slot.record.name);
-            return Err(Error::Exists { what: "primary", name });
+            return Err(primary_taken(path, &slot.record));
         }
         Ok(())
     }
@@ -668,7 +729,7 @@ impl Control {
         // As the close has left it.
         let fence = self.noted(volume, self.fence(volume))?;
         let undecided_reverts = self.state.undecided_reverts();
-        let reopened = self.shards[shard].call(move |local, _| async move {
+        let reopened = self.shards[shard].call(move |local, ring| async move {
             let primary = local.primaries.borrow().get(&volume).cloned();
             let primary = primary.ok_or_else(|| Error::Gone(format!("volume {volume} is being removed")))?;
             let spec = VolumeSpec {
@@ -676,13 +737,13 @@ impl Control {
                 name: record.name,
                 path: record.path.display().to_string(),
                 size: record.size,
-                primary,
+                primary: Rc::new(primary.clone()),
                 fence,
                 accept,
                 attach_journal: attach,
                 undecided_reverts,
             };
-            local.engine.open_volume(spec).await.map(drop)
+            local.open(&ring, spec, primary).await.map(drop)
         });
         self.noted(volume, reopened.await.unwrap_or_else(|_| Err(stopping())))?;
         self.settle_reverts().await;
@@ -725,12 +786,7 @@ impl Control {
 
     /// `claims` are looked at where the host knows nothing of this volume, and nobody gave it a uuid: served under a new one, a primary would lack what its
     /// own volume's journal holds.
-    async fn open_volume(
-        &self,
-        record: &VolumeRecord,
-        claims: &Claims,
-        deadline: tokio::time::Instant,
-    ) -> Result<(usize, VolumeInfo)> {
+    async fn open_volume(&self, record: &VolumeRecord, claims: &Claims, file: DiskFile) -> Result<(usize, VolumeInfo)> {
         let fence = self.fence(record.uuid)?;
         let beside_its_journal = match &fence {
             Some(fence) => self.shard_of_disk(fence.disk),
@@ -740,12 +796,11 @@ impl Control {
             Some(shard) => shard,
             None => self.roomiest_shard().await,
         };
-        let file = open_patiently(&record.path, deadline).await.map_err(open_error)?;
         let record = record.clone();
         let undecided_reverts = self.state.undecided_reverts();
         let claims = if fence.is_none() { claims.clone() } else { Claims::new() };
         let opened = self.shards[shard].call(move |local, ring| async move {
-            let primary: Rc<dyn Device> = Rc::new(Disk::new(&ring, file));
+            let primary = Disk::new(&ring, file);
             let identity = primary.identity().map_err(|e| Error::device("identify", record.path.display().to_string(), &e))?;
             if let Some((owner, disk)) = claims.get(&identity.id).filter(|(owner, _)| *owner != record.uuid) {
                 return Err(Error::State(format!(
@@ -760,29 +815,19 @@ impl Control {
                 name: record.name,
                 path: record.path.display().to_string(),
                 size: record.size,
-                primary: Rc::clone(&primary),
+                primary: Rc::new(primary.clone()),
                 fence,
                 accept: None,
                 attach_journal: false,
                 undecided_reverts,
             };
-            let volume = local.engine.open_volume(spec).await?;
-            local.primaries.borrow_mut().insert(record.uuid, primary);
-            Ok(volume.info())
+            local.open(&ring, spec, primary).await
         });
         opened.await.unwrap_or_else(|_| Err(stopping())).map(|info| (shard, info))
     }
 
     async fn close_on_shard(&self, shard: usize, volume: Uuid) -> Result<()> {
-        let closed = self.shards[shard].call(move |local, _| async move {
-            let closed = local.engine.close_volume(volume).await;
-            // However it ended, nothing of the volume runs any more.
-            local.primaries.borrow_mut().remove(&volume);
-            match closed {
-                Err(Error::NotFound { .. }) => Ok(()),
-                closed => closed,
-            }
-        });
+        let closed = self.shards[shard].call(move |local, _| async move { local.close(volume).await });
         closed.await.unwrap_or_else(|_| Err(stopping()))
     }
 
@@ -847,14 +892,29 @@ impl Control {
             let settings = saved.fences.get(&record.uuid).and_then(|fence| fence.settings);
             std::cmp::Reverse(settings.map(|settings| settings.priority).unwrap_or_default())
         });
+        // Side by side: however many hang, the others wait for one of them.
+        let identities = join_all(records.iter().map(|record| file_id(&record.path))).await;
+        let files = {
+            let (records, identities) = (&records, &identities);
+            let open = move |number: usize| async move {
+                let (record, identity) = (&records[number], identities[number]);
+                self.check_unused(identity, &record.path, "path", false)?;
+                // Of several with one primary the first has it.
+                match identities[..number].iter().position(|other| other.is_some() && *other == identity) {
+                    Some(first) => Err(primary_taken(&record.path, &records[first])),
+                    None => open_patiently(&record.path, deadline).await.map_err(open_error),
+                }
+            };
+            join_all((0..records.len()).map(open)).await
+        };
         // Those that were served before are what they were: a device's number may be another's by now.
         let (claims, nobodys) = (claims(&saved.fences), Claims::new());
-        for mut record in records {
+        for ((mut record, identity), file) in records.into_iter().zip(identities).zip(files) {
             self.events.name_volume(record.uuid, &record.name);
             let given = config.volumes.iter().any(|volume| volume.uuid == Some(record.uuid));
             let new = !given && !saved.volumes.iter().any(|known| known.uuid == record.uuid);
-            let opened = match self.check_identity(&record.path, "path", false) {
-                Ok(()) => self.open_volume(&record, if new { &claims } else { &nobodys }, deadline).await,
+            let opened = match file {
+                Ok(file) => self.open_volume(&record, if new { &claims } else { &nobodys }, file).await,
                 Err(error) => Err(error),
             };
             let (shard, failed) = match opened {
@@ -868,7 +928,6 @@ impl Control {
                     (0, Some(error.to_string()))
                 }
             };
-            let identity = FileId::of(&record.path);
             self.registry.write().volumes.insert(record.uuid, VolumeSlot { record, shard, identity, failed });
         }
         self.record_volumes().await.context("record the volumes")
@@ -969,13 +1028,17 @@ impl Control {
         let mut paths: Vec<(PathBuf, bool)> = config.disks.iter().map(|path| (path.clone(), true)).collect();
         let added = added.iter().map(|record| record.path.clone()).filter(|path| !config.disks.contains(path));
         paths.extend(added.map(|path| (path, false)));
-        for (path, configured) in paths {
-            let shard = self.shard_for_disk();
-            let identity = FileId::of(&path);
-            if identity.is_some() && self.registry.read().disks.iter().any(|disk| disk.identity == identity) {
-                anyhow::bail!("CDP disk {}: it is given twice, under another path", path.display());
+        // Side by side: however many hang, the others wait for one of them.
+        let identities = join_all(paths.iter().map(|(path, _)| file_id(path))).await;
+        for (number, identity) in identities.iter().enumerate() {
+            if identity.is_some() && identities[..number].contains(identity) {
+                anyhow::bail!("CDP disk {}: it is given twice, under another path", paths[number].0.display());
             }
-            let opened = match open_patiently(&path, deadline).await {
+        }
+        let files = join_all(paths.iter().map(|(path, _)| open_patiently(path, deadline))).await;
+        for (((path, configured), identity), file) in paths.into_iter().zip(identities).zip(files) {
+            let shard = self.shard_for_disk();
+            let opened = match file {
                 Ok(file) => {
                     let (label, direct) = (path.display().to_string(), file.io_mode() == "direct");
                     let added = self.shards[shard].call(move |local, ring| async move {
@@ -1144,7 +1207,8 @@ impl Control {
                 let volumes = local.engine.volumes();
                 let volumes =
                     volumes.iter().map(|volume| (volume.info(), volume.stats(), volume.views().len())).collect();
-                ShardStats { volumes, disks: local.engine.disks() }
+                let state_failing = local.engine.state_failing().is_some();
+                ShardStats { volumes, disks: local.engine.disks(), state_failing }
             })
         });
         join_all(asked).await.into_iter().flatten().collect()
@@ -1161,26 +1225,31 @@ impl Control {
         join_all(told).await;
     }
 
-    /// Ends everything in order: clients are drained, engines record their clean state, threads end.
+    /// Ends everything in order: clients are drained, engines record their clean state, threads end. A volume is closed as soon as its own clients are out: one whose
+    /// disk hangs keeps none of the others from it, and is given up after a while.
     ///
     /// # Errors
     /// The first of what failed; the rest is stopped all the same.
     pub async fn stop(&self, grace: Duration) -> anyhow::Result<()> {
         self.will_stop().await;
-        let drained = join_all(self.shards.iter().map(|shard| shard.drain(grace))).await;
-        let cut: usize = drained.into_iter().flatten().sum();
-        if cut > 0 {
-            tracing::warn!(clients = cut, "clients did not take their answers in time and were cut off");
-        }
+        let patience_ns = u64::try_from((grace + CUT_GRACE).as_nanos()).unwrap_or(u64::MAX);
         let stopped = join_all(self.shards.iter().map(|shard| async move {
-            let stopped = shard.call(|local, _| async move { local.engine.stop().await });
-            stopped.await.context("the shard ended early")?.with_context(|| format!("stop {}", shard.name()))
+            let closed = shard.call(move |local, _| async move { local.engine.stop_after_clients(patience_ns).await });
+            // The drain is asked for first: from then on nobody comes.
+            let (cut, closed) = join(shard.drain(grace), closed).await;
+            if let Some(clients) = cut.ok().filter(|cut| *cut > 0) {
+                tracing::warn!(clients, "clients did not take their answers in time and were cut off");
+            }
+            closed.context("the shard ended early")?.with_context(|| format!("stop {}", shard.name()))
         }));
-        let stopped = stopped.await;
-        for shard in &self.shards {
-            shard.stop().await.with_context(|| format!("end {}", shard.name()))?;
-        }
-        stopped.into_iter().collect()
+        let stopped: Vec<anyhow::Result<()>> = stopped.await;
+        let ended = join_all(self.shards.iter().map(|shard| async move {
+            let ended = tokio::time::timeout(SHARD_GRACE, shard.stop()).await;
+            let ended = ended.with_context(|| format!("{} does not end", shard.name()))?;
+            ended.with_context(|| format!("end {}", shard.name()))
+        }));
+        let ended: Vec<anyhow::Result<()>> = ended.await;
+        stopped.into_iter().chain(ended).collect()
     }
 }
 
@@ -1298,10 +1367,32 @@ fn absent_disk(slot: &DiskSlot) -> DiskInfo {
     }
 }
 
+/// Does what may hang on a thread of its own, which nobody else needs. An error once it has taken [`OPEN_PATIENCE`]; what it answers after that is dropped.
+async fn unless_hanging<T: Send + 'static>(
+    path: &Path,
+    work: impl FnOnce(&Path) -> T + Send + 'static,
+) -> std::result::Result<T, OpenError> {
+    let (tell, told) = oneshot::channel();
+    let place = path.to_owned();
+    let thread = std::thread::Builder::new().name("cdp-open".to_owned()).spawn(move || {
+        let _ = tell.send(work(&place)); // too late: a disk is closed again
+    });
+    thread.map_err(|source| OpenError::Io { path: path.to_owned(), op: "start a thread for", source })?;
+    let done = tokio::time::timeout(OPEN_PATIENCE, told).await.map_err(|_| hanging(path))?;
+    Ok(done.expect("opening a disk does not panic"))
+}
+
+fn hanging(path: &Path) -> OpenError {
+    OpenError::Hangs { path: path.to_owned(), seconds: OPEN_PATIENCE.as_secs() }
+}
+
+/// What is at a path; `None` also where its file system hangs.
+async fn file_id(path: &Path) -> Option<FileId> {
+    unless_hanging(path, FileId::of).await.ok().flatten()
+}
+
 async fn open_disk_file(path: &Path) -> std::result::Result<DiskFile, OpenError> {
-    let path = path.to_owned();
-    let opened = tokio::task::spawn_blocking(move || DiskFile::open(&path)).await;
-    opened.expect("opening a disk does not panic, and the runtime does not end before its work")
+    unless_hanging(path, DiskFile::open).await?
 }
 
 /// Opens a disk; until the deadline, one that is in use is asked for again.
@@ -1314,6 +1405,10 @@ async fn open_patiently(path: &Path, deadline: tokio::time::Instant) -> std::res
             opened => return opened,
         }
     }
+}
+
+fn primary_taken(path: &Path, owner: &VolumeRecord) -> Error {
+    Error::Exists { what: "primary", name: format!("{} (primary of volume {:?})", path.display(), owner.name) }
 }
 
 async fn open_file(path: &Path) -> Result<DiskFile> {

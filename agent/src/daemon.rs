@@ -30,6 +30,8 @@ use crate::{listen, metrics, quiesce};
 const DRAIN_GRACE: Duration = Duration::from_secs(10);
 /// gRPC calls under way get so long to end.
 const CALLS_GRACE: Duration = Duration::from_secs(5);
+/// Unmounting the views gets so long: a mount under way may wait for a disk that hangs.
+const UNMOUNT_GRACE: Duration = Duration::from_secs(30);
 /// Guests that a call holds frozen get so long to be thawed: one whose freeze takes long takes the thaw only after it.
 const THAW_GRACE: Duration = Duration::from_secs(30);
 /// Between two looks at the shards' heartbeats, at most.
@@ -173,7 +175,9 @@ impl Served {
                 self.grpc.abort();
             }
         }
-        control.take_local().await;
+        if tokio::time::timeout(UNMOUNT_GRACE, control.take_local()).await.is_err() {
+            tracing::warn!("views may be mounted still: the next start unmounts them");
+        }
         drop(self.files.take());
     }
 }

@@ -41,6 +41,8 @@ const CLAIM_RETRY: Duration = Duration::from_millis(50);
 const ALLOCATION_STEPS_MAX: usize = 256;
 /// Zeroes per call where the file cannot make them by itself.
 const ZEROES_PER_WRITE: u64 = 4 << 20;
+/// Between two looks at a disk that may hang. Time is counted in them: a stopped and continued agent is charged one, not the whole pause.
+const HANG_LOOK_NS: u64 = 1_000_000_000;
 
 /// Why a disk was not opened. The texts name the path.
 #[derive(Debug, thiserror::Error)]
@@ -71,6 +73,14 @@ pub enum OpenError {
         op: &'static str,
         /// What the system said.
         source: io::Error,
+    },
+    /// It answers nothing.
+    #[error("{path}: it hangs: no answer within {seconds} s")]
+    Hangs {
+        /// Path as given.
+        path: PathBuf,
+        /// How long it was waited for.
+        seconds: u64,
     },
 }
 
@@ -365,6 +375,26 @@ struct Shared {
     no_punch: Cell<bool>,
     no_zero_range: Cell<bool>,
     zeroes: OnceCell<Slice>,
+    /// Calls begun, and ended.
+    calls: Cell<(u64, u64)>,
+}
+
+/// A call that is under way.
+struct Call<'a>(&'a Cell<(u64, u64)>);
+
+impl<'a> Call<'a> {
+    fn begin(calls: &'a Cell<(u64, u64)>) -> Self {
+        let (begun, ended) = calls.get();
+        calls.set((begun + 1, ended));
+        Self(calls)
+    }
+}
+
+impl Drop for Call<'_> {
+    fn drop(&mut self) {
+        let (begun, ended) = self.0.get();
+        self.0.set((begun, ended + 1));
+    }
 }
 
 impl Disk {
@@ -384,6 +414,7 @@ impl Disk {
             no_punch: Cell::new(false),
             no_zero_range: Cell::new(false),
             zeroes: OnceCell::new(),
+            calls: Cell::default(),
         };
         Self { ring: ring.clone(), shared: Rc::new(shared) }
     }
@@ -566,6 +597,7 @@ impl Device for Disk {
     fn read(&self, offset: u64, buf: IoBuf) -> LocalFuture<'static, (io::Result<()>, IoBuf)> {
         let disk = self.clone();
         Box::pin(async move {
+            let _call = Call::begin(&disk.shared.calls);
             let (len, align) = (buf.len(), disk.shared.align);
             let direct = disk.direct_len(offset, len);
             let (result, buf) = disk.read_range(&disk.shared.main, align, buf, offset, (0, direct)).await;
@@ -579,6 +611,7 @@ impl Device for Disk {
     fn write(&self, offset: u64, parts: Vec<Slice>) -> LocalFuture<'static, io::Result<()>> {
         let disk = self.clone();
         Box::pin(async move {
+            let _call = Call::begin(&disk.shared.calls);
             let (len, align) = (parts.iter().map(|part| part.len()).sum(), disk.shared.align);
             let direct = disk.direct_len(offset, len);
             if direct == len {
@@ -596,6 +629,7 @@ impl Device for Disk {
             if len == 0 {
                 return Ok(());
             }
+            let _call = Call::begin(&disk.shared.calls);
             let shared = &disk.shared;
             let hole = FallocateFlags::FALLOC_FL_PUNCH_HOLE;
             if punch && disk.allocate_zeroes(hole, &shared.no_punch, offset, len).await? {
@@ -619,6 +653,7 @@ impl Device for Disk {
     fn discard(&self, offset: u64, len: u64) -> LocalFuture<'static, io::Result<()>> {
         let disk = self.clone();
         Box::pin(async move {
+            let _call = Call::begin(&disk.shared.calls);
             // A device that cannot punch (a thin pool, a hard disk) keeps the bytes: zeroes written there would take the room that was to be given back.
             let hole = FallocateFlags::FALLOC_FL_PUNCH_HOLE;
             disk.allocate_zeroes(hole, &disk.shared.no_punch, offset, len).await.map(|_| ())
@@ -628,6 +663,7 @@ impl Device for Disk {
     fn sync(&self) -> LocalFuture<'static, io::Result<()>> {
         let disk = self.clone();
         Box::pin(async move {
+            let _call = Call::begin(&disk.shared.calls);
             loop {
                 match disk.ring.sync_data(&disk.shared.main).await {
                     Err(error) if error.raw_os_error() == Some(libc::EINTR) => {}
@@ -640,6 +676,7 @@ impl Device for Disk {
     fn sync_all(&self) -> LocalFuture<'static, io::Result<()>> {
         let disk = self.clone();
         Box::pin(async move {
+            let _call = Call::begin(&disk.shared.calls);
             loop {
                 match disk.ring.sync_all(&disk.shared.main).await {
                     Err(error) if error.raw_os_error() == Some(libc::EINTR) => {}
@@ -656,6 +693,20 @@ impl Device for Disk {
                 return Ok(vec![Allocation { len, hole: false }]);
             }
             Ok(map_file(&disk.shared.main, offset, len))
+        })
+    }
+
+    fn until_hanging(&self, ns: u64) -> LocalFuture<'static, ()> {
+        let disk = self.clone();
+        Box::pin(async move {
+            let mut quiet_ns = 0;
+            let (_, mut before) = disk.shared.calls.get();
+            while quiet_ns < ns {
+                disk.ring.sleep_ns(HANG_LOOK_NS).await;
+                let (begun, ended) = disk.shared.calls.get();
+                quiet_ns = if begun > ended && ended == before { quiet_ns + HANG_LOOK_NS } else { 0 };
+                before = ended;
+            }
         })
     }
 }

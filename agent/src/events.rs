@@ -143,6 +143,7 @@ fn log(event: &Event, kind: EventKind) {
         | EventKind::PrimaryChanged
         | EventKind::PrimaryFailing
         | EventKind::RevertIncomplete
+        | EventKind::StateFailing
         | EventKind::Damage => tracing::error!(kind = kind_word, volume, disk, "{message}"),
         EventKind::EvictedEarly
         | EventKind::WindowShort
@@ -186,6 +187,8 @@ fn event_kind(kind: EngineKind) -> EventKind {
         EngineKind::Cleaned => EventKind::Cleaned,
         EngineKind::Marked => EventKind::Marked,
         EngineKind::Damage => EventKind::Damage,
+        EngineKind::StateFailing => EventKind::StateFailing,
+        EngineKind::StateRecovered => EventKind::StateRecovered,
     }
 }
 

@@ -94,7 +94,7 @@ async fn render(control: &Control) -> String {
     render_volumes(&mut page, &volumes);
     render_health(&mut page, &volumes, &control.unserved());
     render_disks(&mut page, &control.disks().await);
-    render_agent(&mut page, control, &volumes);
+    render_agent(&mut page, control, &volumes, stats.iter().any(|shard| shard.state_failing));
     page.text
 }
 
@@ -243,6 +243,7 @@ const HEALTH: &[(Health, &str)] = &[
     (Health::PrimaryChanged, "primary_changed"),
     (Health::RevertIncomplete, "revert_incomplete"),
     (Health::PrimaryFailing, "primary_failing"),
+    (Health::StateFailing, "state_failing"),
 ];
 
 fn window_s(info: &VolumeInfo) -> u64 {
@@ -273,7 +274,7 @@ fn render_disks(page: &mut Page, disks: &[DiskStatus]) {
     }
 }
 
-fn render_agent(page: &mut Page, control: &Control, volumes: &[&Row]) {
+fn render_agent(page: &mut Page, control: &Control, volumes: &[&Row], state_failing: bool) {
     use std::sync::atomic::Ordering::Relaxed;
     page.metric("cdp_agent_info", "Version of the agent.", "gauge");
     page.sample("cdp_agent_info", &[("version", env!("CARGO_PKG_VERSION").to_owned())], 1_u64);
@@ -285,6 +286,12 @@ fn render_agent(page: &mut Page, control: &Control, volumes: &[&Row]) {
         "gauge",
     );
     page.sample("cdp_agent_clock_lead_seconds", &[], control.clock_lead_ns() as f64 / 1e9);
+    page.metric(
+        "cdp_agent_state_failing",
+        "1: the state directory has taken nothing for longer than stall_max; writes of protected volumes wait for it.",
+        "gauge",
+    );
+    page.sample("cdp_agent_state_failing", &[], u64::from(state_failing));
     page.metric("cdp_agent_backlog_bytes", "Acked bytes of all volumes that are not on their primaries yet.", "gauge");
     page.sample("cdp_agent_backlog_bytes", &[], volumes.iter().map(|row| row.0.backlog_bytes).sum::<u64>());
     page.metric("cdp_agent_events_total", "State changes by kind.", "counter");
@@ -395,6 +402,7 @@ mod tests {
             Health::PrimaryChanged,
             Health::RevertIncomplete,
             Health::PrimaryFailing,
+            Health::StateFailing,
         ] {
             assert!(words.contains(&crate::grpc::convert::health(health).word().as_str()), "{health:?}");
         }

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
 
+use futures::future::join;
 use tokio::sync::{mpsc, oneshot};
 use uuid::Uuid;
 
@@ -21,6 +22,8 @@ use crate::ring::Ring;
 
 /// How long clients may take for the rest of their answers when a shard is stopped without a drain before.
 const STOP_GRACE_NS: u64 = 1_000_000_000;
+/// How long a drain waits for what the engine has: a disk that hangs ends nothing of it.
+const ENGINE_PATIENCE_NS: u64 = 30_000_000_000;
 
 /// The shard's thread has ended: it was stopped, or something on it panicked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -81,8 +84,7 @@ impl<S: Clone + 'static> ShardHandle<S> {
                 while let Some(Message::Run(run)) = received.recv().await {
                     run(&context);
                 }
-                context.clients.drain(STOP_GRACE_NS).await;
-                context.files.drain().await;
+                drain(context.clients, context.files, STOP_GRACE_NS, 2 * STOP_GRACE_NS).await;
             });
         })?;
         let heartbeat =
@@ -151,7 +153,7 @@ impl<S: Clone + 'static> ShardHandle<S> {
     }
 
     /// Takes in no more clients and requests, answers those it has, closes the connections; what clients have not taken after
-    /// `grace` is cut off. Answers how many clients were.
+    /// `grace` is cut off. Answers how many clients were. What the engine still has after half a minute is left to it.
     ///
     /// # Errors
     /// [`ShardGone`].
@@ -161,8 +163,7 @@ impl<S: Clone + 'static> ShardHandle<S> {
         self.send(move |context| {
             let (clients, files) = (Rc::clone(&context.clients), Rc::clone(&context.files));
             context.ring.spawn(async move {
-                let cut = clients.drain(grace_ns).await;
-                files.drain().await;
+                let cut = drain(clients, files, grace_ns, ENGINE_PATIENCE_NS).await;
                 let _ = answer.send(cut); // nobody waits any more: so be it
             });
         })?;
@@ -235,6 +236,11 @@ impl<S: ExportSource + Clone + 'static> ShardHandle<S> {
     pub(crate) fn file_request(&self, ticket: u64, request: files::Request) -> Result<(), ShardGone> {
         self.send(move |context| context.files.request(ticket, request))
     }
+}
+
+/// See [`Clients::drain`] and [`Files::drain`]: side by side, so that neither keeps the other's holds on volumes.
+async fn drain(clients: Rc<Clients>, files: Rc<Files>, grace_ns: u64, patience_ns: u64) -> usize {
+    join(clients.drain(grace_ns, patience_ns), files.drain(patience_ns)).await.0
 }
 
 /// A client's hold on an export, on its way through the handshake. Dropped, it is given back; adopted, it lasts as long as the

@@ -1,11 +1,12 @@
 //! The engine's front door: one shard's CDP disks and volumes, and what a frontend serves.
 
 use std::cell::{Cell, RefCell};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::pin::pin;
 use std::rc::{Rc, Weak};
 use std::sync::Arc;
 
-use futures::future::join_all;
+use futures::future::{Either, join_all, select};
 use uuid::Uuid;
 
 use crate::buf::{IoBuf, Slice};
@@ -137,6 +138,8 @@ pub struct RevertRequest {
 const CLOCK_STEP_NS: u64 = 3600 * 1_000_000_000;
 /// A lead of the clock up to this is waited for at start.
 const LEAD_WAIT_MAX_NS: u64 = 4 * RESERVE_AHEAD_NS;
+/// How often a stop looks whether a volume's clients have left, nanoseconds.
+const CLIENTS_LOOK_NS: u64 = 2_000_000;
 
 /// One shard's CDP disks and volumes.
 pub struct Engine {
@@ -147,12 +150,18 @@ pub struct Engine {
     events: Box<dyn Fn(Event)>,
     disks: RefCell<Vec<Rc<Disk>>>,
     volumes: RefCell<BTreeMap<Uuid, Rc<Volume>>>,
+    /// Volumes that are being opened: of one whose primary hangs that may take for ever.
+    opening: RefCell<BTreeSet<Uuid>>,
     cache: Rc<RefCell<PageCache>>,
     raising: Cell<bool>,
     raised: Signal,
     clock_ready: Cell<bool>,
     /// How long the last raise took.
     raise_took_ns: Cell<u64>,
+    /// Since when (boot clock) the state directory takes no mark, and its error.
+    mark_failing: RefCell<Option<(u64, String)>>,
+    /// That was told.
+    mark_failing_told: Cell<bool>,
     /// Wall and boot clock when the engine began: age runs on the boot clock from there.
     began: (u64, u64),
     step_told: Cell<bool>,
@@ -195,10 +204,13 @@ impl Engine {
             events,
             disks: RefCell::default(),
             volumes: RefCell::default(),
+            opening: RefCell::default(),
             raising: Cell::new(false),
             raised: Signal::default(),
             clock_ready: Cell::new(false),
             raise_took_ns: Cell::new(0),
+            mark_failing: RefCell::default(),
+            mark_failing_told: Cell::new(false),
             began,
             step_told: Cell::new(false),
             stops_since: Cell::new(None),
@@ -271,28 +283,38 @@ impl Engine {
     }
 
     /// Recovers a volume (whatever its last stop was) and serves it. In a state that forbids serving (`NeedsJournal` and the like) it answers Ok, the
-    /// volume's `health` says so, and its I/O is refused.
+    /// volume's `health` says so, and its I/O is refused. With a primary that hangs it does not end; meanwhile the volume cannot be opened again.
     pub async fn open_volume(self: &Rc<Self>, spec: VolumeSpec) -> Result<Rc<Volume>> {
         if self.volumes.borrow().contains_key(&spec.id) {
             return Err(Error::Exists { what: "volume", name: spec.id.to_string() });
         }
         let id = spec.id;
-        let volume = volume::open(self, spec).await?;
+        if !self.opening.borrow_mut().insert(id) {
+            return Err(Error::State(format!("volume {:?} is still being opened: its primary hangs", spec.name)));
+        }
+        let opened = volume::open(self, spec).await;
+        self.opening.borrow_mut().remove(&id);
+        let volume = opened?;
         self.volumes.borrow_mut().insert(id, Rc::clone(&volume));
         Ok(volume)
     }
 
-    /// Stops one volume: drains, records the clean state, forgets it. Its history stays on the CDP disk.
+    /// Stops one volume: drains, records the clean state, forgets it. Its history stays on the CDP disk. With a primary that hangs it ends once the engine is
+    /// stopped, with an error.
     pub async fn close_volume(self: &Rc<Self>, id: Uuid) -> Result<()> {
         let unknown = || Error::NotFound { what: "volume", name: id.to_string() };
         let volume = self.volume(id).ok_or_else(unknown)?;
         self.closing.set(self.closing.get() + 1);
         // Whoever has the lock may need to find the volume, to give it back: a group's revert goes by ids from step to step.
-        let lock = volume.lock_admin().await;
-        let mine = self.volume(id).is_some_and(|found| Rc::ptr_eq(&found, &volume));
-        let result = match mine.then(|| self.volumes.borrow_mut().remove(&id)) {
-            Some(_) => volume.close(lock).await,
-            None => Err(unknown()),
+        let (mine, result) = match volume.unless_hanging(volume.lock_admin()).await {
+            Ok(lock) => {
+                let mine = self.volume(id).is_some_and(|found| Rc::ptr_eq(&found, &volume));
+                match mine.then(|| self.volumes.borrow_mut().remove(&id)) {
+                    Some(_) => (true, volume.close(lock).await),
+                    None => (false, Err(unknown())),
+                }
+            }
+            Err(hangs) => (true, Err(hangs)),
         };
         self.closing.set(self.closing.get() - 1);
         if let (Err(error), true) = (&result, mine && self.stopping()) {
@@ -322,6 +344,22 @@ impl Engine {
         self.will_stop();
         let ids: Vec<_> = self.volumes.borrow().keys().copied().collect();
         join_all(ids.into_iter().map(|id| self.close_volume(id))).await;
+        self.until_closed().await
+    }
+
+    /// The same, and each volume is closed as soon as its own clients have left: none waits for the disks of others. Clients that have not left after
+    /// `patience_ns` are disconnected.
+    pub async fn stop_after_clients(self: &Rc<Self>, patience_ns: u64) -> Result<()> {
+        self.will_stop();
+        let closed = self.volumes().into_iter().map(|volume| async move {
+            volume.until_clients_left(patience_ns).await;
+            let _ = self.close_volume(volume.id).await; // what failed is in `not_closed`
+        });
+        join_all(closed).await;
+        self.until_closed().await
+    }
+
+    async fn until_closed(&self) -> Result<()> {
         // Also those that somebody else closes: what is acked may be in their memory alone.
         self.closed.until(|| (self.closing.get() == 0).then_some(())).await;
         self.not_closed.take().map_or(Ok(()), Err)
@@ -360,18 +398,23 @@ impl Engine {
         let low = instant.is_none_or(|i| i.0 + RESERVE_AHEAD_NS / 2 >= self.clock.high_water().0);
         if low && !self.raising.get() {
             let engine = Rc::clone(self);
-            self.host.spawn(Box::pin(async move { engine.raise_clock().await }));
+            self.host.spawn(Box::pin(async move {
+                let _ = engine.raise_clock().await; // whoever needs an instant raises it again
+            }));
         }
         instant
     }
 
     /// A new instant. Volumes of other shards get theirs from the same clock.
+    ///
+    /// # Errors
+    /// The state directory takes no mark, and a stop was announced.
     pub async fn tick(self: &Rc<Self>) -> Result<Instant> {
         loop {
             if let Some(instant) = self.try_tick() {
                 return Ok(instant);
             }
-            self.raise_clock().await;
+            self.raise_clock().await?;
         }
     }
 
@@ -381,10 +424,13 @@ impl Engine {
     }
 
     /// Makes a higher mark durable on each healthy CDP disk and in the state directory. Callers that come while one runs wait for it.
-    pub(crate) async fn raise_clock(self: &Rc<Self>) {
+    ///
+    /// # Errors
+    /// The state directory takes none, and a stop was announced: until then it is tried again and again.
+    pub(crate) async fn raise_clock(self: &Rc<Self>) -> Result<()> {
         if self.raising.replace(true) {
             self.raised.until(|| (!self.raising.get()).then_some(())).await;
-            return;
+            return self.mark_given_up();
         }
         if !self.clock_ready.get() {
             // After a crash the mark lies a little ahead of the wall clock: a short lead is waited for, so that instants agree with everybody's clocks.
@@ -410,16 +456,66 @@ impl Engine {
         // A disk that fails here is latched, and leaves by its own way.
         let skip = active(Mutation::ClockPastMark);
         join_all(disks.iter().filter(|d| d.failure().is_none() && !skip).map(|d| d.put_clock(mark))).await;
-        let mut pause = 10_000_000;
-        while !skip && let Err(error) = self.store.put_clock(mark).await {
-            tracing::error!(%error, "clock: the state directory does not take the high-water mark");
-            self.host.sleep(pause).await;
-            pause = (pause * 2).min(1_000_000_000);
+        let disks_took_ns = self.host.boot_ns().saturating_sub(began);
+        let stored = if skip { Ok(0) } else { self.store_mark(mark).await };
+        if let Ok(took_ns) = &stored {
+            self.raise_took_ns.set(disks_took_ns + took_ns);
+            self.clock.raised(mark);
         }
-        self.raise_took_ns.set(self.host.boot_ns().saturating_sub(began));
-        self.clock.raised(mark);
         self.raising.set(false);
         self.raised.notify();
+        stored.map(|_| ())
+    }
+
+    /// Makes a mark durable in the state directory. Answers how long that took the directory, without the times that it failed: they say nothing of the next mark.
+    async fn store_mark(&self, mark: Instant) -> Result<u64> {
+        let mut pause = 10_000_000;
+        let mut began = self.host.boot_ns();
+        while let Err(error) = self.store.put_clock(mark).await {
+            tracing::error!(%error, "clock: the state directory does not take the high-water mark");
+            self.note_mark_failing(&error);
+            self.mark_given_up()?;
+            self.host.sleep(pause).await;
+            pause = (pause * 2).min(1_000_000_000);
+            began = self.host.boot_ns();
+        }
+        self.mark_failing.replace(None);
+        if self.mark_failing_told.replace(false) {
+            self.tell_state(EventKind::StateRecovered, "the state directory takes the clock's mark again".into());
+        }
+        Ok(self.host.boot_ns().saturating_sub(began))
+    }
+
+    fn note_mark_failing(&self, error: &std::io::Error) {
+        let since = self.mark_failing.borrow().as_ref().map_or_else(|| self.host.boot_ns(), |(since, _)| *since);
+        self.mark_failing.replace(Some((since, error.to_string())));
+        if let Some(reason) = self.state_failing()
+            && !self.mark_failing_told.replace(true)
+        {
+            self.tell_state(EventKind::StateFailing, reason);
+        }
+    }
+
+    fn tell_state(&self, kind: EventKind, message: String) {
+        self.emit(Event { time_ns: self.host.wall_ns(), volume: None, disk: None, kind, message });
+    }
+
+    /// The error of all who wait for a mark that the state directory does not take, once a stop was announced: what they hold is needed to stop.
+    fn mark_given_up(&self) -> Result<()> {
+        match &*self.mark_failing.borrow() {
+            Some((_, error)) if self.stopping() => Err(Error::Gone(format!(
+                "the agent is stopping, and its state directory takes no mark of the clock: {error}"
+            ))),
+            _ => Ok(()),
+        }
+    }
+
+    /// Why writes wait for the state directory, once they may have waited for longer than for any disk.
+    pub fn state_failing(&self) -> Option<String> {
+        let failing = self.mark_failing.borrow();
+        let (since, error) = failing.as_ref()?;
+        let long = self.host.boot_ns().saturating_sub(*since) > self.config.stall_max_ns;
+        long.then(|| format!("the state directory takes no mark of the clock, and writes wait for it: {error}"))
     }
 
     /// The wall clock for ages: it runs on the boot clock, so a step of the wall clock ages nothing.
@@ -467,6 +563,43 @@ async fn feed_starving(engine: Weak<Engine>, disk: Weak<Disk>) {
 }
 
 impl Volume {
+    /// Whether a client has it or one of its views open.
+    fn has_clients(&self) -> bool {
+        let state = self.state.borrow();
+        !state.clients.is_empty() || state.views.values().any(|view| view.has_clients())
+    }
+
+    /// Ends when it has no clients any more, or after so long.
+    async fn until_clients_left(&self, patience_ns: u64) {
+        let left = async {
+            while self.has_clients() {
+                self.host.sleep(CLIENTS_LOOK_NS).await;
+            }
+        };
+        select(pin!(left), self.host.sleep(patience_ns)).await;
+    }
+
+    /// What a step of a close answers; an error once a stop was announced and the primary answers nothing for [`DRAIN_PATIENCE_NS`]. The fence stays as it is
+    /// then, and the next start redoes.
+    async fn unless_hanging<T>(&self, step: impl Future<Output = T>) -> Result<T> {
+        let hangs = async {
+            loop {
+                self.primary.until_hanging(DRAIN_PATIENCE_NS).await;
+                // Nothing but a stop gives up: with its CDP disk failed, what is acked may be in memory alone.
+                if self.engine.upgrade().is_none_or(|engine| engine.stopping()) {
+                    break;
+                }
+            }
+        };
+        match select(pin!(step), pin!(hangs)).await {
+            Either::Left((answer, _)) => Ok(answer),
+            Either::Right(_) => {
+                let message = "it hangs, and was not waited for any longer".to_owned();
+                Err(Error::Device { op: "close", device: self.path(), message, errno: 110 })
+            }
+        }
+    }
+
     /// Drains, records the clean state, stops. With a primary that fails the fence stays dirty, and the next start redoes.
     pub(crate) async fn close(self: &Rc<Self>, _lock: AdminLock) -> Result<()> {
         self.disconnect_all();
@@ -478,6 +611,38 @@ impl Volume {
             }
             (mode, state.attach.as_ref().map(|a| Rc::clone(&a.disk)))
         };
+        let ended = self.unless_hanging(self.bring_to_rest(mode, disk)).await;
+        let hangs = ended.is_err();
+        let mut result = ended.unwrap_or_else(Err);
+        let views: Vec<_> = std::mem::take(&mut self.state.borrow_mut().views).into_values().collect();
+        for view in views {
+            view.lose("the agent stopped");
+        }
+        {
+            let mut state = self.state.borrow_mut();
+            state.mode = Mode::Closed;
+            state.attach = None;
+        }
+        self.kick.notify();
+        self.work.notify();
+        self.changed.notify();
+        if !hangs {
+            let tasks_ended = self.changed.until(|| {
+                let state = self.state.borrow();
+                (!state.appender_running && !state.destager_running).then_some(())
+            });
+            result = result.and(self.unless_hanging(tasks_ended).await);
+        }
+        // Left behind where a disk failed while this was under way: nobody else answers those who wait for them.
+        let left = self.state.borrow_mut().take_tickets();
+        for ticket in left {
+            ticket.finish(Err(Error::Gone("the volume is closed".into())));
+        }
+        result
+    }
+
+    /// Brings everything to where the next start looks for it.
+    async fn bring_to_rest(self: &Rc<Self>, mode: Mode, disk: Option<Rc<Disk>>) -> Result<()> {
         let mut result = Ok(());
         if let (Mode::Journal, Some(disk)) = (mode, &disk) {
             result = self.close_journal(disk).await;
@@ -491,29 +656,6 @@ impl Volume {
         if self.state.borrow().mode == Mode::Direct {
             self.changed.until(|| (self.state.borrow().direct_inflight == 0).then_some(())).await;
             result = self.primary.sync().await.map_err(|e| Error::device("sync", self.path(), &e));
-        }
-        let views: Vec<_> = std::mem::take(&mut self.state.borrow_mut().views).into_values().collect();
-        for view in views {
-            view.lose("the agent stopped");
-        }
-        {
-            let mut state = self.state.borrow_mut();
-            state.mode = Mode::Closed;
-            state.attach = None;
-        }
-        self.kick.notify();
-        self.work.notify();
-        self.changed.notify();
-        self.changed
-            .until(|| {
-                let state = self.state.borrow();
-                (!state.appender_running && !state.destager_running).then_some(())
-            })
-            .await;
-        // Left behind where a disk failed while this was under way: nobody else answers those who wait for them.
-        let left = self.state.borrow_mut().take_tickets();
-        for ticket in left {
-            ticket.finish(Err(Error::Gone("the volume is closed".into())));
         }
         result
     }

@@ -69,6 +69,10 @@ pub trait Device {
     }
     /// The allocation map of a range, in order and without gaps. A device that cannot tell answers one piece of data.
     fn allocation(&self, offset: u64, len: u64) -> LocalFuture<'static, io::Result<Vec<Allocation>>>;
+    /// Ends when calls have been under way for so many nanoseconds, from now on, and none of them has ended: it hangs. Of a device that cannot tell it never ends.
+    fn until_hanging(&self, _ns: u64) -> LocalFuture<'static, ()> {
+        Box::pin(std::future::pending())
+    }
 }
 
 /// Clock, timers, tasks and randomness.

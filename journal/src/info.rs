@@ -51,6 +51,8 @@ pub enum Health {
     RevertIncomplete,
     /// The primary fails writes or syncs; the backlog grows and is written again.
     PrimaryFailing,
+    /// The state directory takes nothing: the volume's writes wait until it does.
+    StateFailing,
 }
 
 /// One log.
@@ -461,4 +463,8 @@ pub enum EventKind {
     Marked,
     /// Damage was found on a disk.
     Damage,
+    /// The state directory has taken nothing for longer than a guest waits for any disk: writes wait for it.
+    StateFailing,
+    /// The state directory works again.
+    StateRecovered,
 }

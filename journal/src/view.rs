@@ -259,6 +259,10 @@ impl View {
         Ok(())
     }
 
+    pub(crate) fn has_clients(&self) -> bool {
+        !self.clients.borrow().is_empty()
+    }
+
     fn connect(self: &Rc<Self>, writable: bool, on_disconnect: Box<dyn FnOnce()>) -> Result<ClientGuard> {
         self.check(0, SECTOR)?;
         if writable && !self.writable {

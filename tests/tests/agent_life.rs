@@ -453,6 +453,77 @@ fn a_volume_whose_removal_cannot_be_recorded_says_that_it_is_not_served() {
     assert!(!recorded(), "a view of a volume that is gone is on record");
 }
 
+fn wait_for_health(agent: &Agent, wanted: &str) {
+    let begun = std::time::Instant::now();
+    while health(agent) != wanted {
+        assert!(begun.elapsed() < Duration::from_secs(30), "{}\n{}", agent.info("demo"), agent.log_tail());
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+/// Goal: a state folder that takes nothing (its disk is full, say) is told by health, event and metric, and `status` answers; writes wait, and go on when it takes
+/// something again. A stop meanwhile ends in good time, and what was acked is there after it.
+/// Method: a folder stands where the clock's next mark would be written.
+#[test]
+fn a_state_folder_that_takes_nothing_is_told_and_lets_the_agent_stop() {
+    let mut agent = Agent::dev("8MiB", "512MiB");
+    let metrics = fs::read_to_string(agent.file("metrics.addr")).unwrap();
+    let obstacle = agent.file("state/clock.tmp");
+    // One block after the other, for longer than the mark reaches ahead; in the end how many were acked.
+    let write = |agent: &Agent, byte: u8| {
+        let mut client = agent.connect("demo");
+        std::thread::spawn(move || {
+            let mut acked = 0;
+            while acked < SIZE / 4096 && client.write(acked * 4096, &[byte; 4096]).is_ok() {
+                acked += 1;
+                std::thread::sleep(Duration::from_millis(2));
+            }
+            acked
+        })
+    };
+    let obstruct = || {
+        // The next mark may be on its way there.
+        while fs::create_dir(&obstacle).is_err() {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    };
+    let told = |agent: &Agent, kind: &str| {
+        let events = agent.ctl(&["events"]);
+        events["events"].as_array().unwrap().iter().any(|event| event["kind"] == kind)
+    };
+    let metric = |line: &str| scrape(metrics.trim()).lines().any(|found| found == line);
+    assert!(metric("cdp_agent_state_failing 0"));
+    obstruct();
+    let writer = write(&agent, 1);
+    wait_for_health(&agent, "state_failing");
+    let info = agent.info("demo");
+    assert!(info["health_reason"].as_str().is_some_and(|why| why.contains("state directory")), "{info}");
+    assert!(told(&agent, "state_failing"), "no event");
+    assert!(metric("cdp_agent_state_failing 1"), "the metric");
+    let asked = std::time::Instant::now();
+    assert_eq!(agent.ctl(&["status"])["volumes_unhealthy"], 1);
+    assert!(asked.elapsed() < Duration::from_secs(10), "status took {:?}", asked.elapsed());
+    assert!(!writer.is_finished(), "nothing waits: the test shows nothing");
+    fs::remove_dir(&obstacle).unwrap();
+    assert_eq!(writer.join().unwrap(), SIZE / 4096, "a write that waited got an error");
+    wait_for_health(&agent, "ok");
+    assert!(told(&agent, "state_recovered"), "no event");
+
+    obstruct();
+    let writer = write(&agent, 2);
+    wait_for_health(&agent, "state_failing");
+    let begun = std::time::Instant::now();
+    agent.stop();
+    assert!(begun.elapsed() < Duration::from_secs(30), "the stop took {:?}", begun.elapsed());
+    let acked = usize::try_from(writer.join().unwrap()).unwrap();
+    assert!(acked * 4096 < 8 << 20, "nothing waited: the test shows nothing");
+    fs::remove_dir(&obstacle).unwrap();
+    agent.start();
+    let image = agent.live_image("demo");
+    assert!(image[..acked * 4096].iter().all(|byte| *byte == 2), "acked writes are missing");
+    assert_eq!(health(&agent), "ok");
+}
+
 fn some_more(agent: &Agent) {
     let mut client = agent.connect("demo");
     client.write(0, &[7; 65536]).unwrap();

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use cdp_tests::faultfs::{Effect, Fault, FaultFs, Op};
 use cdp_tests::load::{Load, Plan};
-use cdp_tests::nbd::Client;
+use cdp_tests::nbd::{CMD_READ, Client, Request};
 use cdp_tests::process::exit;
 use cdp_tests::rig::{CDP, PRIMARY, Rig, SPARE, Sizes};
 use cdp_tests::{local, now_ns};
@@ -616,6 +616,104 @@ fn old_content_that_cannot_be_read_is_an_error_in_views_and_the_overwrite_heals_
     rig.assert_protected();
     rig.check_view(after);
     rig.check_live("after the overwrite");
+}
+
+/// The primary of a second volume.
+const OTHER: &str = "other.img";
+
+/// Beside "demo" a volume "other", on the same CDP disk and at rest.
+fn rig_with_other(seed: u64) -> Option<Rig> {
+    let rig = rig(seed, STALL)?;
+    rig.disks.create(OTHER, 8 << 20);
+    rig.agent.ctl(&["volume", "add", "other", "--path", &rig.disks.path_str(OTHER)]);
+    rig.agent.ctl(&["edit", "other", "--reserve-capacity", "40MiB"]);
+    rig.agent.ctl(&["enable", "other"]);
+    let mut client = rig.agent.connect("other");
+    client.write(0, &[5; 4096]).unwrap();
+    client.close();
+    rig.write_some(seed, 300);
+    rig.eventually("empty backlogs", || {
+        ["demo", "other"].iter().all(|name| rig.agent.info(name)["backlog_bytes"] == 0)
+    });
+    Some(rig)
+}
+
+fn uuid(rig: &Rig, volume: &str) -> String {
+    rig.agent.info(volume)["volume_uuid"].as_str().expect("a uuid").to_owned()
+}
+
+fn assert_other_is_well(rig: &Rig) {
+    let info = rig.agent.info("other");
+    assert_eq!(info["health"], "ok", "{info}");
+    assert_eq!(info["cdp_state"], "on", "{info}");
+    assert!(rig.agent.connect("other").read(0, 4096).unwrap() == [5; 4096]);
+}
+
+/// Goal: a primary that hangs at a start keeps no other volume from being served; its own is told as failing. When it answers again, the opening that comes too
+/// late is undone, and the volume can be taken into service with all that it had.
+#[test]
+fn a_primary_that_hangs_at_a_start_costs_only_its_own_volume() {
+    let Some(mut rig) = rig_with_other(48) else { return };
+    let id = uuid(&rig, "other");
+    rig.agent.stop();
+    rig.disks.inject(OTHER, Fault::sticky(Op::Read, Effect::Hang));
+    let begun = std::time::Instant::now();
+    rig.agent.start();
+    assert!(begun.elapsed() < Duration::from_secs(45), "the start took {:?}", begun.elapsed());
+    assert!(rig.disks.hanging() > 0, "nothing hangs: the test shows nothing");
+    rig.check_live("beside a primary that hangs");
+    rig.assert_protected();
+    let list = rig.agent.ctl(&["list"]);
+    let listed = list["list"].as_array().and_then(|list| list.iter().find(|volume| volume["volume_name"] == "other"));
+    let listed = listed.unwrap_or_else(|| panic!("it is not in the list: {list}"));
+    assert_eq!(listed["health"], "primary_failing", "{listed}");
+    assert!(listed["health_reason"].as_str().is_some_and(|why| why.contains("it hangs")), "{listed}");
+    assert!(rig.events("primary_failing") > 0, "no event");
+    assert!(rig.metric(&["cdp_volume_health{", "\"other\"", "\"primary_failing\""]) == 1.0, "the metric");
+    assert!(Client::connect(&rig.agent.socket(), "other").is_err(), "it is served");
+
+    rig.disks.heal();
+    rig.agent.ctl(&["volume", "remove", "other"]);
+    let path = rig.disks.path_str(OTHER);
+    rig.eventually("the primary can be opened", || {
+        rig.agent.try_ctl(&["volume", "add", "other", "--path", &path, "--uuid", &id]).is_ok()
+    });
+    assert_other_is_well(&rig);
+    rig.check_live("beside a primary that works again");
+}
+
+/// Goal: a stop does not wait for a primary that hangs for longer than it must, with a read of a guest under way there: the other volumes are closed in order, and the one
+/// that hung is recovered at the next start.
+#[test]
+fn a_stop_with_a_primary_that_hangs_closes_the_other_volumes_in_order() {
+    let Some(mut rig) = rig_with_other(49) else { return };
+    let ids = ["demo", "other"].map(|volume| uuid(&rig, volume));
+    let (mut sender, _receiver) = rig.agent.connect("other").split();
+    rig.disks.inject(OTHER, Fault::sticky(Op::Read, Effect::Hang));
+    sender.send(Request { command: CMD_READ, flags: 0, offset: 1 << 20, len: 4096 }, &[]).unwrap();
+    rig.eventually("a read that hangs", || rig.disks.hanging() > 0);
+    rig.write_some(50, 300);
+    let begun = std::time::Instant::now();
+    rig.agent.signal(Signal::SIGTERM);
+    // The process lives until the kernel has the answer: its end is not that of the stop.
+    let stopped = |rig: &Rig| {
+        let log = std::fs::read_to_string(rig.agent.file("agent.log")).unwrap();
+        log.lines().any(|line| line.ends_with(": stopped"))
+    };
+    while !stopped(&rig) {
+        assert!(begun.elapsed() < Duration::from_secs(90), "the stop does not end:\n{}", rig.agent.log_tail());
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    println!("the stop took {:?}", begun.elapsed());
+    let fences = ids.map(|id| std::fs::read_to_string(rig.disks.path("state").join("fences").join(id)).unwrap());
+    assert!(fences[0].contains("\"state\":\"clean\""), "{}", fences[0]);
+    assert!(fences[1].contains("\"state\":\"dirty\""), "{}", fences[1]);
+    rig.disks.heal();
+    assert!(!rig.agent.wait_for_end().success(), "the stop says that all is on the primaries");
+    rig.agent.start();
+    rig.check_live("after the start");
+    rig.assert_protected();
+    assert_other_is_well(&rig);
 }
 
 /// Goal: whoever writes to the primary while the agent is down, after a clean stop or a kill: nothing is redone over it, no old

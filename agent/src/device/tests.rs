@@ -1,6 +1,8 @@
 use std::os::unix::fs::FileExt as _;
 use std::process::Command;
 
+use futures::future::{Either, select};
+
 use super::*;
 
 fn with_disk<T: Send + 'static, F: Future<Output = T> + 'static>(
@@ -39,6 +41,27 @@ fn has(tool: &str) -> bool {
         eprintln!("{tool} is not installed: this part is not checked");
     }
     found
+}
+
+/// Goal: a disk hangs when calls are under way and none of them ends; one of which nothing is asked does not, nor one that ends a call now and then.
+#[test]
+fn a_disk_of_which_no_call_ends_hangs() {
+    let file = file_of(4096);
+    with_disk(file.path(), |disk| async move {
+        let hangs = disk.until_hanging(2 * HANG_LOOK_NS);
+        let later = disk.ring.sleep_ns(3 * HANG_LOOK_NS + HANG_LOOK_NS / 2);
+        assert!(matches!(select(hangs, later).await, Either::Right(_)), "nothing is under way");
+        let first = Call::begin(&disk.shared.calls);
+        let second = Call::begin(&disk.shared.calls);
+        let hangs = disk.until_hanging(2 * HANG_LOOK_NS);
+        let later = disk.ring.sleep_ns(HANG_LOOK_NS + HANG_LOOK_NS / 2);
+        let Either::Right((_, hangs)) = select(hangs, later).await else { panic!("too early") };
+        drop(first);
+        let later = disk.ring.sleep_ns(HANG_LOOK_NS);
+        let Either::Right((_, hangs)) = select(hangs, later).await else { panic!("one of them has just ended") };
+        hangs.await;
+        drop(second);
+    });
 }
 
 /// Goal: a file whose size is no multiple of a block is exact to its last byte, by whichever descriptor.

@@ -90,6 +90,7 @@ pub fn health(health: Health) -> v1::Health {
         Health::PrimaryChanged => v1::Health::PrimaryChanged,
         Health::RevertIncomplete => v1::Health::RevertIncomplete,
         Health::PrimaryFailing => v1::Health::PrimaryFailing,
+        Health::StateFailing => v1::Health::StateFailing,
     }
 }
 

@@ -713,7 +713,7 @@ impl CdpAgent for Service {
         self.run(&metadata, async move {
             let volumes = this.control.volumes().await;
             let (disks, views) = (this.control.disks().await, this.control.views(None).await);
-            let now = this.control.instant().await.map_err(|error| status(&error))?;
+            let now = this.control.instant_or_newest().await.map_err(|error| status(&error))?;
             let served = || volumes.iter().filter_map(|volume| volume.info.as_ref().ok());
             let count = |number: usize| u32::try_from(number).unwrap_or(u32::MAX);
             let healthy = served().filter(|info| info.health == cdp_journal::info::Health::Ok).count();

@@ -95,7 +95,7 @@ impl Volume {
                     return Ok(state.open.back().map_or_else(done_ticket, |f| Rc::clone(&f.ticket)));
                 }
             }
-            engine.raise_clock().await;
+            engine.raise_clock().await?;
         }
     }
 

@@ -505,10 +505,14 @@ impl Volume {
 
     /// Everything about it.
     pub fn info(self: &Rc<Self>) -> VolumeInfo {
-        let now = self.engine.upgrade().map_or(Instant::ZERO, |e| e.clock_now());
+        let engine = self.engine.upgrade();
+        let now = engine.as_ref().map_or(Instant::ZERO, |e| e.clock_now());
         let state = self.state.borrow();
         let segment_size = state.attach.as_ref().map_or(0, |a| a.disk.geometry.segment_size);
         let revert = self.revert_progress();
+        // Its guests wait; whatever else is wrong with it is told first.
+        let in_journal = state.health == Health::Ok && state.mode == Mode::Journal;
+        let waits = engine.filter(|_| in_journal).and_then(|e| e.state_failing());
         VolumeInfo {
             id: self.id,
             name: state.name.clone(),
@@ -517,8 +521,8 @@ impl Volume {
             path: state.path.clone(),
             settings: state.settings,
             state: if state.on { CdpState::On } else { CdpState::Off },
-            health: state.health,
-            health_reason: state.health_reason.clone(),
+            health: if waits.is_some() { Health::StateFailing } else { state.health },
+            health_reason: waits.unwrap_or_else(|| state.health_reason.clone()),
             cdp_create_time_ns: state.created_ns,
             logs: self.log_infos(&state),
             markers: state.markers.values().cloned().collect(),

@@ -55,7 +55,7 @@ impl Volume {
             // Taken in the step that uses it: no write lies between.
             match engine.try_tick() {
                 Some(instant) => break self.switch(instant)?,
-                None => engine.raise_clock().await,
+                None => engine.raise_clock().await.inspect_err(|_| self.give_up_prepared())?,
             }
         };
         self.switched(report, ticket).await
@@ -136,6 +136,15 @@ impl Volume {
         }
         let ticket = self.rotate_now(CloseReason::Rotation, |_| ()).await?;
         self.durable(&ticket).await
+    }
+
+    /// A revert that is prepared is not made: writes go on.
+    fn give_up_prepared(&self) {
+        let mut state = self.state.borrow_mut();
+        state.held_told = None;
+        if let Some(reverting) = state.reverting.take() {
+            state.held = reverting.held_before;
+        }
     }
 
     fn prepared(state: &mut State, group: Uuid) -> Result<&mut Reverting> {

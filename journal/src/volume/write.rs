@@ -533,7 +533,7 @@ impl Volume {
                 }
             };
             match next {
-                Next::Raise => engine.raise_clock().await,
+                Next::Raise => engine.raise_clock().await?,
                 Next::Wait => self.until_switched().await?,
                 Next::Revert => self.until_not_reverting().await,
                 Next::Throttle => {

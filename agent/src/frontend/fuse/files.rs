@@ -3,8 +3,8 @@
 //! Invariants:
 //! * A file's [`ClientGuard`] goes only when no request of the file is in the engine: whoever sees the client gone sees no more of
 //!   its writes.
-//! * Who wants a file gone, and a stop, wait for what is in the engine, which ends by the engine's own bounds: a request that is many of the engine's (zeroes
-//!   and holes of any length) asks for no more of them from then on, and fails.
+//! * Who wants a file gone, and a stop, wait for what is in the engine, which ends by the engine's own bounds (a stop not without end: a disk may hang): a request
+//!   that is many of the engine's (zeroes and holes of any length) asks for no more of them from then on, and fails.
 //! * A write of part of a sector reads, changes and writes that sector alone: no other write through a file of the same export is
 //!   in the engine meanwhile, so none is undone.
 
@@ -14,7 +14,7 @@ use std::future::poll_fn;
 use std::rc::{Rc, Weak};
 use std::task::{Poll, Waker};
 
-use cdp_journal::{ClientGuard, Error, Export, IoBuf, Result, SECTOR, Slice, payload_buf};
+use cdp_journal::{ClientGuard, Error, Export, Host as _, IoBuf, Result, SECTOR, Slice, payload_buf};
 use fuser::{Errno, ReplyData, ReplyEmpty, ReplyLseek, ReplyWrite};
 use uuid::Uuid;
 
@@ -209,14 +209,17 @@ impl Files {
         });
     }
 
-    /// Takes no more requests, waits for those that are in the engine (they end by the engine's own bounds), closes all files.
-    pub(crate) async fn drain(&self) {
+    /// Takes no more requests, and closes each file as soon as nothing of it is in the engine; waits for that, at most `patience_ns`.
+    pub(crate) async fn drain(&self, patience_ns: u64) {
         self.closing.set(true);
-        while self.inflight.get() > 0 {
+        for file in self.open.take().into_values() {
+            file.cut.set(true);
+            file.leave_if_idle();
+        }
+        let end = self.ring.boot_ns().saturating_add(patience_ns);
+        while self.inflight.get() > 0 && self.ring.boot_ns() < end {
             self.ring.sleep_ns(DRAIN_LOOK_NS).await;
         }
-        let open = self.open.take();
-        drop(open);
     }
 }
 

@@ -285,18 +285,24 @@ impl Clients {
     }
 
     /// Takes in no more clients and no more requests, answers what was taken in, closes. Clients that do not take their
-    /// answers within `grace_ns` are cut off. Answers how many those were.
-    pub(crate) async fn drain(&self, grace_ns: u64) -> usize {
+    /// answers within `grace_ns` are cut off. Answers how many those were. What is in the engine ends by the engine's own bounds, unless a disk hangs: after
+    /// `patience_ns`, if that is longer, it is not waited for any more.
+    pub(crate) async fn drain(&self, grace_ns: u64, patience_ns: u64) -> usize {
         self.closing.set(true);
         let claims = self.claims.take();
         drop(claims);
         self.each(Connection::stop_reading);
-        let end = self.ring.boot_ns().saturating_add(grace_ns);
+        let begun = self.ring.boot_ns();
+        let (end, give_up) = (begun.saturating_add(grace_ns), begun.saturating_add(grace_ns.max(patience_ns)));
         let mut cut = None;
-        // What is in the engine is waited for, however long: it ends by the engine's own bounds.
         while !self.served.borrow().is_empty() {
-            if cut.is_none() && self.ring.boot_ns() >= end {
+            let now = self.ring.boot_ns();
+            if cut.is_none() && now >= end {
                 cut = Some(self.each(Connection::cut));
+            } else if now >= give_up {
+                let clients = self.served.borrow().len();
+                tracing::warn!(clients, "requests are in the engine still, and not waited for any longer");
+                break;
             }
             self.ring.sleep_ns(DRAIN_LOOK_NS).await;
         }

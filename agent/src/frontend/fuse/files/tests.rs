@@ -147,7 +147,7 @@ async fn ended_in_the_middle(ring: Ring, end: End, long: Long) -> Option<i32> {
         End::Drain => {
             let (files, drained) = (Rc::clone(&files), Rc::clone(&drained));
             ring.spawn(async move {
-                files.drain().await;
+                files.drain(u64::MAX).await;
                 drained.set(true);
             });
         }
