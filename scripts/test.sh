@@ -89,7 +89,7 @@ step simulator target/sim/cdp-sim --seed 200000 --histories "$histories" --least
 # What came after the profiles of `all`; a history of `ring` takes as long as many others.
 later=$((histories / 32))
 step "simulator, later profiles" target/sim/cdp-sim --profile more --seed 200000 --histories "$later" --least-crashed "$((later / 2))" --threads 2
-step exhaustion target/sim/cdp-sim --exhaust 3 --subsets 1 --threads 2
+step exhaustion target/sim/cdp-sim --exhaust 3 --subsets 1 --stride 2 --threads 2
 step "deliberate faults" cargo test --locked -p cdp-sim --features mutations --test mutations
 # A workspace of its own, with a flag of its own.
 step loom env RUSTFLAGS="--cfg loom" cargo test --locked --release --manifest-path loom/Cargo.toml --target-dir target/loom

@@ -304,7 +304,7 @@ fn a_second_agent_on_the_same_directory_of_files_leaves_the_views_of_the_first_m
     second.start_unserved();
     assert!(second.log_tail().contains("another agent serves its files"), "{}", second.log_tail());
     for running in [true, false] {
-        assert_eq!(mounts_under(&dir), [dir.clone()], "unmounted; the second one runs: {running}");
+        assert_eq!(mounts_under(&dir), std::slice::from_ref(&dir), "unmounted; the second one runs: {running}");
         assert!(dir.join("lost+found").exists(), "it is not served; the second one runs: {running}");
         if running {
             second.stop();
