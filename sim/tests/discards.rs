@@ -234,8 +234,8 @@ fn ranges_are_punched_beside_the_sealing_of_a_log() {
 #[test]
 fn what_is_remembered_of_discards_stays_small_in_what_a_log_begins_with() {
     const WRITES: u64 = 60_000;
-    // 64 bytes for each, in frames and in the copy at a segment's end, and what else a log begins with.
-    const CARRY_MAX: u64 = 2 * 32_768 * 64 * 5 / 4;
+    // 64 bytes for each, and what else a log begins with.
+    const CARRY_MAX: u64 = 32_768 * 64 * 5 / 4;
     let (shared, place) = (Shared::new(7, 1_700_000_000 * SECOND), Rc::new(Place::new(2048, 1024)));
     for start in 0..3 {
         let executor = Executor::new(Rc::clone(&shared));
