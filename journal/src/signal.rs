@@ -49,3 +49,15 @@ pub async fn yield_now() {
     })
     .await
 }
+
+/// Runs a future that waits for nothing but its own turns, for tests and fuzzers: it is polled again and again, whether or not it was woken.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn block_on<T>(future: impl Future<Output = T>) -> T {
+    let mut future = std::pin::pin!(future);
+    let mut context = std::task::Context::from_waker(Waker::noop());
+    loop {
+        if let Poll::Ready(value) = future.as_mut().poll(&mut context) {
+            return value;
+        }
+    }
+}

@@ -9,8 +9,8 @@ use cdp_journal::format::Geometry;
 use cdp_journal::info::Health;
 use cdp_journal::{BLOCK, EngineConfig, Error, Export, Host as _, Instant, Volume, payload_buf};
 use cdp_sim::disk::{FaultKind, FaultOn, SimDisk};
-use cdp_sim::executor::{Executor, Outcome, Shared, SimHost};
-use common::{Place, SECOND, every_within};
+use cdp_sim::executor::{Shared, SimHost};
+use common::{Place, SECOND, every_within, until_killed};
 
 /// Blocks that a life of the agent writes.
 const BLOCKS: u64 = 8;
@@ -85,10 +85,8 @@ fn a_bad_region_of_the_past_costs_what_lies_there_and_nothing_else() {
     let instants: Rc<RefCell<Vec<(Instant, Vec<Shown>)>>> = Rc::default();
     let bad = Rc::new(Cell::new(0u64));
     for life in 0..3 {
-        let executor = Executor::new(Rc::clone(&shared));
-        let (exec, here) = (Rc::clone(&executor), Rc::clone(&place));
         let (known, region) = (Rc::clone(&instants), Rc::clone(&bad));
-        let root = async move {
+        until_killed(&shared, &place, |exec, here| async move {
             let host = SimHost(Rc::clone(&exec));
             let (engine, volume) = here.start(&exec, EngineConfig::default()).await;
             let export = volume.export();
@@ -122,11 +120,7 @@ fn a_bad_region_of_the_past_costs_what_lies_there_and_nothing_else() {
                 check(&volume, &after(1), &expected).await;
                 engine.stop().await.unwrap();
             }
-        };
-        assert_eq!(executor.run(Box::pin(root)), Outcome::Done);
-        executor.kill();
-        place.cdp.kill(&shared.rng);
-        place.primary.kill(&shared.rng);
+        });
     }
 }
 
@@ -135,9 +129,7 @@ fn a_bad_region_of_the_past_costs_what_lies_there_and_nothing_else() {
 fn a_start_that_needs_a_bad_region_is_refused_until_it_can_be_read() {
     let (shared, place) = (Shared::new(131, 1_700_000_000 * SECOND), Rc::new(Place::new(160, 16)));
     for life in 0..3 {
-        let executor = Executor::new(Rc::clone(&shared));
-        let (exec, here) = (Rc::clone(&executor), Rc::clone(&place));
-        let root = async move {
+        until_killed(&shared, &place, |exec, here| async move {
             let (engine, volume) = here.start(&exec, EngineConfig::default()).await;
             let export = volume.export();
             match life {
@@ -156,11 +148,7 @@ fn a_start_that_needs_a_bad_region_is_refused_until_it_can_be_read() {
                     engine.stop().await.unwrap();
                 }
             }
-        };
-        assert_eq!(executor.run(Box::pin(root)), Outcome::Done);
-        executor.kill();
-        place.cdp.kill(&shared.rng);
-        place.primary.kill(&shared.rng);
+        });
     }
 }
 
@@ -175,9 +163,7 @@ fn a_region_that_takes_no_writes_costs_protection_and_no_write() {
     let geometry = Geometry::of(place.cdp.size(), 1 << 20).unwrap();
     place.cdp.fault(every_within(FaultOn::Any, FaultKind::Eio, geometry.at(5, 0), 4 << 20));
     for life in 0..2 {
-        let executor = Executor::new(Rc::clone(&shared));
-        let (exec, here) = (Rc::clone(&executor), Rc::clone(&place));
-        let root = async move {
+        until_killed(&shared, &place, |exec, here| async move {
             let host = SimHost(Rc::clone(&exec));
             let (engine, volume) = here.start(&exec, EngineConfig::default()).await;
             let export = volume.export();
@@ -207,10 +193,6 @@ fn a_region_that_takes_no_writes_costs_protection_and_no_write() {
             assert_eq!(volume.info().health, Health::Ok);
             is_right().await;
             engine.stop().await.unwrap();
-        };
-        assert_eq!(executor.run(Box::pin(root)), Outcome::Done);
-        executor.kill();
-        place.cdp.kill(&shared.rng);
-        place.primary.kill(&shared.rng);
+        });
     }
 }

@@ -255,18 +255,23 @@ fn a_cdp_disk_that_works_again_protects_after_a_restart() {
         }
         rig.assert_protected();
         rig.check_live("after the restart");
-        let load = rig.load(rig.plan(seed + 100));
-        note_instants(&load, 200, &mut instants);
-        let protected = now_ns();
-        load.wait_for(100);
-        load.stop_within(STALL_MAX + MARGIN);
-        rig.check_live("protected again");
-        rig.check_view(protected);
-        for at in [old, unprotected] {
-            assert_gap(&rig, at);
-        }
-        assert_no_gap_is_shown(&rig, &instants);
+        assert_history_begins_anew(&rig, seed, [old, unprotected], &mut instants);
     }
+}
+
+/// Protected again: what is written now can be viewed, and what lies before is a gap.
+fn assert_history_begins_anew(rig: &Rig, seed: u64, before: [u64; 2], instants: &mut Vec<u64>) {
+    let load = rig.load(rig.plan(seed + 100));
+    note_instants(&load, 200, instants);
+    let protected = now_ns();
+    load.wait_for(100);
+    load.stop_within(STALL_MAX + MARGIN);
+    rig.check_live("protected again");
+    rig.check_view(protected);
+    for at in before {
+        assert_gap(rig, at);
+    }
+    assert_no_gap_is_shown(rig, instants);
 }
 
 /// Goal: one error is enough: a disk that lost one write, or one sync, is not trusted again, also when it works and the admin enables protection: that wants
@@ -299,17 +304,7 @@ fn a_cdp_disk_that_fails_once_is_left_for_good() {
         rig.agent.ctl(&["enable", "demo"]);
         rig.assert_protected();
         rig.eventually("an event says that it is protected", || rig.events("protected") > told);
-        let load = rig.load(rig.plan(seed + 100));
-        note_instants(&load, 200, &mut instants);
-        let protected = now_ns();
-        load.wait_for(100);
-        load.stop_within(STALL_MAX + MARGIN);
-        rig.check_live("protected again");
-        rig.check_view(protected);
-        for at in [old, unprotected] {
-            assert_gap(&rig, at);
-        }
-        assert_no_gap_is_shown(&rig, &instants);
+        assert_history_begins_anew(&rig, seed, [old, unprotected], &mut instants);
         assert_eq!(rig.disks.calls(CDP, "write"), writes, "the failed disk is written to again");
     }
 }

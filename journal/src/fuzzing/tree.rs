@@ -7,9 +7,7 @@
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::io::{self, Read, Seek, SeekFrom};
-use std::pin::pin;
 use std::rc::Rc;
-use std::task::{Context, Poll, Waker};
 
 use uuid::Uuid;
 use zerocopy::{FromBytes, IntoBytes};
@@ -23,7 +21,7 @@ use crate::error::Result;
 use crate::format::{ChildEntry, IndexEntry, IndexPageHeader, RunRoot, SEGMENT_MIN, StreamKind};
 use crate::host::{Allocation, Device, Host, Identity, LocalFuture};
 use crate::index::{Filter, IndexPage, Key, MemIndex, PageCache, PageSink, Run, RunBuilder, Source, merge};
-use crate::signal::yield_now;
+use crate::signal::{block_on, yield_now};
 use crate::types::{BLOCK, Instant};
 
 /// Wish: the root and parents name the checksum of the page that lies where they point. (A page's own is always right.)
@@ -312,17 +310,6 @@ async fn look_up(run: &Run, disk: &Disk, block: u64, upto: Instant, wanted: u8) 
     assert_eq!(left, missing);
     assert!(found.is_sorted_by(|newer, older| newer.instant.get() >= older.instant.get()), "{found:?}");
     ended.ok().map(|()| (found, missing))
-}
-
-/// Runs a future of this thread that waits for nothing else.
-fn block_on<T>(future: impl Future<Output = T>) -> T {
-    let mut future = pin!(future);
-    let mut context = Context::from_waker(Waker::noop());
-    loop {
-        if let Poll::Ready(value) = future.as_mut().poll(&mut context) {
-            return value;
-        }
-    }
 }
 
 /// Takes the pages of a merge, which have to be whole, and keeps none.

@@ -2,10 +2,8 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeSet, HashMap};
-use std::future::Future;
-use std::pin::pin;
 use std::rc::Rc;
-use std::task::{Context, Poll, Waker};
+use std::task::Poll;
 
 use super::page::encode;
 use super::*;
@@ -13,6 +11,7 @@ use crate::buf::IoBuf;
 use crate::error::{Error, Result};
 use crate::format::{EntryKind, IndexEntry, IndexPageHeader, RunRoot, StreamKind};
 use crate::host::LocalFuture;
+use crate::signal::block_on;
 use crate::types::Instant;
 
 const LOG: u64 = 0x1122_3344_5566_7788;
@@ -36,16 +35,6 @@ impl Random {
     }
     fn one_in(&mut self, n: u64) -> bool {
         self.below(n) == 0
-    }
-}
-
-fn block_on<T>(future: impl Future<Output = T>) -> T {
-    let mut future = pin!(future);
-    let mut context = Context::from_waker(Waker::noop());
-    loop {
-        if let Poll::Ready(value) = future.as_mut().poll(&mut context) {
-            return value;
-        }
     }
 }
 

@@ -8,7 +8,7 @@ use cdp_journal::clock::HostClock;
 use cdp_journal::info::{Priority, Settings};
 use cdp_journal::{Engine, EngineConfig, InitOptions, Instant, Volume, VolumeSpec};
 use cdp_sim::disk::{Fault, FaultKind, FaultOn, SimDisk};
-use cdp_sim::executor::{Executor, SimHost};
+use cdp_sim::executor::{Executor, Outcome, Shared, SimHost};
 use cdp_sim::store::Folder;
 use uuid::Uuid;
 
@@ -22,6 +22,18 @@ pub fn every(on: FaultOn, kind: FaultKind) -> Fault {
 /// The same for calls that touch some bytes.
 pub fn every_within(on: FaultOn, kind: FaultKind, at: u64, len: u64) -> Fault {
     Fault { within: Some((at, at + len)), ..every(on, kind) }
+}
+
+/// A life of the agent: `root` to its end, and then a kill.
+pub fn until_killed<F>(shared: &Rc<Shared>, place: &Rc<Place>, root: impl FnOnce(Rc<Executor>, Rc<Place>) -> F)
+where
+    F: Future<Output = ()> + 'static,
+{
+    let executor = Executor::new(Rc::clone(shared));
+    assert_eq!(executor.run(Box::pin(root(Rc::clone(&executor), Rc::clone(place)))), Outcome::Done);
+    executor.kill();
+    place.cdp.kill(&shared.rng);
+    place.primary.kill(&shared.rng);
 }
 
 /// Where the volume lives, over all starts.
